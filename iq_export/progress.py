@@ -1,0 +1,80 @@
+"""Progress for people: a line per step on stderr, a bar on a terminal, timings for the manifest."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_BAR_WIDTH = 24
+_REDRAW_SECONDS = 0.2
+
+
+class Progress:
+    """Prints `[3/9] Observe ... 12.3 s` per step and remembers the seconds of each in `timings`.
+
+    Steps may be nested; an inner step is timed as well, but neither numbered nor printed, so that
+    a function with steps of its own can be called inside a step. `quiet=True` prints nothing.
+    """
+
+    def __init__(
+        self, total: int | None = None, *, quiet: bool = False, stream: TextIO | None = None
+    ) -> None:
+        self.total = total
+        self.quiet = quiet
+        self.timings: dict[str, float] = {}
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._number = 0
+        self._depth = 0
+        self._head = ""
+        self._drawn_at = 0.0
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Progress]:
+        """Time one step; a step that raises is closed by `failed`, and its time is not recorded."""
+        outer = self._depth == 0
+        if outer:
+            self._number += 1
+            self._head = f"[{self._number}/{self.total or '?'}] {name} ..."
+            self._write(self._head)
+        self._depth += 1
+        start = time.perf_counter()
+        word = "failed"
+        try:
+            yield self
+            seconds = time.perf_counter() - start
+            self.timings[name] = self.timings.get(name, 0.0) + seconds
+            word = f"{seconds:.1f} s"
+        finally:
+            self._depth -= 1
+            if outer:
+                self._write(self._line_start() + f" {word}\n")
+                self._head = ""
+
+    def update(self, done: int, total: int) -> None:
+        """Redraw the bar of the running step (terminals only; at most five times a second)."""
+        now = time.perf_counter()
+        if not self._terminal or not self._head or now - self._drawn_at < _REDRAW_SECONDS:
+            return
+        self._drawn_at = now
+        filled = _BAR_WIDTH * done // max(total, 1)
+        bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
+        self._write(self._line_start() + f" [{bar}] {done}/{total}")
+
+    def note(self, text: str) -> None:
+        """Print a remark on a line of its own, also in the middle of a step."""
+        if self._head:
+            self._write(("\r\x1b[K" if self._terminal else "\n") + f"      {text}\n{self._head}")
+        else:
+            self._write(f"{text}\n")
+
+    def _line_start(self) -> str:
+        return f"\r\x1b[K{self._head}" if self._terminal else ""
+
+    def _write(self, text: str) -> None:
+        if not self.quiet:
+            self._stream.write(text)
+            self._stream.flush()
