@@ -1,0 +1,161 @@
+"""`manifest.json`: what a bundle is, what it was made from, the checksum of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from iq_export.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and checksum of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One graph input or output: `shape` holds ints and the names of dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
+
+    `engines` maps a target's name to its engine report; `accuracy` is the table of
+    `evaluate.compare` (None until it is measured) and `speed` its paired timing; `timings` are
+    seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
+    """
+
+    name: str
+    recipe: str
+    dtype: str
+    opset: int
+    format_version: int = FORMAT_VERSION
+    source: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: list[TensorInfo] = field(default_factory=list)
+    outputs: list[TensorInfo] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lifecycles: list[dict[str, Any]] = field(default_factory=list)
+    accuracy: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int | None = None
+    notes: list[str] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`; numbers that JSON cannot hold (inf, nan) become null."""
+        return json.dumps(json_safe(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
+        """Read `text`. Raises BundleError, naming `where`, if it is no manifest of this format."""
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleError(f"{where} is not JSON ({error}): compile the bundle again") from error
+        if not isinstance(raw, dict):
+            raise BundleError(f"{where} is not a bundle manifest")
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{where} has format {version!r}, this iq-export reads format {FORMAT_VERSION}: "
+                "compile the model again or use the version that wrote it"
+            )
+        try:
+            return cls._from_dict(raw)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise BundleError(f"{where} is damaged ({error}): compile the bundle again") from error
+
+    @classmethod
+    def _from_dict(cls, raw: dict[str, Any]) -> Manifest:
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(raw) - known)
+        if unknown:
+            raise KeyError(f"unknown fields {', '.join(unknown)}")
+        values = dict(raw)
+        values["inputs"] = [TensorInfo(**t) for t in raw.get("inputs", [])]
+        values["outputs"] = [TensorInfo(**t) for t in raw.get("outputs", [])]
+        values["files"] = {k: FileRecord(**v) for k, v in raw.get("files", {}).items()}
+        return cls(**values)
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder/manifest.json` atomically: readers see the old text or the new one."""
+        path = folder / MANIFEST_NAME
+        write_atomically(path, self.to_json())
+        return path
+
+
+def json_safe(value: Any) -> Any:
+    """`value` in JSON types: inf and nan become None, paths strings, tuples lists."""
+    if isinstance(value, dict):
+        return {str(k): json_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) through a temporary sibling and a rename."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes the file private; a bundle is meant to be shared like any other output.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
+    """Size and checksum of the files of `folder` by their `/`-separated relative name.
+
+    `names` restricts it to those; default: every file below `folder` but the manifest, sorted.
+    """
+    if names is None:
+        found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        names = sorted(name for name in found if name != MANIFEST_NAME)
+    return {
+        name: FileRecord((folder / name).stat().st_size, sha256_file(folder / name))
+        for name in names
+    }

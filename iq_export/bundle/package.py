@@ -1,0 +1,190 @@
+"""The output folder: written whole or not at all, and checked before it is used."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, record_files, sha256_file
+from iq_export.errors import BundleError
+
+MODEL_NAME = "model.onnx"
+PLAN_NAME = "plan.json"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A compiled model on disk: `folder` and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
+        """Read a bundle and, with `verify`, compare every file with its checksum.
+
+        Raises BundleError if it is no bundle, or with a table of the files that differ.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"cannot read {path}: {error}") from error
+        bundle = cls(folder, Manifest.from_json(text, str(path)))
+        if verify:
+            mismatches = bundle.mismatches()
+            if mismatches:
+                raise BundleError(_mismatch_text(folder, mismatches))
+        return bundle
+
+    @property
+    def model(self) -> Path:
+        """The one ONNX file that ships."""
+        return self.folder / MODEL_NAME
+
+    def plan(self) -> dict[str, Any]:
+        """The content of `plan.json`. Raises BundleError if it is missing or not JSON."""
+        path = self.folder / PLAN_NAME
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"cannot read {path}: {error}") from error
+        return content
+
+    def mismatches(self) -> list[tuple[str, str, str]]:
+        """Files that are not as recorded: `(name, expected, found)`; empty if all is well."""
+        rows = []
+        for name, expected in sorted(self.manifest.files.items()):
+            path = self.folder / name
+            if not path.is_file():
+                rows.append((name, f"{expected.bytes} bytes", "missing"))
+            elif path.stat().st_size != expected.bytes:
+                rows.append((name, f"{expected.bytes} bytes", f"{path.stat().st_size} bytes"))
+            elif (found := sha256_file(path)) != expected.sha256:
+                rows.append((name, f"sha256 {expected.sha256[:16]}", f"sha256 {found[:16]}"))
+        return rows
+
+
+def _mismatch_text(folder: Path, rows: Sequence[tuple[str, str, str]]) -> str:
+    table = [("file", "manifest says", "found"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in table]
+    head = f"{folder} does not match its {MANIFEST_NAME}: copy it again or compile it again"
+    return "\n  ".join([head, *lines])
+
+
+def update_manifest(bundle: Bundle, *, rehash: Sequence[str] = (), **changes: Any) -> Bundle:
+    """A bundle whose manifest has `changes` applied and is written atomically.
+
+    `rehash` names files (relative, `/`-separated) that were added or rewritten; one that no longer
+    exists is dropped from the manifest.
+    """
+    files = dict(changes.pop("files", bundle.manifest.files))
+    for name in rehash:
+        files.pop(name, None)
+    there = [name for name in rehash if (bundle.folder / name).is_file()]
+    with disk_full_is_bundle_error(bundle.folder):
+        files.update(record_files(bundle.folder, there))
+        manifest = replace(bundle.manifest, files=dict(sorted(files.items())), **changes)
+        manifest.write(bundle.folder)
+    return Bundle(bundle.folder, manifest)
+
+
+def check_output(out: str | Path, force: bool) -> Path:
+    """The absolute output path, refused early: call this before the long work.
+
+    Raises BundleError if `out` exists and is not an empty folder, unless `force` is set and it is
+    a bundle. `--force` never deletes a folder that this program did not write.
+    """
+    out = Path(os.path.abspath(out))
+    if not out.exists() and not out.is_symlink():
+        return out
+    if not out.is_dir() or out.is_symlink():
+        raise BundleError(f"{out} exists and is not a folder: choose another output")
+    if not any(out.iterdir()):
+        return out
+    if not (out / MANIFEST_NAME).is_file():
+        raise BundleError(f"{out} exists and is not a bundle: choose another output folder")
+    if not force:
+        raise BundleError(f"{out} exists: choose another output folder or give --force")
+    return out
+
+
+def require_space(folder: str | Path, needed_bytes: int) -> None:
+    """Raise BundleError if the file system that holds `folder` has less than `needed_bytes` free.
+
+    `folder` need not exist yet.
+    """
+    place = Path(os.path.abspath(folder))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise BundleError(
+            f"{place} has {free / 1e9:.1f} GB free and about {needed_bytes / 1e9:.1f} GB are "
+            "needed: free some space or choose another folder"
+        )
+
+
+@contextmanager
+def disk_full_is_bundle_error(where: str | Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a BundleError that names `where`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise BundleError(f"the disk is full: {where} was not written") from error
+        raise
+
+
+@contextmanager
+def atomic_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` to write into; it becomes `out` when the block succeeds.
+
+    On any failure, Ctrl-C included, the sibling is removed and what stood at `out` stays as it was.
+    Raises BundleError as `check_output` does, or if the folder cannot be written or the disk fills.
+    """
+    out = check_output(out, force)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise BundleError(f"cannot write in {out.parent}: {error.strerror}") from error
+    try:
+        with disk_full_is_bundle_error(out):
+            yield temporary
+            _swap(temporary, check_output(out, force))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, out: Path) -> None:
+    """Rename `temporary` to `out`; an older folder is set aside first and removed afterwards."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = out.parent / f".{out.name}.{os.getpid()}.old"
+    out.rename(old)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        # Ctrl-C may land between the two renames: the older bundle comes back.
+        if not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

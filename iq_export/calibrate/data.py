@@ -1,0 +1,160 @@
+"""Text for calibration and evaluation, and the token windows cut from it.
+
+`builtin` is the prose of the manual pages that every CPython carries (`pydoc_data.topics`), so a
+first compile needs no download. A third of it is held out (`builtin-heldout`) for evaluation.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Literal, Protocol
+
+from iq_export.errors import DataError, UsageError
+
+BUILTIN = "builtin"
+BUILTIN_HELDOUT = "builtin-heldout"
+Bos = Literal["with", "without", "mixed"]
+
+# Tokenizing holds several copies of the text in memory; a calibration needs a few hundred KB.
+_MAX_BYTES = 64 << 20
+# Neighbouring paragraphs go to the same side of the split, so windows keep a running text.
+_BLOCK_PARAGRAPHS = 24
+_FIRST_TOKEN_TRIES = 8
+_SHORT_PARAGRAPH = 40
+
+
+class TextTokenizer(Protocol):
+    """What `windows` needs of a tokenizer (`iq_export.run.generate.Tokenizer` has it)."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of the beginning-of-sequence token, None if the model has none."""
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        """The token ids of `text`, with a BOS in front if `add_bos`."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """`ids` [length] of one piece of text; `bos` tells whether ids[0] is the BOS token."""
+
+    ids: list[int]
+    bos: bool
+
+
+def load_text(spec: str | Path) -> str:
+    """The text that `spec` names: `builtin`, `builtin-heldout` or the path of a UTF-8 file.
+
+    Raises DataError if it is missing, empty, not text or larger than 64 MiB.
+    """
+    if spec in (BUILTIN, BUILTIN_HELDOUT):
+        return _builtin_text(heldout=spec == BUILTIN_HELDOUT)
+    path = Path(spec)
+    if path.is_dir():
+        raise DataError(f"text {path} is a folder: give a UTF-8 text file or '{BUILTIN}'")
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise DataError(
+                f"text {path} has {size / 2**20:.0f} MiB: give an excerpt of at most "
+                f"{_MAX_BYTES >> 20} MiB (a few hundred KB are plenty)"
+            )
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"text {path} does not exist: give a UTF-8 file or '{BUILTIN}'") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"text {path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"cannot read text {path}: {error.strerror}") from error
+    if "\0" in text:
+        raise DataError(f"text {path} holds NUL characters: it is not a text file")
+    if not text.strip():
+        raise DataError(f"text {path} is empty")
+    return text
+
+
+def _builtin_text(*, heldout: bool) -> str:
+    """One side of the split of the manual pages: every third block of 24 paragraphs is held out."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError("this Python carries no pydoc_data: give a text file instead") from error
+    # Pages quote each other: a paragraph counts once, or held-out text would have been seen.
+    distinct = dict.fromkeys(
+        " ".join(paragraph.split())
+        for name in sorted(topics)
+        for paragraph in topics[name].split("\n\n")
+        if _is_prose(paragraph)
+    )
+    paragraphs = list(distinct)
+    blocks = [
+        paragraphs[start : start + _BLOCK_PARAGRAPHS]
+        for start in range(0, len(paragraphs), _BLOCK_PARAGRAPHS)
+    ]
+    chosen = [block for number, block in enumerate(blocks) if (number % 3 == 2) == heldout]
+    return "\n\n".join(paragraph for block in chosen for paragraph in block)
+
+
+def _is_prose(paragraph: str) -> bool:
+    """At least a sentence, not underlined as a heading is; indented ones are mostly code."""
+    lines = paragraph.strip("\n").splitlines()
+    if not lines or len(paragraph) <= _SHORT_PARAGRAPH:
+        return False
+    if len(lines) > 1 and not lines[1].strip("*=-~^"):
+        return False
+    first = lines[0].lstrip()
+    return not lines[0].startswith("   ") or (first[:1].isupper() and paragraph.endswith("."))
+
+
+def windows(
+    tokenizer: TextTokenizer, text: str, *, length: int, count: int, seed: int, bos: Bos
+) -> list[Window]:
+    """Up to `count` non-overlapping windows of `length` tokens, spread evenly over `text`.
+
+    Deterministic in `seed`. First tokens differ between windows as far as the text allows.
+    `bos`: "with" puts the BOS in front of the text's first length - 1 tokens, "without" cuts the
+    same places with no BOS, "mixed" alternates (without BOS if the tokenizer has none). Fewer
+    windows come back if the text is shorter than `count` of them.
+
+    Raises DataError if the text is shorter than one window, or "with" is asked of a tokenizer that
+    has no BOS; UsageError for a length below 2 or a count below 1.
+    """
+    if length < 2 or count < 1:
+        raise UsageError(
+            f"windows need a length of at least 2 and a count of at least 1, not {length}, {count}"
+        )
+    bos_id = tokenizer.bos_id
+    if bos == "with" and bos_id is None:
+        raise DataError("the tokenizer has no BOS token: windows with BOS cannot be cut")
+    ids = tokenizer.encode(text, add_bos=False)
+    if len(ids) < length:
+        raise DataError(
+            f"the text has {len(ids)} tokens, one window needs {length}: give more text or a "
+            "smaller length"
+        )
+    starts = _starts(ids, length, min(count, len(ids) // length), random.Random(seed))
+    pattern = {"with": (True,), "without": (False,), "mixed": (True, False)}[bos]
+    cut = []
+    for start, wanted in zip(starts, cycle(pattern), strict=False):
+        if wanted and bos_id is not None:
+            cut.append(Window([bos_id, *ids[start : start + length - 1]], True))
+        else:
+            cut.append(Window(ids[start : start + length], False))
+    return cut
+
+
+def _starts(ids: list[int], length: int, count: int, rng: random.Random) -> list[int]:
+    """One start per equal segment of `ids`, preferring first tokens that no window has yet."""
+    starts: list[int] = []
+    seen: set[int] = set()
+    for number in range(count):
+        low = number * len(ids) // count
+        high = (number + 1) * len(ids) // count - length
+        tries = [rng.randint(low, high) for _ in range(_FIRST_TOKEN_TRIES)]
+        start = next((t for t in tries if ids[t] not in seen), tries[0])
+        seen.add(ids[start])
+        starts.append(start)
+    return starts

@@ -1,0 +1,65 @@
+"""manifest.json: round trip, refusals, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from iq_export.bundle.manifest import (
+    FORMAT_VERSION,
+    FileRecord,
+    Manifest,
+    TensorInfo,
+    record_files,
+)
+from iq_export.errors import BundleError
+
+
+def sample() -> Manifest:
+    return Manifest(
+        name="tiny",
+        recipe="w8a8",
+        dtype="float16",
+        opset=23,
+        inputs=[TensorInfo("input_ids", "int64", ["batch", "seq"])],
+        files={"model.onnx": FileRecord(3, "ab")},
+    )
+
+
+def test_round_trip() -> None:
+    assert Manifest.from_json(sample().to_json()) == sample()
+
+
+def test_numbers_json_cannot_hold_become_null() -> None:
+    manifest = Manifest("m", "w8a8", "float16", 23, accuracy={"perplexity": float("inf")})
+    assert json.loads(manifest.to_json())["accuracy"] == {"perplexity": None}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "[]",
+        "{}",
+        json.dumps({"format_version": FORMAT_VERSION + 1}),
+        json.dumps({"format_version": FORMAT_VERSION}),
+        json.dumps({**json.loads(sample().to_json()), "surprise": 1}),
+        json.dumps({**json.loads(sample().to_json()), "files": {"a": {"bytes": 1}}}),
+    ],
+)
+def test_damaged_manifests_are_refused(text: str) -> None:
+    with pytest.raises(BundleError, match="somewhere"):
+        Manifest.from_json(text, "somewhere")
+
+
+def test_record_files_hashes_everything_but_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "a.plan").write_bytes(b"plan")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    sample().write(tmp_path)
+    files = record_files(tmp_path)
+    assert list(files) == ["engines/a.plan", "model.onnx"]
+    assert files["engines/a.plan"] == FileRecord(4, hashlib.sha256(b"plan").hexdigest())

@@ -1,0 +1,128 @@
+"""The output folder is whole or absent, and never silently differs from its manifest."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from iq_export.bundle.manifest import Manifest, record_files
+from iq_export.bundle.package import (
+    Bundle,
+    atomic_folder,
+    check_output,
+    require_space,
+    update_manifest,
+)
+from iq_export.errors import BundleError
+
+
+def write_bundle(folder: Path, content: bytes = b"graph") -> None:
+    (folder / "model.onnx").write_bytes(content)
+    Manifest("tiny", "w8a8", "float16", 23, files=record_files(folder)).write(folder)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    with atomic_folder(out) as folder:
+        write_bundle(folder)
+    return out
+
+
+def test_success_leaves_only_the_bundle(bundle: Path) -> None:
+    assert [p.name for p in bundle.parent.iterdir()] == ["out"]
+    assert Bundle.open(bundle).model.read_bytes() == b"graph"
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), atomic_folder(tmp_path / "deep" / "out") as folder:
+        write_bundle(folder)
+        raise failure
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_failure_keeps_the_older_bundle(bundle: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(bundle, force=True) as folder:
+        write_bundle(folder, b"newer")
+        raise KeyboardInterrupt
+    assert Bundle.open(bundle).model.read_bytes() == b"graph"
+    assert len(list(bundle.parent.iterdir())) == 1
+
+
+def test_interrupt_between_the_renames_keeps_the_older_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(bundle, force=True) as folder:
+        write_bundle(folder, b"newer")
+    assert Bundle.open(bundle).model.read_bytes() == b"graph"
+    assert len(list(bundle.parent.iterdir())) == 1
+
+
+def test_force_replaces_a_bundle_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="--force"):
+        check_output(bundle, force=False)
+    with atomic_folder(bundle, force=True) as folder:
+        write_bundle(folder, b"newer")
+    assert Bundle.open(bundle).model.read_bytes() == b"newer"
+
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    with pytest.raises(BundleError, match="not a bundle"):
+        check_output(precious, force=True)
+    with pytest.raises(BundleError, match="not a folder"):
+        check_output(precious / "thesis.tex", force=True)
+
+
+def test_disk_full_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="disk is full"), atomic_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_os_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), atomic_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_require_space(tmp_path: Path) -> None:
+    require_space(tmp_path / "not" / "there" / "yet", 1)
+    with pytest.raises(BundleError, match="GB free"):
+        require_space(tmp_path, 1 << 60)
+
+
+def test_open_shows_a_table_of_mismatches(bundle: Path) -> None:
+    (bundle / "model.onnx").write_bytes(b"grapH")
+    with pytest.raises(BundleError, match=r"(?s)manifest says.*model\.onnx.*sha256"):
+        Bundle.open(bundle)
+    assert Bundle.open(bundle, verify=False).manifest.name == "tiny"
+    (bundle / "model.onnx").unlink()
+    assert Bundle.open(bundle, verify=False).mismatches() == [("model.onnx", "5 bytes", "missing")]
+
+
+def test_open_refuses_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a folder"):
+        Bundle.open(tmp_path / "none")
+    with pytest.raises(BundleError, match="no manifest"):
+        Bundle.open(tmp_path)
+
+
+def test_update_manifest_rehashes_what_changed(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    (bundle / "report.html").write_text("<p>")
+    updated = update_manifest(opened, rehash=["report.html"], accuracy={"rows": []})
+    assert Bundle.open(bundle) == updated
+    assert set(updated.manifest.files) == {"model.onnx", "report.html"}
+    (bundle / "report.html").unlink()
+    assert set(update_manifest(updated, rehash=["report.html"]).manifest.files) == {"model.onnx"}
