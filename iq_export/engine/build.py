@@ -1,0 +1,254 @@
+"""Build a TensorRT plan from `model.onnx`.
+
+TensorRT may abort the process and keeps memory once it has used it, so every build runs in a child
+process (`python -m iq_export.engine.worker`): an abort becomes an EngineError, and the memory goes
+back to the system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import IO, Any
+
+from iq_export.engine.onnx_header import read_header
+from iq_export.engine.profile import Profile, Range
+from iq_export.engine.targets import Target, check_opset
+from iq_export.engine.trt import LABELS, check_levers, why_not_here
+from iq_export.errors import EngineError, UsageError
+from iq_export.progress import Progress
+
+__all__ = ["EngineReport", "Profile", "Range", "build_engine"]
+
+VERBOSITIES = ("layer_names_only", "detailed", "none")
+_SIGKILL_HINT = " The system ended it, most likely for want of memory."
+_TAIL_LINES = 12
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What the child process is asked to build; all paths absolute."""
+
+    model: str
+    plan: str
+    target: str
+    flavour: str
+    compute_capabilities: tuple[int, ...]
+    profile: dict[str, dict[str, int]]
+    opset: int
+    sink_nodes: int
+    plugin: str | None
+    timing_cache: str | None
+    version_compatible: bool
+    strip_weights: bool
+    profiling_verbosity: str
+
+    @classmethod
+    def from_json(cls, text: str) -> BuildRequest:
+        data = json.loads(text)
+        data["compute_capabilities"] = tuple(data["compute_capabilities"])
+        return cls(**data)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One plan and how it was made: an entry of the manifest.
+
+    `form` says how the sink ops went in: "plugin" (as many PLUGIN_V3 layers as sink nodes), "body"
+    (standard ops, no PLUGIN_V3 layer) or "none" (the model has no sink ops). `layers` counts the
+    layers of the parsed network, before TensorRT fuses them. `peak_rss_bytes` is the child's.
+    """
+
+    target: str
+    plan: str
+    bytes: int
+    sha256: str
+    seconds: float
+    flavour: str
+    tensorrt_version: str
+    compute_capabilities: tuple[int, ...]
+    form: str
+    sink_nodes: int
+    plugin_layers: int
+    layers: int
+    opset: int
+    profile: dict[str, dict[str, int]]
+    version_compatible: bool
+    strip_weights: bool
+    peak_rss_bytes: int
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EngineReport:
+        """The report that `to_json` wrote; unknown keys of a newer version are ignored."""
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        for key in ("compute_capabilities", "warnings"):
+            values[key] = tuple(values.get(key, ()))
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field."""
+        data = asdict(self)
+        for key in ("compute_capabilities", "warnings"):
+            data[key] = list(data[key])
+        return data
+
+
+def build_engine(
+    onnx_path: Path,
+    plan_path: Path,
+    target: Target,
+    profile: Profile,
+    *,
+    plugin: Path | None = None,
+    sink_nodes: int | None = None,
+    progress: Progress | None = None,
+    timing_cache: Path | None = None,
+    version_compatible: bool = False,
+    strip_weights: bool = False,
+    profiling_verbosity: str = "detailed",
+) -> EngineReport:
+    """Build `onnx_path` for `target` and write the plan, whole or not at all.
+
+    With `plugin` the sink ops become its layers, and the library is embedded in the plan; without,
+    their function bodies are built. Either way the form is proven by counting PLUGIN_V3 layers.
+    `sink_nodes` is counted in the graph if not given. Axes of the inputs must be named batch, seq,
+    past or total. Ctrl-C stops the child as well.
+
+    Raises UsageError for an option that is unknown or that the target lacks, and EngineError if
+    TensorRT is missing, too old for the graph's opset, refuses the graph or the target, dies, or
+    builds the other form.
+    """
+    if profiling_verbosity not in VERBOSITIES:
+        raise UsageError(
+            f"unknown profiling verbosity '{profiling_verbosity}': use {', '.join(VERBOSITIES)}."
+        )
+    check_levers(target, version_compatible=version_compatible, strip_weights=strip_weights)
+    header = read_header(onnx_path)
+    check_opset(target, header.opset)
+    reason = why_not_here(target)
+    if reason is not None:
+        raise EngineError(reason)
+    if plugin is not None and not plugin.is_file():
+        raise EngineError(f"the plugin library '{plugin}' does not exist.")
+    if sink_nodes is None:
+        sink_nodes = header.sink_nodes
+    plan_path.parent.mkdir(parents=True, exist_ok=True)
+    partial = plan_path.with_name(f".{plan_path.name}.{os.getpid()}.partial")
+    request = BuildRequest(
+        model=str(onnx_path.resolve()),
+        plan=str(partial.resolve()),
+        target=target.name,
+        flavour=target.flavour,
+        compute_capabilities=target.compute_capabilities,
+        profile=profile.to_json(),
+        opset=header.opset,
+        sink_nodes=sink_nodes,
+        plugin=str(plugin.resolve()) if plugin and sink_nodes else None,
+        timing_cache=str(timing_cache.resolve()) if timing_cache else None,
+        version_compatible=version_compatible,
+        strip_weights=strip_weights,
+        profiling_verbosity=profiling_verbosity,
+    )
+    try:
+        report = _run_worker(request, progress or Progress(quiet=True))
+        partial.replace(plan_path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return replace(report, plan=plan_path.name)
+
+
+def _run_worker(request: BuildRequest, progress: Progress) -> EngineReport:
+    """Run the build in a child process and return what it reports."""
+    phase = "starting"
+    result: EngineReport | None = None
+    with tempfile.TemporaryFile(mode="w+", errors="replace") as stderr, _worker(stderr) as process:
+        assert process.stdin is not None and process.stdout is not None
+        # A child that is dead already is explained below, by its exit code.
+        with suppress(BrokenPipeError):
+            process.stdin.write(request.to_json())
+            process.stdin.close()
+        for event in _events(process.stdout):
+            kind = event["event"]
+            if kind == "error":
+                process.wait()
+                raise _error(event)
+            if kind == "phase":
+                phase = event["text"]
+            elif kind == "progress":
+                progress.update(event["done"], event["total"])
+            elif kind == "report":
+                result = EngineReport.from_json(event["report"])
+        code = process.wait()
+        if result is not None and code == 0:
+            return result
+        stderr.seek(0)
+        raise EngineError(_post_mortem(request, phase, code, stderr.read()))
+
+
+@contextmanager
+def _worker(stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    """The child process, with the sources of this package first on its path; never left behind."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    paths = [package_parent, os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "iq_export.engine.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None and not stream.closed:
+                stream.close()
+
+
+def _events(lines: IO[str]) -> Iterator[dict[str, Any]]:
+    """The child's events, one JSON object a line; other output of TensorRT's is passed over."""
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            yield event
+
+
+def _error(event: dict[str, Any]) -> Exception:
+    """The child's exception: a system error (a full disk) keeps its number for the caller."""
+    if event.get("errno"):
+        return OSError(event["errno"], event["text"])
+    return EngineError(event["text"])
+
+
+def _post_mortem(request: BuildRequest, phase: str, code: int, stderr: str) -> str:
+    how, hint = f"ended with code {code}", ""
+    if code < 0:
+        known = {int(number): number.name for number in signal.Signals}
+        name = known.get(-code, f"signal {-code}")
+        how, hint = f"died of {name}", _SIGKILL_HINT if name == "SIGKILL" else ""
+    tail = " | ".join(stderr.strip().splitlines()[-_TAIL_LINES:])
+    return (
+        f"{LABELS[request.flavour]} {how} while {phase} the engine for '{request.target}'.{hint}"
+        + (f" Its last words: {tail}" if tail else "")
+    )
