@@ -1,0 +1,1 @@
+"""From a model's name to an ONNX graph: find it, fetch it, load it, trace it."""

@@ -1,0 +1,169 @@
+"""A Hugging Face causal LM as one torch module with flat inputs and outputs, ready for export.
+
+The module computes its own boolean mask and hands attention to `torch.onnx.ops.attention`, so that
+the exported graph has one ONNX `Attention` per layer that takes K/V with their own head count (no
+repeated heads), and one mask per kind of attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from iq_export.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION = "iq_export_onnx"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What the KV cache looks like: one entry per layer in `past_key_values.N.*`."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Which kinds of attention the layers use, and the window of the sliding one (tokens)."""
+
+    kinds: tuple[str, ...]
+    window: int | None
+
+
+def mask_plan(config: Any) -> MaskPlan:
+    """Read the kinds of attention from a transformers text config.
+
+    Raises ModelError for kinds that the traced mask does not express (chunked, linear, ...).
+    """
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    declared = getattr(config, "layer_types", None)
+    kinds = tuple(sorted(set(declared))) if declared else ((SLIDING,) if window else (FULL,))
+    unknown = [kind for kind in kinds if kind not in (FULL, SLIDING)]
+    if unknown:
+        raise ModelError(
+            f"Model type '{config.model_type}' has layers of type '{unknown[0]}', which cannot be "
+            f"traced yet; supported are '{FULL}' and '{SLIDING}'."
+        )
+    if SLIDING in kinds and not window:
+        kinds = tuple(kind for kind in kinds if kind != SLIDING) or (FULL,)
+    return MaskPlan(kinds, int(window) if window and SLIDING in kinds else None)
+
+
+def build_masks(
+    attention_mask: torch.Tensor, past: int, seq: int, plan: MaskPlan
+) -> dict[str, torch.Tensor]:
+    """Boolean masks `[batch, 1, seq, past + seq]` by kind of attention; True means: attend.
+
+    The diagonal is always True: a row of padding would otherwise attend to nothing, and its
+    softmax would be NaN, which attention spreads to no one else but every later check trips over.
+    `past` and `seq` are symbolic integers while tracing.
+    """
+    import torch
+
+    device = attention_mask.device
+    rows = torch.arange(seq, device=device)[:, None] + past
+    cols = torch.arange(past + seq, device=device)[None, :]
+    allowed = (attention_mask != 0)[:, None, None, :] | (cols == rows)[None, None]
+    causal = cols <= rows
+    masks = {}
+    for kind in plan.kinds:
+        reach = causal if kind == FULL else causal & (cols > rows - plan.window)
+        masks[kind] = reach[None, None] & allowed
+    return masks
+
+
+def onnx_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface on ONNX's `Attention`.
+
+    query `[batch, heads, seq, head_dim]`, key and value `[batch, kv_heads, total, head_dim]` ->
+    `[batch, seq, heads, head_dim]`.
+    """
+    import torch
+
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if others.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} passes '{name}' to attention, which ONNX's Attention "
+                "does not express; this architecture is not supported."
+            )
+    if value.shape[-1] != query.shape[-1]:
+        raise ModelError(
+            f"{type(module).__name__} has values of another head size than its queries "
+            f"({value.shape[-1]} and {query.shape[-1]}); this architecture is not supported."
+        )
+    out = torch.onnx.ops.attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, softcap=softcap or 0.0
+    )[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def flat_module(model: Any) -> torch.nn.Module:
+    """Wrap a transformers causal LM: `(input_ids, attention_mask, position_ids, past)` -> tuple.
+
+    `past` is `(key_0, value_0, key_1, ...)`, each `[batch, kv_heads, past, head_dim]`; the result
+    is `(logits, key_0, value_0, ...)` with the keys and values of past and present together.
+    """
+    import torch
+    from transformers import AttentionInterface, DynamicCache
+
+    AttentionInterface.register(ATTENTION, onnx_attention)
+    model.set_attn_implementation(ATTENTION)
+    plan = mask_plan(model.config)
+
+    class FlatCausalLM(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            position_ids: torch.Tensor,
+            past: tuple[torch.Tensor, ...],
+        ) -> tuple[torch.Tensor, ...]:
+            # Without a config the cache keeps all tokens in every layer: sliding windows are the
+            # mask's business, so that all layers share one `past` length.
+            cache = DynamicCache()
+            for layer in range(len(past) // 2):
+                cache.update(past[2 * layer], past[2 * layer + 1], layer)
+            masks = build_masks(attention_mask, past[0].shape[2], input_ids.shape[1], plan)
+            mask = next(iter(masks.values())) if len(masks) == 1 else masks
+            out = self.model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            flat = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+            return (out.logits, *flat)
+
+    return FlatCausalLM().eval()
+
+
+def cache_shape(config: Any) -> CacheShape:
+    """Layer count, K/V heads and head size from a transformers text config."""
+    heads = config.num_attention_heads
+    return CacheShape(
+        num_layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )

@@ -1,0 +1,276 @@
+"""Make an exported graph readable, small and deterministic, without changing what it computes.
+
+After `tidy`: every linear is one MatMul whose weight is an initializer `[in, out]` under its own
+name (`layers.3.mlp.down_proj.weight`); a tied embedding is stored once, read by the LM head
+through a Transpose; nodes are called after the module they come from (`layers.3/mlp/down_proj`);
+what every layer repeats (cosines, shapes, masks) is computed once; torch's metadata is gone.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+# Elements up to which an expression of parameters (Gemma's `1 + weight`) is evaluated: vectors of
+# any hidden size, but no matrix.
+_FOLD_LIMIT = 1 << 16
+_CSE_LIMIT = 64
+
+
+def tidy(model: ir.Model, *, module_prefix: str) -> None:
+    """Clean `model` in place.
+
+    `module_prefix` is what all module names begin with and readers need not see ("model.model").
+    """
+    _fold_parameter_vectors(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _share_constants(model.graph)
+    _store_weights_transposed(model.graph)
+    common.CommonSubexpressionEliminationPass(size_limit=_CSE_LIMIT)(model)
+    common.IdentityEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.TopologicalSortPass()(model)
+    _give_names(model.graph, module_prefix)
+    _clear_metadata(model)
+
+
+def settle_axes(graph: ir.Graph) -> None:
+    """Name the axes batch, seq, past, total, and read each size from one input only."""
+    _name_total(graph)
+    _read_sizes_from_inputs(graph)
+
+
+def all_scopes(node: ir.Node) -> list[str]:
+    """Qualified names of the torch modules that `node` was traced in, outermost first."""
+    text = node.metadata_props.get(SCOPES, "")
+    # The last entry is the torch operator's own name.
+    scopes = ast.literal_eval(text)[:-1] if text else []
+    return [scope for scope in scopes if not scope.startswith("_empty_nn")]
+
+
+def module_scope(node: ir.Node) -> str:
+    """Qualified name of the innermost module of `node` ('' at the top or unknown)."""
+    return ([""] + all_scopes(node))[-1]
+
+
+def _name_total(graph: ir.Graph) -> None:
+    """Call the attention mask's length, and with it every `past + seq`, `total`."""
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    aliases = {"past + seq", "seq + past", str(mask.shape[1])} if mask.shape else set()
+
+    def rename(value: ir.Value) -> None:
+        if value.shape is None or value.shape.frozen:
+            return
+        for axis, dim in enumerate(value.shape):
+            if not isinstance(dim, int) and str(dim) in aliases:
+                value.shape[axis] = ir.SymbolicDim("total")
+
+    for value in [*graph.inputs, *(out for node in graph for out in node.outputs)]:
+        rename(value)
+
+
+def _read_sizes_from_inputs(graph: ir.Graph) -> None:
+    """Let every Shape of one dynamic axis read it from the same input, so that they merge."""
+    inputs = {value.name: value for value in graph.inputs}
+    first_past = inputs["past_key_values.0.key"]
+    home = {
+        "batch": (inputs["input_ids"], 0),
+        "seq": (inputs["input_ids"], 1),
+        "past": (first_past, 2),
+        "total": (inputs["attention_mask"], 1),
+    }
+    for node in graph:
+        source = node.inputs[0] if node.op_type == "Shape" else None
+        if source is None or source.shape is None:
+            continue
+        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+        rank = len(source.shape)
+        end = node.attributes["end"].as_int() if "end" in node.attributes else rank
+        dim = source.shape[start] if 0 <= start < rank else None
+        if end != start + 1 or isinstance(dim, int) or str(dim) not in home:
+            continue
+        value, axis = home[str(dim)]
+        node.replace_input_with(0, value)
+        node.attributes["start"] = ir.AttrInt64("start", axis)
+        node.attributes["end"] = ir.AttrInt64("end", axis + 1)
+
+
+def _fold_parameter_vectors(model: ir.Model) -> None:
+    """Evaluate constant expressions, but leave transposes: `_store_weights_transposed` has them."""
+    import onnxscript.optimizer
+
+    def vectors_only(node: ir.Node) -> bool | None:
+        return False if node.op_type == "Transpose" else None
+
+    onnxscript.optimizer.fold_constants_ir(
+        model,
+        should_fold=vectors_only,
+        input_size_limit=_FOLD_LIMIT,
+        output_size_limit=_FOLD_LIMIT,
+    )
+
+
+def _share_constants(graph: ir.Graph) -> None:
+    """Keep one copy of each small integer or scalar constant; parameters are never merged."""
+    seen: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or value.is_graph_output():
+            continue
+        small = tensor.size <= _CSE_LIMIT and (
+            tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+            or len(tensor.shape) == 0
+        )
+        if not small:
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        key = (tensor.dtype.name, array.shape, array.tobytes())
+        kept = seen.setdefault(key, value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del graph.initializers[value.name]
+
+
+def _store_weights_transposed(graph: ir.Graph) -> None:
+    """Turn MatMul(x, Transpose(weight)) into MatMul(x, weight') unless the weight is used elsewhere.
+
+    The transposed tensor is made only while it is written: no weight is in memory twice.
+    """
+    for node in list(graph):
+        if node.op_type != "Transpose" or node.inputs[0] is None:
+            continue
+        weight, out = node.inputs[0], node.outputs[0]
+        users = weight.uses()
+        if not weight.is_initializer() or len(weight.shape or ()) != 2 or len(users) != 1:
+            continue
+        if not all(use.node.op_type == "MatMul" and use.idx == 1 for use in out.uses()):
+            continue
+        source = weight.const_value
+        stored = ir.Value(
+            name=weight.name,
+            shape=ir.Shape([weight.shape[1], weight.shape[0]]),
+            type=weight.type,
+            const_value=_lazy_transpose(source),
+        )
+        out.replace_all_uses_with(stored)
+        graph.remove(node, safe=True)
+        del graph.initializers[weight.name]
+        graph.initializers.add(stored)
+
+
+def _lazy_transpose(source: ir.TensorProtocol) -> ir.LazyTensor:
+    shape = ir.Shape([source.shape[1], source.shape[0]])
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(source.numpy().T)),
+        dtype=source.dtype,
+        shape=shape,
+        name=source.name,
+    )
+
+
+def _give_names(graph: ir.Graph, module_prefix: str) -> None:
+    """Name initializers after their parameters, nodes after their modules, values after nodes."""
+    parameters = {
+        value: _short(value.name, module_prefix)
+        for value in graph.initializers.values()
+        if "." in (value.name or "")
+    }
+    taken: Counter[str] = Counter()
+    node_names = {}
+    for node in graph:
+        node_names[node] = _unique(_node_name(node, parameters, module_prefix), taken)
+    names = _parameter_names(graph, parameters, node_names)
+    old = list(graph.initializers.values())
+    graph.initializers.clear()
+    for value in old:
+        value.name = names[value]
+    for value in sorted(old, key=lambda v: _natural(v.name)):
+        graph.initializers.add(value)
+    for node, name in node_names.items():
+        node.name = name
+        for index, out in enumerate(node.outputs):
+            if not out.is_graph_output():
+                out.name = f"{name}/out" if index == 0 else f"{name}/out{index}"
+
+
+def _parameter_names(
+    graph: ir.Graph, parameters: dict[ir.Value, str], node_names: dict[ir.Node, str]
+) -> dict[ir.Value, str]:
+    names: dict[ir.Value, str] = {}
+    taken: Counter[str] = Counter()
+    constants = 0
+    for value in graph.initializers.values():
+        readers = [use.node for use in value.uses()]
+        gather = next((node for node in readers if node.op_type == "Gather"), None)
+        if value in parameters:
+            name = parameters[value]
+            if gather is not None and len(readers) > 1:
+                # A tied embedding: called after the table, not after the head that shares it.
+                name = node_names[gather].replace("/", ".") + ".weight"
+        elif readers and len(value.shape or ()) == 1 and "Normalization" in readers[0].op_type:
+            name = node_names[readers[0]].replace("/", ".") + ".weight"
+        else:
+            name, constants = f"const.{constants}", constants + 1
+        names[value] = _unique(name, taken)
+    return names
+
+
+def _node_name(node: ir.Node, parameters: dict[ir.Value, str], module_prefix: str) -> str:
+    scope = _short(module_scope(node), module_prefix)
+    path = re.sub(r"\.(?!\d+(\.|$))", "/", scope)
+    weighted = any(_stored(value) in parameters for value in node.inputs if value is not None)
+    main = node.op_type in ("MatMul", "Gather", "Gemm", "Conv") or "Normalization" in node.op_type
+    if path and main and (weighted or "Normalization" in node.op_type):
+        return path
+    return f"{path}/{node.op_type}" if path else node.op_type
+
+
+def _stored(value: ir.Value) -> ir.Value | None:
+    """The value itself, or what it is the transpose of."""
+    producer = value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
+
+
+def _short(name: str | None, module_prefix: str) -> str:
+    """Drop the prefix, or as much of its beginning as there is."""
+    name = name or ""
+    parts = module_prefix.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        if name == prefix:
+            return ""
+        if name.startswith(prefix + "."):
+            return name[len(prefix) + 1 :]
+    return name
+
+
+def _unique(name: str, taken: Counter[str]) -> str:
+    taken[name] += 1
+    if taken[name] == 1:
+        return name
+    return _unique(f"{name}_{taken[name]}", taken)
+
+
+def _natural(name: str | None) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 10 comes after layer 9."""
+    parts = re.split(r"(\d+)", name or "")
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts]
+
+
+def _clear_metadata(model: ir.Model) -> None:
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.name = "causal_lm"
+    model.producer_name, model.producer_version, model.doc_string = "iq-export", None, None
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for value in [*values, *(out for node in model.graph for out in node.outputs)]:
+        value.metadata_props.clear()
+        value.doc_string = None
