@@ -1,0 +1,1 @@
+"""Running a causal LM's ONNX graph: one session interface, tokenizer, generation."""

@@ -1,0 +1,189 @@
+"""A causal LM's ONNX graph in ONNX Runtime, with the types and sizes read from the session."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iq_export.errors import EngineError, GraphError
+
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Result of one forward pass.
+
+    logits `[batch, seq, vocab]` float32 (empty if not asked for); present: key and value of every
+    layer, `[batch, kv_heads, past + seq, head_dim]` in the graph's own type; extras by name.
+    """
+
+    logits: NDArray[np.float32]
+    present: list[NDArray[Any]]
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+class CausalLM:
+    """An ONNX Runtime session of a traced causal LM.
+
+    `extra_outputs` are names of further graph outputs that `forward` returns in `extras`.
+    Raises GraphError if the file cannot be loaded or lacks an input or output of a causal LM with
+    KV cache, EngineError if a provider is not available in this ONNX Runtime.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        extra_outputs: Sequence[str] = (),
+        threads: int | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._session = _open_session(self.path, providers, threads)
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        outputs = [value.name for value in self._session.get_outputs()]
+        self._past = _past_inputs(inputs, self.path)
+        self.num_layers = len(self._past) // 2
+        self._present = [
+            f"present.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")
+        ]
+        self.extra_outputs = tuple(extra_outputs)
+        for name in ("logits", *self._present, *self.extra_outputs):
+            if name not in outputs:
+                raise GraphError(f"{self.path.name} has no output '{name}'.")
+        self._inputs = tuple(
+            name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs
+        )
+        first = inputs[self._past[0]]
+        if first.type not in _NUMPY_TYPES:
+            raise GraphError(f"{self.path.name}: cache input '{first.name}' has type {first.type}.")
+        self.kv_dtype = np.dtype(_NUMPY_TYPES[first.type])
+        self.kv_heads, self.head_dim = int(first.shape[1]), int(first.shape[3])
+        logits = next(value for value in self._session.get_outputs() if value.name == "logits")
+        self.vocab_size = int(logits.shape[2])
+
+    def empty_past(self, batch: int) -> list[NDArray[Any]]:
+        """An empty cache for `batch` sequences: what a prefill starts from."""
+        shape = (batch, self.kv_heads, 0, self.head_dim)
+        return [np.zeros(shape, self.kv_dtype) for _ in self._past]
+
+    def forward(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids,
+        position_ids: Ids,
+        past: Sequence[NDArray[Any]] | None = None,
+        *,
+        need_logits: bool = True,
+        need_present: bool = True,
+    ) -> Step:
+        """Run prefill or decode.
+
+        input_ids and position_ids `[batch, seq]`, attention_mask `[batch, past + seq]`; `past` as
+        in `Step.present` of the step before (None: empty). Raises GraphError with ONNX Runtime's
+        message if the run fails.
+        """
+        feeds: dict[str, NDArray[Any]] = dict(
+            zip(self._past, past or self.empty_past(len(input_ids)), strict=True)
+        )
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        feeds.update({name: np.asarray(given[name], np.int64) for name in self._inputs})
+        logits = ["logits"] if need_logits else []
+        present = self._present if need_present else []
+        found = self._run([*logits, *present, *self.extra_outputs], feeds)
+        empty = np.zeros((*input_ids.shape, 0), np.float32)
+        return Step(
+            logits=found["logits"].astype(np.float32, copy=False) if need_logits else empty,
+            present=[found[name] for name in present],
+            extras={name: found[name] for name in self.extra_outputs},
+        )
+
+    def _run(self, names: list[str], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        try:
+            values = self._session.run(names, dict(feeds))
+        except _ort_errors() as error:
+            raise GraphError(f"{self.path.name} fails in ONNX Runtime: {_line(error)}") from error
+        return dict(zip(names, values, strict=True))
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids, Ids]:
+    """Batch token rows of different lengths: `(input_ids, attention_mask, position_ids)`.
+
+    All are `[batch, longest]`; padding stands on the left with mask 0 and position 0, and each
+    row's own tokens count from 0.
+    """
+    longest = max((len(row) for row in rows), default=0)
+    ids = np.full((len(rows), longest), pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    positions = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        if row:
+            ids[index, -len(row) :] = row
+            mask[index, -len(row) :] = 1
+            positions[index, -len(row) :] = np.arange(len(row))
+    return ids, mask, positions
+
+
+def _open_session(path: Path, providers: Sequence[str], threads: int | None) -> Any:
+    import onnxruntime
+
+    if not path.is_file():
+        raise GraphError(f"There is no ONNX file at {path}.")
+    missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
+    if missing:
+        raise EngineError(
+            f"This ONNX Runtime has no {missing[0]}; for CUDA install the extra: "
+            "pip install 'iq-export[gpu]'."
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: the rest is about the runtime, not the model
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except _ort_errors() as error:
+        raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
+
+
+def _past_inputs(inputs: Mapping[str, Any], path: Path) -> list[str]:
+    """Names of the cache inputs in layer order; GraphError if the graph is no causal LM."""
+    if "input_ids" not in inputs:
+        raise GraphError(f"{path.name} is not a causal LM: it has no input 'input_ids'.")
+    layers = {int(match[1]) for name in inputs if (match := _PAST.match(name))}
+    names = [
+        f"past_key_values.{i}.{kind}" for i in range(len(layers)) for kind in ("key", "value")
+    ]
+    lacking = [name for name in names or ["past_key_values.0.key"] if name not in inputs]
+    if lacking:
+        raise GraphError(f"{path.name} has no input '{lacking[0]}': it was exported without cache.")
+    return names
+
+
+def _ort_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NoModel",
+        "EPFail", "EngineError", "ModelLoaded", "NotImplemented", "RuntimeException",
+    )  # fmt: skip
+    known = tuple(getattr(state, name) for name in names if hasattr(state, name))
+    return (*known, ValueError)
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
