@@ -91,7 +91,7 @@ def _logits(model: CausalLM, window: Window) -> np.ndarray:
     """Logits [length, vocab] float32 of one unpadded window."""
     ids = np.asarray([window.ids], np.int64)
     positions = np.arange(ids.shape[1], dtype=np.int64)[None]
-    return np.asarray(model.forward(ids, np.ones_like(ids), positions).logits[0], np.float32)
+    return model.forward(ids, np.ones_like(ids), positions, need_present=False).logits[0]
 
 
 def _score_window(logits: np.ndarray, targets: np.ndarray, sample_rows: Sequence[int]) -> Scored:

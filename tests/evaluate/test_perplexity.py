@@ -26,7 +26,7 @@ class Table:
     def __init__(self, scale: float = 1.0) -> None:
         self.table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)) * scale
 
-    def forward(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> Step:
+    def forward(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, **_: bool) -> Step:
         assert mask.shape == ids.shape == positions.shape
         assert positions[0, -1] == ids.shape[1] - 1
         return Step(self.table[ids].astype(np.float32))

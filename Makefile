@@ -1,0 +1,56 @@
+# `make demo` and `make test` need Python 3.10 or newer (3.11 is what the pins are tested with) and,
+# for the optional TensorRT plugin, a C++ compiler, CMake and nvcc.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+MODEL := smollm2-135m
+DEMO := build/demo/$(MODEL)
+PROMPT := Give me three tips for a good night's sleep.
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help:
+	@echo "make demo   compile $(MODEL) to W8A8, measure it, let it speak (starts from what is there)"
+	@echo "make test   the whole test suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove $(VENV) and build/"
+
+venv: $(INSTALLED)
+
+# Written last: an interrupted installation is done again.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt --editable ".[compile,rtx,test,dev]"
+	touch $@
+
+# The bundle appears whole or not at all, so the manifest is as good as a stamp.
+$(DEMO)/manifest.json: | $(INSTALLED)
+	$(BIN)/iq-export compile $(MODEL) $(DEMO) --recipe w8a8 --target rtx-ampere
+
+build/demo/boolq.txt: | $(INSTALLED)
+	$(BIN)/python tools/fetch_boolq.py --output $@
+
+# `eval` writes its table into the manifest, hence a stamp of its own.
+build/demo/evaluated: $(DEMO)/manifest.json build/demo/boolq.txt
+	$(BIN)/iq-export eval $(DEMO) --text build/demo/boolq.txt
+	touch $@
+
+demo: build/demo/evaluated
+	$(BIN)/iq-export inspect $(DEMO)
+	$(BIN)/iq-export run $(DEMO) --prompt "$(PROMPT)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,167 @@
+"""`iq-export compile MODEL OUT`: the main job."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iq_export.cli import options
+
+if TYPE_CHECKING:
+    from iq_export.bundle.package import Bundle
+    from iq_export.compile import CompileOptions
+
+_EPILOG = """examples:
+  iq-export compile smollm2-135m OUT --recipe w8a8 --target rtx-ampere
+  iq-export compile org/name OUT --recipe w4a16 --target rtx-ada --target rtx-blackwell
+  iq-export compile ./model.gguf OUT --calibration my.txt --maxShapes batch:8,seq:1024,past:4096
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Define the subcommand and its options."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "compile",
+        help="trace, find spikes, insert, quantize, build engines, package",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hub id, Hugging Face folder, .gguf, .onnx (with --tokenizer) or smollm2-135m",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="output folder; must not exist")
+    parser.add_argument("--recipe", default="w8a8", help="w8a8 (default) or w4a16")
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", dest="targets",
+        help="device to build an engine for, repeatable (default rtx-ampere)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of model.onnx")
+    parser.add_argument("--opset", type=int, default=23, help="ONNX opset (default 23)")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
+    parser.add_argument(
+        "--plugin", choices=("auto", "on", "off"), default="auto",
+        help="sink ops as TensorRT plugin layers: auto if it can be compiled here (default)",
+    )  # fmt: skip
+    _add_calibration(parser)
+    options.add_shapes(parser)
+    _add_source(parser)
+    _add_work(parser)
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration", default="builtin", metavar="FILE|builtin",
+        help="UTF-8 text (default: the manual pages that come with Python)",
+    )  # fmt: skip
+    group.add_argument("--samples", type=options.positive, default=16, help="windows (default 16)")
+    group.add_argument(
+        "--length", type=options.positive, default=512, help="tokens per window (default 512)"
+    )
+    group.add_argument(
+        "--max-relative-deviation", type=float, default=0.10, metavar="X",
+        help="a lifecycle varying more than this is reported, not replaced (default 0.10)",
+    )  # fmt: skip
+    group.add_argument(
+        "--alpha", type=float, default=64.0,
+        help="a token spikes above alpha x the median of its tensor (default 64)",
+    )  # fmt: skip
+    options.add_device(group)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("source")
+    group.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer of an .onnx model")
+    group.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python code that comes with a hub model",
+    )  # fmt: skip
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("work")
+    group.add_argument("--force", action="store_true", help="replace an existing bundle at OUT")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    group.add_argument("--work", type=Path, metavar="DIR", help="folder for intermediate graphs")
+    group.add_argument(
+        "--keep-work", action="store_true", help="keep the intermediate graphs (eval reuses them)"
+    )
+
+
+def compile_options(args: argparse.Namespace) -> CompileOptions:
+    """The options of `iq_export.compile`. Raises UsageError for bad shapes."""
+    from iq_export.compile import CompileOptions
+    from iq_export.engine.profile import Profile
+
+    return CompileOptions(
+        model=args.model,
+        out=args.out,
+        recipe=args.recipe,
+        targets=tuple(args.targets or ("rtx-ampere",)),
+        calibration=args.calibration,
+        samples=args.samples,
+        length=args.length,
+        profile=Profile.parse(args.min_shapes, args.opt_shapes, args.max_shapes),
+        opset=args.opset,
+        dtype=args.dtype,
+        seed=args.seed,
+        plugin=args.plugin,
+        tokenizer=args.tokenizer,
+        force=args.force,
+        keep_work=args.keep_work,
+        work=args.work,
+        device=args.device,
+        max_relative_deviation=args.max_relative_deviation,
+        alpha=args.alpha,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, or print what a compile would do."""
+    from iq_export.compile import compile, dry_run
+
+    chosen = compile_options(args)
+    if args.dry_run:
+        _print_plan(dry_run(chosen), as_json=args.json)
+        return 0
+    bundle = compile(chosen, options.progress(args))
+    if args.json:
+        options.print_json({"out": bundle.folder, **asdict(bundle.manifest)})
+    else:
+        print(_closing(bundle))
+    return 0
+
+
+def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        options.print_json(plan)
+        return
+    for key, value in plan.items():
+        if isinstance(value, (list, tuple)):
+            print(f"{key}:")
+            for item in value:
+                print(f"  {item}")
+        else:
+            print(f"{key}: {value}")
+
+
+def _closing(bundle: Bundle) -> str:
+    """What a person wants to know at the end: where, how large, how long, what next."""
+    manifest = bundle.manifest
+    model = sum(r.bytes for name, r in manifest.files.items() if name.startswith("model.onnx"))
+    lines = [f"{bundle.folder}: {manifest.recipe}, model.onnx {options.size(model)}"]
+    for target, engine in manifest.engines.items():
+        form = engine.get("form", "none")
+        lines.append(f"  engine {target}: {options.size(engine.get('bytes', 0))}, sinks: {form}")
+    lines += [f"  note: {note}" for note in manifest.notes]
+    total = sum(manifest.timings.values())
+    rss = manifest.peak_rss_bytes
+    peak = "" if rss is None else f", peak memory {options.size(rss)}"
+    lines.append(f"  {total:.0f} s{peak}")
+    lines.append(f"next: iq-export eval {bundle.folder}; iq-export inspect {bundle.folder}")
+    return "\n".join(lines)

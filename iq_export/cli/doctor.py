@@ -1,0 +1,125 @@
+"""`iq-export doctor`: what this machine can do, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from iq_export.cli import options
+from iq_export.cli.inspect import columns
+
+_OK, _MISSING = "ok", "missing"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `state` is ok or missing, `need` says which command needs it."""
+
+    name: str
+    state: str
+    found: str
+    need: str
+
+
+def add_parser(subparsers: Any) -> None:
+    """Define the subcommand."""
+    subparsers.add_parser(
+        "doctor", help="what is installed here, what is missing, and which command needs it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the checks. Missing parts are no error: a device needs no torch."""
+    checks = all_checks()
+    if args.json:
+        options.print_json([asdict(check) for check in checks])
+    else:
+        rows = [(c.state, c.name, c.found, c.need) for c in checks]
+        print("\n".join(columns([("", "what", "found", "needed for"), *rows])))
+    return 0
+
+
+def all_checks() -> list[Check]:
+    """Every check, cheapest first; none imports torch or TensorRT."""
+    return [*_machine(), *_packages(), *_tensorrt(), *_tools()]
+
+
+def _machine() -> list[Check]:
+    checks = [Check("Python", _OK, platform.python_version(), "everything (3.10 or newer)")]
+    checks.append(Check("CPU cores", _OK, str(os.cpu_count()), "calibration, evaluation"))
+    memory = _memory_bytes()
+    if memory is not None:
+        checks.append(Check("memory", _OK, options.size(memory), "compile (SmolLM2: 5 GB)"))
+    free = options.size(shutil.disk_usage(".").free)
+    checks.append(Check("free disk here", _OK, free, "compile (about 3 x the fp32 weights)"))
+    return checks
+
+
+def _memory_bytes() -> int | None:
+    """Physical memory; None where the system does not tell (Windows)."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _packages() -> list[Check]:
+    wanted = (
+        (("numpy",), "everything"),
+        (("onnxruntime", "onnxruntime-gpu"), "eval, run, verify, compile"),
+        (("tokenizers",), "eval, run, compile"),
+        (("jinja2",), "run"),
+        (("torch",), "compile: pip install 'iq-export[compile]'"),
+        (("transformers",), "compile: pip install 'iq-export[compile]'"),
+        (("onnx",), "compile: pip install 'iq-export[compile]'"),
+        (("gguf",), "compile of GGUF files"),
+    )
+    return [_package(names, need) for names, need in wanted]
+
+
+def _package(names: tuple[str, ...], need: str) -> Check:
+    for name in names:
+        try:
+            return Check(name, _OK, importlib.metadata.version(name), need)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Check(names[0], _MISSING, "-", need)
+
+
+def _tensorrt() -> list[Check]:
+    from iq_export.engine import trt
+
+    installed = trt.available()
+    checks = []
+    for flavour, label in trt.LABELS.items():
+        need = "build, compile --target"
+        if flavour not in installed:
+            checks.append(Check(label, _MISSING, "-", f"{need}: {trt.install_hint(flavour)}"))
+            continue
+        checks.append(Check(label, _OK, _version_of(flavour), need))
+    sm = trt.device_compute_capability()
+    found = f"sm_{sm}" if sm else "none"
+    need = "running engines; building for Jetson and data-centre targets"
+    checks.append(Check("NVIDIA GPU", _OK if sm else _MISSING, found, need))
+    return checks
+
+
+def _version_of(flavour: str) -> str:
+    """The version of a TensorRT module, found without importing it."""
+    for name, distributions in importlib.metadata.packages_distributions().items():
+        if name == flavour:
+            return importlib.metadata.version(distributions[0])
+    return "found"
+
+
+def _tools() -> list[Check]:
+    need = "TensorRT plugin (compile --plugin on)"
+    checks = []
+    for tool in ("cmake", "c++", "nvcc"):
+        found = shutil.which(tool)
+        checks.append(Check(tool, _OK if found else _MISSING, found or "-", need))
+    return checks

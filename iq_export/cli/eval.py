@@ -1,0 +1,139 @@
+"""`iq-export eval OUT`: perplexity of this bundle's model.onnx beside fp32 and round-to-nearest."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from iq_export.bundle.package import Bundle, update_manifest
+from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text
+from iq_export.cli import options
+from iq_export.errors import GraphError, UsageError
+from iq_export.evaluate.compare import (
+    REFERENCE,
+    Comparison,
+    Speed,
+    compare,
+    speed_line,
+    table,
+    time_prefill,
+)
+from iq_export.progress import Progress
+
+_SPEED_LENGTH = 512
+
+
+def add_parser(subparsers: Any) -> None:
+    """Define the subcommand and its options."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "eval",
+        help="measure perplexity in ONNX Runtime, with and without BOS, and time a prefill",
+    )
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="a compiled bundle")
+    parser.add_argument(
+        "--text", default=BUILTIN_HELDOUT, metavar="FILE|builtin",
+        help="UTF-8 text that was not used for calibration (default: builtin's held-out part)",
+    )  # fmt: skip
+    parser.add_argument("--windows", type=options.positive, default=16, help="default 16")
+    parser.add_argument("--length", type=options.positive, default=512, help="tokens; default 512")
+    parser.add_argument("--seed", type=int, default=0, help="of the places of the windows")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR",
+        help="folder with the other graphs (compile --keep-work); rebuilt if absent",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bundle-only", action="store_true", help="only this bundle: no other graph is rebuilt"
+    )
+    parser.add_argument("--no-speed", action="store_true", help="do not time the prefill")
+    options.add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table and store it in the manifest."""
+    from iq_export.run.generate import Tokenizer
+
+    bundle = Bundle.open(args.bundle)
+    name = text_name(args.text, str(bundle.manifest.options.get("calibration", "")))
+    text = load_text(name)
+    providers = options.providers(args.device)
+    progress = options.progress(args)
+    graphs = _graphs(bundle, args, progress)
+    comparison = compare(
+        graphs,
+        Tokenizer(bundle.folder),
+        text,
+        count=args.windows,
+        length=args.length,
+        seed=args.seed,
+        text_name=name,
+        providers=providers,
+        progress=progress,
+    )
+    speed = None
+    if REFERENCE in graphs and not args.no_speed:
+        with progress.step("Time a prefill, bundle against fp32"):
+            speed = time_prefill(
+                bundle.model, graphs[REFERENCE], length=_SPEED_LENGTH, providers=providers
+            )
+    _store(bundle, comparison, speed)
+    _print(comparison, speed, as_json=args.json)
+    _fail_if_broken(comparison, bundle_label(bundle))
+    return 0
+
+
+def text_name(text: str, calibration: str) -> str:
+    """The text to evaluate on; `builtin` means its held-out part.
+
+    Raises UsageError if it is the very file that the bundle was calibrated with.
+    """
+    if text == BUILTIN:
+        return BUILTIN_HELDOUT
+    if calibration not in ("", BUILTIN) and Path(text).resolve() == Path(calibration).resolve():
+        raise UsageError(f"{text} was used for calibration: give another text with --text")
+    return text
+
+
+def bundle_label(bundle: Bundle) -> str:
+    """The row's name of the bundle's own model.onnx."""
+    return f"bundle ({bundle.manifest.recipe})"
+
+
+def _graphs(bundle: Bundle, args: argparse.Namespace, progress: Progress) -> dict[str, Path]:
+    """Label -> graph: the references, then the file that ships."""
+    graphs: dict[str, Path] = {}
+    if not args.bundle_only:
+        from iq_export.compile import reference_graphs
+
+        graphs.update(reference_graphs(bundle, args.work, progress))
+    graphs[bundle_label(bundle)] = bundle.model
+    return graphs
+
+
+def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None) -> None:
+    """Put the measured numbers into the manifest and the report."""
+    changes: dict[str, Any] = {"accuracy": comparison.to_dict()}
+    if speed is not None:
+        changes["speed"] = asdict(speed)
+    updated = update_manifest(bundle, **changes)
+    if "report.html" in updated.manifest.files:
+        from iq_export.report.html import write_report
+
+        write_report(updated.manifest, updated.plan(), updated.folder / "report.html")
+        update_manifest(updated, rehash=["report.html"])
+
+
+def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> None:
+    if as_json:
+        options.print_json({**comparison.to_dict(), "speed": speed and asdict(speed)})
+        return
+    print(table(comparison.to_dict()))
+    if speed is not None:
+        print(speed_line(asdict(speed)))
+
+
+def _fail_if_broken(comparison: Comparison, label: str) -> None:
+    for row in comparison.rows:
+        if row.graph == label and row.error is not None:
+            raise GraphError(f"{label}: {row.error}")

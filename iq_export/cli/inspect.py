@@ -1,0 +1,142 @@
+"""`iq-export inspect OUT`: the manifest, for people."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from iq_export.bundle.manifest import Manifest
+from iq_export.bundle.package import Bundle
+from iq_export.cli import options
+from iq_export.evaluate.compare import speed_line, table
+
+
+def add_parser(subparsers: Any) -> None:
+    """Define the subcommand and its options."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "inspect", help="print what a bundle is and what was measured"
+    )
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="a compiled bundle")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the manifest; checksums are `iq-export verify`'s work."""
+    bundle = Bundle.open(args.bundle, verify=False)
+    if args.json:
+        options.print_json(asdict(bundle.manifest))
+    else:
+        print(describe(bundle.manifest))
+    return 0
+
+
+def describe(manifest: Manifest) -> str:
+    """The manifest as sections of text."""
+    sections = [
+        _head(manifest),
+        _section("sink lifecycles", _lifecycles(manifest)),
+        _section("accuracy", _accuracy(manifest)),
+        _section("engines", _engines(manifest)),
+        _section("inputs and outputs", _tensors(manifest)),
+        _section("files", _files(manifest)),
+        _section("cost of the compile", _cost(manifest)),
+        _section("notes", manifest.notes),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    body = [f"  {line}" for line in lines]
+    return "\n".join([f"{title}:", *body]) if body else ""
+
+
+def _head(manifest: Manifest) -> str:
+    targets = ", ".join(manifest.targets) or "none"
+    lines = [f"{manifest.name}: {manifest.recipe}, {manifest.dtype}, opset {manifest.opset}"]
+    lines.append(f"targets: {targets}")
+    lines += [f"{key}: {value}" for key, value in manifest.source.items() if value is not None]
+    return "\n".join(lines)
+
+
+def _lifecycles(manifest: Manifest) -> list[str]:
+    if not manifest.lifecycles:
+        return ["none found: the model has no spikes that the recipe had to treat"]
+    return [_pairs(lifecycle) for lifecycle in manifest.lifecycles]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "[" + " ".join(_short(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + _pairs(value) + "}"
+    return str(value)
+
+
+def _accuracy(manifest: Manifest) -> list[str]:
+    if manifest.accuracy is None:
+        return ["not measured yet: iq-export eval"]
+    lines = table(manifest.accuracy).splitlines()
+    if manifest.speed is not None:
+        lines.append(speed_line(manifest.speed))
+    return lines
+
+
+def _engines(manifest: Manifest) -> list[str]:
+    if not manifest.engines:
+        return ["none: iq-export build OUT --target NAME"]
+    header = ("target", "size", "TensorRT", "sm", "sink ops", "build")
+    rows = [
+        (
+            target,
+            options.size(engine.get("bytes", 0)),
+            f"{engine.get('flavour', '')} {engine.get('tensorrt_version', '')}".strip(),
+            " ".join(map(str, engine.get("compute_capabilities", []))),
+            f"{engine.get('form', '?')} ({engine.get('plugin_layers', 0)} plugin layers)",
+            f"{engine.get('seconds', 0.0):.0f} s",
+        )
+        for target, engine in manifest.engines.items()
+    ]
+    return columns([header, *rows])
+
+
+def _tensors(manifest: Manifest) -> list[str]:
+    named = [("in", t) for t in manifest.inputs] + [("out", t) for t in manifest.outputs]
+    caches = [t for _, t in named if t.name.startswith(("past_key_values.", "present."))]
+    rows = [
+        (way, t.name, t.dtype, f"[{', '.join(map(str, t.shape))}]")
+        for way, t in named
+        if t not in caches or t.name.endswith(".0.key")
+    ]
+    lines = columns(rows)
+    return [*lines, f"({len(caches)} cache tensors in all)"] if caches else lines
+
+
+def _files(manifest: Manifest) -> list[str]:
+    rows = [(n, options.size(r.bytes), r.sha256[:16]) for n, r in manifest.files.items()]
+    return columns(rows)
+
+
+def _cost(manifest: Manifest) -> list[str]:
+    lines = columns([(step, f"{seconds:.1f} s") for step, seconds in manifest.timings.items()])
+    if manifest.peak_rss_bytes is not None:
+        lines.append(f"peak memory {options.size(manifest.peak_rss_bytes)}")
+    return lines
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as left-aligned lines."""
+    if not rows:
+        return []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,238 @@
+"""`report.html`: one self-contained page that says why the model broke and what was done about it.
+
+Everything comes from the manifest and `plan.json`; parts that they lack are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from iq_export.bundle.manifest import Manifest, write_atomically
+from iq_export.report.chart import Series, line_chart
+
+# Quantizers shown before the fold: those that the rewrite changed most.
+_SHOWN_QUANTIZERS = 12
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1c2026; background: #fff; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-size: .88rem; display: block; overflow-x: auto; }
+th, td { text-align: right; padding: .2rem .7rem; border-bottom: 1px solid #e3e6ea; }
+th:first-child, td:first-child { text-align: left; }
+code, .sub { color: #5a6472; } tr.ours td { font-weight: 600; }
+svg { width: 100%; height: auto; } .grid { stroke: #e3e6ea; }
+.tick { font-size: 11px; fill: #5a6472; }
+polyline { fill: none; stroke-width: 1.8; }
+polyline.before { stroke: #c8452e; } polyline.after { stroke: #1f78b4; }
+circle.before { fill: #c8452e; } circle.after { fill: #1f78b4; }
+.key { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; }
+.key.before { background: #c8452e; } .key.after { background: #1f78b4; }
+.legend { font-size: .85rem; margin-top: 0; }
+"""
+
+
+def write_report(manifest: Manifest, plan: Mapping[str, Any], path: Path) -> Path:
+    """Write the page for `manifest` and the content of `plan.json` to `path`, atomically."""
+    write_atomically(path, render(manifest, plan))
+    return path
+
+
+def render(manifest: Manifest, plan: Mapping[str, Any]) -> str:
+    """The page as text."""
+    sections = [
+        _head(manifest),
+        _section("Accuracy", _accuracy(manifest)),
+        _section("Why the model broke", _spikes(plan.get("observations") or {})),
+        _section("Sink lifecycles", _lifecycles(manifest, plan)),
+        _section("Ranges of the quantizers", _quantizers(plan.get("quantizers") or [])),
+        _section("Engines", _engines(manifest)),
+        _section("Cost of the compile", _cost(manifest)),
+        _section("Notes", _list(manifest.notes)),
+    ]
+    body = "\n".join(section for section in sections if section)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(manifest.name)} {escape(manifest.recipe)}</title>"
+        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{body}" if body else ""
+
+
+def _head(manifest: Manifest) -> str:
+    facts = [manifest.recipe, manifest.dtype, f"opset {manifest.opset}", *manifest.targets]
+    source = ", ".join(f"{k} {v}" for k, v in manifest.source.items() if v is not None)
+    return (
+        f"<h1>{escape(manifest.name)}</h1>\n"
+        f'<p class="sub">{escape(" · ".join(facts))}<br>{escape(source)}</p>'
+    )
+
+
+def _accuracy(manifest: Manifest) -> str:
+    measured = manifest.accuracy
+    if measured is None:
+        return "<p>Not measured yet: <code>iq-export eval</code> fills this table.</p>"
+    rows = []
+    for row in measured["rows"]:
+        numbers = (
+            [row["error"], "", "", ""]
+            if row["error"] is not None
+            else [
+                number(row["perplexity"], ".4f"),
+                number(row["ratio"], ".4f"),
+                number(row["top1_agreement"], ".1%"),
+                number(row["kl"], ".5f"),
+            ]
+        )
+        rows.append([row["graph"], "with" if row["bos"] else "without", *numbers])
+    header = ["graph", "BOS", "perplexity", "x fp32", "same top token", "KL (nats)"]
+    ours = {i for i, row in enumerate(measured["rows"]) if row["graph"].startswith("bundle")}
+    return (
+        f'<p class="sub">{measured["windows"]} windows of {measured["length"]} tokens of '
+        f"{escape(str(measured['text']))}, ONNX Runtime</p>\n" + html_table(header, rows, ours)
+    )
+
+
+def _spikes(observations: Mapping[str, Any]) -> str:
+    """Charts of the largest absolute value per block, before and after the rewrite."""
+    charts = (
+        ("residual_max_per_block", "largest |residual|", "Residual stream"),
+        ("down_proj_max_per_block", "largest |down-projection input|", "Down-projection inputs"),
+    )
+    parts = []
+    for key, y_title, title in charts:
+        chart = line_chart(_series(observations.get(key)), y_title, "block")
+        if chart:
+            parts.append(f"<h3>{escape(title)}</h3>\n{chart}")
+    if not parts:
+        return ""
+    lead = (
+        "<p>A static per-tensor int8 range must hold the largest value. A few tokens carry values "
+        "thousands of times larger than the rest through the residual stream: they stretch the "
+        "range, and every other token is rounded to almost nothing.</p>"
+    )
+    return "\n".join([lead, *parts])
+
+
+def _series(values: Any) -> list[Series]:
+    """A chart's lines from `[..]` (before only) or `{"before": [..], "after": [..]}`."""
+    if not values:
+        return []
+    if not isinstance(values, Mapping):
+        values = {"before": values}
+    names = {"before": "traced model", "after": "with clamp and insertion"}
+    return [Series(names[key], values[key], key) for key in names if values.get(key)]
+
+
+def _lifecycles(manifest: Manifest, plan: Mapping[str, Any]) -> str:
+    lifecycles = manifest.lifecycles or plan.get("lifecycles") or []
+    if not lifecycles:
+        return "<p>None: no token stretches a range, so no sink op was added.</p>"
+    return _records(lifecycles)
+
+
+def _quantizers(quantizers: Sequence[Mapping[str, Any]]) -> str:
+    """Range over the 99.9th percentile of every quantizer, before and after."""
+    if not quantizers:
+        return ""
+    header = ["quantizer", "absmax before", "after", "p99.9 before", "after",
+              "range / p99.9 before", "after", "scale"]  # fmt: skip
+    ordered = sorted(quantizers, key=_gain, reverse=True)
+    rows = [_quantizer_row(q) for q in ordered]
+    first, rest = rows[:_SHOWN_QUANTIZERS], rows[_SHOWN_QUANTIZERS:]
+    text = html_table(header, first)
+    if rest:
+        text += (
+            f"\n<details><summary>{len(rest)} more</summary>\n{html_table(header, rest)}</details>"
+        )
+    return f"<p>{len(rows)} activation quantizers, those that changed most first.</p>\n{text}"
+
+
+def _gain(quantizer: Mapping[str, Any]) -> float:
+    return _ratio(quantizer.get("absmax_before"), quantizer.get("absmax_after")) or 0.0
+
+
+def _quantizer_row(quantizer: Mapping[str, Any]) -> list[str]:
+    before, after = quantizer.get("absmax_before"), quantizer.get("absmax_after")
+    p_before, p_after = quantizer.get("p999_before"), quantizer.get("p999_after")
+    values = (before, after, p_before, p_after, _ratio(before, p_before), _ratio(after, p_after),
+              quantizer.get("scale"))  # fmt: skip
+    return [str(quantizer.get("name", "")), *(number(value, ".4g") for value in values)]
+
+
+def _ratio(over: float | None, under: float | None) -> float | None:
+    return over / under if over is not None and under else None
+
+
+def _engines(manifest: Manifest) -> str:
+    header = ["target", "MB", "TensorRT", "compute capability", "sink ops", "plugin layers", "s"]
+    rows = [
+        [
+            target,
+            number(engine.get("bytes", 0) / 1e6, ".1f"),
+            f"{engine.get('flavour', '')} {engine.get('tensorrt_version', '')}".strip(),
+            " ".join(map(str, engine.get("compute_capabilities", []))),
+            str(engine.get("form", "")),
+            str(engine.get("plugin_layers", "")),
+            number(engine.get("seconds"), ".1f"),
+        ]
+        for target, engine in manifest.engines.items()
+    ]
+    if not rows:
+        return "<p>None: <code>iq-export build</code> makes them.</p>"
+    return html_table(header, rows)
+
+
+def _cost(manifest: Manifest) -> str:
+    rows = [[step, number(seconds, ".1f")] for step, seconds in manifest.timings.items()]
+    if manifest.peak_rss_bytes is not None:
+        rows.append(["peak memory, GB", number(manifest.peak_rss_bytes / 1e9, ".2f")])
+    return html_table(["step", "seconds"], rows) if rows else ""
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> str:
+    """A table of dicts whose keys become the columns, in order of appearance."""
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    return html_table(keys, [[_cell(record.get(key)) for key in keys] for record in records])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value, ".4g")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_cell(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    return "" if value is None else str(value)
+
+
+def _list(items: Iterable[str]) -> str:
+    lines = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f"<ul>{lines}</ul>" if lines else ""
+
+
+def number(value: float | None, spec: str) -> str:
+    """`value` formatted by `spec`, a dash where there is none."""
+    return "-" if value is None else format(value, spec)
+
+
+def html_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()
+) -> str:
+    """An HTML table of escaped cells; the rows numbered in `marked` stand out."""
+    highlighted = set(marked)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = [
+        ('<tr class="ours">' if i in highlighted else "<tr>")
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        + "</tr>"
+        for i, row in enumerate(rows)
+    ]
+    return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>"

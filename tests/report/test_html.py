@@ -1,0 +1,86 @@
+"""The report: complete input, missing parts, nothing that is not escaped, no external resource."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from iq_export.bundle.manifest import Manifest
+from iq_export.report.chart import Series, line_chart
+from iq_export.report.html import render, write_report
+
+_VOID = {"meta", "line", "circle", "polyline", "br"}
+
+
+class Balance(HTMLParser):
+    """Fails if tags do not close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+
+def manifest() -> Manifest:
+    row = {"graph": "bundle (w8a8)", "bos": True, "perplexity": 18.5, "ratio": 1.03, "tokens": 8,
+           "top1_agreement": 0.9, "kl": 0.01, "seconds": 1.0, "error": None}  # fmt: skip
+    broken = {**row, "graph": "rtn <w8a8>", "perplexity": None, "error": "NaN in window 0"}
+    return Manifest(
+        name="<tiny>",
+        recipe="w8a8",
+        dtype="float16",
+        opset=23,
+        accuracy={"rows": [row, broken], "windows": 2, "length": 5, "text": "a & b"},
+        engines={"rtx-ampere": {"bytes": 3_000_000, "form": "body", "plugin_layers": 0}},
+        lifecycles=[{"birth": 2, "death": 9, "spread": 0.0123}],
+        timings={"trace": 2.0},
+        peak_rss_bytes=1_500_000_000,
+        notes=["a <note>"],
+    )
+
+
+PLAN = {
+    "observations": {
+        "residual_max_per_block": {"before": [1.0, 2e4, 3.0], "after": [1.0, 2.0, 3.0]},
+        "down_proj_max_per_block": [0.1, 3000.0, 0.0],
+    },
+    "quantizers": [
+        {"name": f"q{n}", "absmax_before": 100.0 + n, "absmax_after": 1.0, "p999_before": 0.5,
+         "p999_after": 0.5, "scale": 0.01}
+        for n in range(20)
+    ],
+}  # fmt: skip
+
+
+def test_complete_report(tmp_path: Path) -> None:
+    page = write_report(manifest(), PLAN, tmp_path / "report.html").read_text(encoding="utf-8")
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+    assert "&lt;tiny&gt;" in page and "<tiny>" not in page and "<note>" not in page
+    assert page.count("<svg") == 2
+    assert "8 more" in page
+    assert '<tr class="ours"><td>bundle (w8a8)</td>' in page
+    assert "NaN in window 0" in page
+    assert not re.search(r"(src|href)=|https?://|<script", page)
+
+
+def test_report_of_an_empty_plan() -> None:
+    page = render(Manifest("m", "w8a8", "float16", 23), {})
+    assert "iq-export eval" in page
+    assert "<svg" not in page
+
+
+def test_chart_is_logarithmic_and_clamps_zero() -> None:
+    chart = line_chart([Series("a", [1.0, 100.0, 0.0], "before")], "y", "x")
+    heights = [float(y) for y in re.findall(r'cy="([0-9.]+)"', chart)]
+    assert heights[1] < heights[0] == heights[2]
+    assert line_chart([Series("a", [0.0], "before")], "y", "x") == ""
