@@ -1,0 +1,111 @@
+"""`iq-export run OUT --prompt "..."`: generate text with the bundle's graph and its KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iq_export.bundle.package import Bundle
+from iq_export.cli import options
+from iq_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from iq_export.run.generate import Tokenizer
+
+
+def add_parser(subparsers: Any) -> None:
+    """Define the subcommand and its options."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "run", help="generate text with a compiled bundle in ONNX Runtime"
+    )
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="a compiled bundle")
+    parser.add_argument("--prompt", required=True, help="what the user says; '-' reads stdin")
+    parser.add_argument("--system", default=None, help="a system message before the prompt")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without chat template"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=options.positive, default=128, metavar="N", help="(default 128)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    options.add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stream the answer to stdout; with `--json` one document at the end instead."""
+    from iq_export.run.generate import Tokenizer, generate
+    from iq_export.run.ort import CausalLM
+
+    _check(args)
+    bundle = Bundle.open(args.bundle)
+    tokenizer = Tokenizer(bundle.folder)
+    ids = _prompt_ids(args, tokenizer)
+    model = CausalLM(bundle.model, providers=options.providers(args.device))
+    tokens = generate(
+        model,
+        ids,
+        max_new_tokens=args.max_new_tokens,
+        eos_ids=tokenizer.eos_ids,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    new_ids: list[int] = []
+    pieces: list[str] = []
+    begin = time.perf_counter()
+    for piece in tokenizer.stream(_noting(tokens, new_ids)):
+        pieces.append(piece)
+        if not args.json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    seconds = time.perf_counter() - begin
+    if args.json:
+        options.print_json(
+            {
+                "text": "".join(pieces),
+                "prompt_tokens": len(ids),
+                "new_tokens": len(new_ids),
+                "ids": new_ids,
+                "seconds": seconds,
+                "finished": len(new_ids) < args.max_new_tokens,
+            }
+        )
+    else:
+        print()
+        if not args.quiet:
+            rate = len(new_ids) / max(seconds, 1e-9)
+            print(f"{len(new_ids)} tokens, {rate:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.temperature < 0:
+        raise UsageError(f"--temperature must not be negative, and {args.temperature} is.")
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"--top-p must be above 0 and at most 1, and {args.top_p} is not.")
+    if args.raw and args.system is not None:
+        raise UsageError("--system needs the chat template, which --raw leaves out.")
+
+
+def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.raw:
+        return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
+
+
+def _noting(tokens: Any, into: list[int]) -> Any:
+    """Pass tokens on and keep a copy."""
+    for token in tokens:
+        into.append(token)
+        yield token
