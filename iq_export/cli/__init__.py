@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with disk_full_is_bundle_error("the output"):
-            return int(args.handler(args))
+            code = int(args.handler(args))
+            sys.stdout.flush()
+            return code
     except IqError as error:
         if args.verbose:
             traceback.print_exc()

@@ -104,11 +104,16 @@ def _graphs(bundle: Bundle, args: argparse.Namespace, progress: Progress) -> dic
     """Label -> graph: the references, then the file that ships."""
     graphs: dict[str, Path] = {}
     if not args.bundle_only:
-        from iq_export.compile import reference_graphs
-
-        graphs.update(reference_graphs(bundle, args.work, progress))
+        graphs.update(build_references(bundle, args.work, progress))
     graphs[bundle_label(bundle)] = bundle.model
     return graphs
+
+
+def build_references(bundle: Bundle, work: Path | None, progress: Progress) -> dict[str, Path]:
+    """The graphs to compare with, from the work folder or made again (by the extra `compile`)."""
+    from iq_export.compile import reference_graphs
+
+    return reference_graphs(bundle, work, progress)
 
 
 def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None) -> None:

@@ -37,7 +37,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """`--device`: where ONNX Runtime runs."""
     parser.add_argument(
         "--device", choices=tuple(_PROVIDERS), default="cpu",

@@ -35,10 +35,12 @@ def run(args: argparse.Namespace) -> int:
     with progress.step("Run the graph"):
         model = CausalLM(bundle.model)
         check_steps(model)
+    files = bundle.manifest.files
+    size = sum(record.bytes for record in files.values())
     report = {
         "bundle": bundle.folder,
-        "files": len(bundle.manifest.files),
-        "bytes": sum(record.bytes for record in bundle.manifest.files.values()),
+        "files": len(files),
+        "bytes": size,
         "layers": model.num_layers,
         "vocab_size": model.vocab_size,
         "seconds": time.perf_counter() - begin,
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
         options.print_json(report)
     else:
         print(
-            f"{bundle.folder}: {report['files']} files ({options.size(report['bytes'])}) as "
-            f"recorded; model.onnx loads in ONNX Runtime, prefill and decode give finite logits"
+            f"{bundle.folder}: {len(files)} files ({options.size(size)}) as recorded; "
+            "model.onnx loads in ONNX Runtime, prefill and decode give finite logits"
         )
     return 0
 

@@ -1,0 +1,75 @@
+"""A tiny bundle on disk whose model is a fake: commands are tested without ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iq_export.bundle.manifest import Manifest, TensorInfo, record_files
+from iq_export.bundle.package import atomic_folder
+from iq_export.run.ort import Step
+
+VOCAB = 50
+
+
+class FakeModel:
+    """Logits depend on the current token; a file whose content is `nan` gives NaN."""
+
+    vocab_size, num_layers = VOCAB, 2
+
+    def __init__(self, path: Path, **_: Any) -> None:
+        self.table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
+        if path.read_bytes() == b"nan":
+            self.table[:] = np.nan
+
+    def forward(self, ids: np.ndarray, *_: Any, **__: Any) -> Step:
+        return Step(self.table[ids % VOCAB], [])
+
+
+class FakeTokenizer:
+    """One token per word; its id is the word's length."""
+
+    bos_id = 1
+
+    def __init__(self, folder: Path) -> None:
+        pass
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        return [len(word) % VOCAB for word in text.split()]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A complete bundle folder; `CausalLM` and `Tokenizer` are the fakes above."""
+    monkeypatch.setattr("iq_export.run.ort.CausalLM", FakeModel)
+    monkeypatch.setattr("iq_export.run.generate.Tokenizer", FakeTokenizer)
+    out = tmp_path / "bundle"
+    with atomic_folder(out) as folder:
+        (folder / "model.onnx").write_bytes(b"graph")
+        (folder / "plan.json").write_text("{}")
+        (folder / "report.html").write_text("old")
+        Manifest(
+            name="tiny",
+            recipe="w8a8",
+            dtype="float16",
+            opset=23,
+            options={"calibration": "builtin"},
+            inputs=[
+                TensorInfo("input_ids", "int64", ["batch", "seq"]),
+                TensorInfo("past_key_values.0.key", "float16", ["batch", 3, "past", 64]),
+                TensorInfo("past_key_values.1.key", "float16", ["batch", 3, "past", 64]),
+            ],
+            targets=["rtx-ampere"],
+            engines={"rtx-ampere": {"bytes": 2_500_000, "form": "body", "plugin_layers": 0,
+                                    "flavour": "tensorrt_rtx", "tensorrt_version": "1.7.1.116",
+                                    "compute_capabilities": [86], "seconds": 12.3}},
+            lifecycles=[{"birth": 11, "death": 29, "spread": 0.0123456}],
+            timings={"trace": 82.0},
+            peak_rss_bytes=3_200_000_000,
+            notes=["one note"],
+            files=record_files(folder),
+        ).write(folder)  # fmt: skip
+    return out

@@ -1,0 +1,70 @@
+"""eval measures, stores the table in the manifest and renews the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from iq_export.bundle.package import Bundle, update_manifest
+from iq_export.cli import main
+from iq_export.cli.eval import text_name
+from iq_export.errors import UsageError
+
+SMALL = ("--windows", "2", "--length", "16", "--bundle-only")
+
+
+def test_table_goes_into_manifest_and_report(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(bundle), *SMALL]) == 0
+    assert "2 windows x 16 tokens of builtin-heldout" in capsys.readouterr().out
+    accuracy = Bundle.open(bundle).manifest.accuracy
+    assert accuracy is not None
+    assert [(r["graph"], r["bos"]) for r in accuracy["rows"]] == [
+        ("bundle (w8a8)", True),
+        ("bundle (w8a8)", False),
+    ]
+    assert "bundle (w8a8)" in (bundle / "report.html").read_text(encoding="utf-8")
+
+
+def test_references_and_timing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    reference = tmp_path / "fp32.onnx"
+    reference.write_bytes(b"graph")
+    monkeypatch.setattr(
+        "iq_export.cli.eval.build_references", lambda *_: {"fp32": reference}, raising=True
+    )
+    assert main(["eval", str(bundle), "--windows", "2", "--length", "16", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {row["graph"] for row in document["rows"]} == {"fp32", "bundle (w8a8)"}
+    assert all(row["ratio"] == pytest.approx(1) for row in document["rows"])
+    assert document["speed"]["length"] == 512
+    assert Bundle.open(bundle).manifest.speed is not None
+
+
+def test_broken_bundle_is_exit_code_5_and_recorded(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle / "model.onnx").write_bytes(b"nan")
+    update_manifest(Bundle.open(bundle, verify=False), rehash=["model.onnx"])
+    assert main(["eval", str(bundle), *SMALL]) == 5
+    assert "NaN" in capsys.readouterr().err
+    assert Bundle.open(bundle).manifest.accuracy["rows"][0]["error"]
+
+
+def test_text_too_short(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a few words")
+    assert main(["eval", str(bundle), *SMALL, "--text", str(text)]) == 4
+    assert "one window needs 16" in capsys.readouterr().err
+
+
+def test_calibration_text_is_refused(tmp_path: Path) -> None:
+    assert text_name("builtin", "builtin") == "builtin-heldout"
+    assert text_name("other.txt", "builtin") == "other.txt"
+    with pytest.raises(UsageError, match="was used for calibration"):
+        text_name(str(tmp_path / "a.txt"), str(tmp_path / "b" / ".." / "a.txt"))

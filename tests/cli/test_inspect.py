@@ -1,0 +1,40 @@
+"""inspect prints the manifest for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from iq_export.bundle.manifest import Manifest
+from iq_export.cli import main
+from iq_export.cli.inspect import describe
+
+
+def test_sections_for_people(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "tiny: w8a8, float16, opset 23",
+        "birth 11, death 29, spread 0.01235",
+        "not measured yet: iq-export eval",
+        "rtx-ampere  2.5 MB  tensorrt_rtx 1.7.1.116  86",
+        "past_key_values.0.key",
+        "(2 cache tensors in all)",
+        "peak memory 3.2 GB",
+        "one note",
+    ):
+        assert expected in text
+    assert "past_key_values.1.key" not in text
+
+
+def test_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "w8a8"
+
+
+def test_bare_manifest_and_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no spikes" in describe(Manifest("m", "w8a8", "float16", 23))
+    assert main(["inspect", str(tmp_path)]) == 7
+    assert "not a bundle" in capsys.readouterr().err
