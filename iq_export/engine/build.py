@@ -31,6 +31,7 @@ __all__ = ["EngineReport", "Profile", "Range", "build_engine"]
 VERBOSITIES = ("layer_names_only", "detailed", "none")
 _SIGKILL_HINT = " The system ended it, most likely for want of memory."
 _TAIL_LINES = 12
+_PLUGIN_PREFIX = "iq plugins: "  # as in plugins/src/log.cpp
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _run_worker(request: BuildRequest, progress: Progress) -> EngineReport:
             kind = event["event"]
             if kind == "error":
                 process.wait()
-                raise _error(event)
+                raise _error(event, _plugin_words(stderr))
             if kind == "phase":
                 phase = event["text"]
             elif kind == "progress":
@@ -194,8 +195,7 @@ def _run_worker(request: BuildRequest, progress: Progress) -> EngineReport:
         code = process.wait()
         if result is not None and code == 0:
             return result
-        stderr.seek(0)
-        raise EngineError(_post_mortem(request, phase, code, stderr.read()))
+        raise EngineError(_post_mortem(request, phase, code, _lines(stderr)))
 
 
 @contextmanager
@@ -234,20 +234,31 @@ def _events(lines: IO[str]) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _error(event: dict[str, Any]) -> Exception:
+def _error(event: dict[str, Any], plugin_words: str) -> Exception:
     """The child's exception: a system error (a full disk) keeps its number for the caller."""
     if event.get("errno"):
         return OSError(event["errno"], event["text"])
-    return EngineError(event["text"])
+    return EngineError(event["text"] + plugin_words)
 
 
-def _post_mortem(request: BuildRequest, phase: str, code: int, stderr: str) -> str:
+def _lines(stderr: IO[str]) -> list[str]:
+    stderr.seek(0)
+    return stderr.read().strip().splitlines()
+
+
+def _plugin_words(stderr: IO[str]) -> str:
+    """What the plugin said: TensorRT gives it no logger at build time, and only reports a code."""
+    words = [line.removeprefix(_PLUGIN_PREFIX) for line in _lines(stderr) if _PLUGIN_PREFIX in line]
+    return f" The plugin says: {' | '.join(words[:_TAIL_LINES])}." if words else ""
+
+
+def _post_mortem(request: BuildRequest, phase: str, code: int, stderr: list[str]) -> str:
     how, hint = f"ended with code {code}", ""
     if code < 0:
         known = {int(number): number.name for number in signal.Signals}
         name = known.get(-code, f"signal {-code}")
         how, hint = f"died of {name}", _SIGKILL_HINT if name == "SIGKILL" else ""
-    tail = " | ".join(stderr.strip().splitlines()[-_TAIL_LINES:])
+    tail = " | ".join(stderr[-_TAIL_LINES:])
     return (
         f"{LABELS[request.flavour]} {how} while {phase} the engine for '{request.target}'.{hint}"
         + (f" Its last words: {tail}" if tail else "")

@@ -124,7 +124,7 @@ def _parse(
 
 def _describe(error: Any) -> str:
     """`node 'layers.3/mlp/down_proj' (MatMul): why` from a ParserError."""
-    text = error.desc().strip()
+    text = error.desc().strip().rstrip(".")
     name = error.node_name() if hasattr(error, "node_name") else ""
     operator = error.node_operator() if hasattr(error, "node_operator") else ""
     return f"node '{name}' ({operator}): {text}" if name or operator else text

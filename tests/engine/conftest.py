@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iq_export.engine.plugin import PluginBuild, build_plugin
+
 HIDDEN = 8
 TEMPLATES = np.linspace(-90.0, 110.0, 2 * HIDDEN, dtype=np.float32).reshape(2, HIDDEN)
 MakeModel = Callable[..., Path]
@@ -16,6 +18,16 @@ MakeModel = Callable[..., Path]
 @pytest.fixture
 def rtx() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> PluginBuild:
+    """The plugin, compiled once; skips where a tool or the headers are missing."""
+    build = build_plugin(tmp_path_factory.mktemp("plugin"), (86, 120))
+    if build.path is None and build.reason.startswith("no plugin:"):
+        pytest.skip(build.reason)
+    assert build.path is not None, build.reason
+    return build
 
 
 @pytest.fixture

@@ -1,0 +1,204 @@
+"""Compile the TensorRT plugin of the sink ops from `plugins/`.
+
+It needs nvcc, CMake, a C++ compiler and TensorRT's headers. None of them is a dependency of this
+package: where one is missing the engine is built from the ops' function bodies, and the reason is
+told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARY = "libiq_plugins.so"
+HEADER = "NvInferRuntime.h"
+HEADERS_VARIABLE = "TENSORRT_INCLUDE_DIR"
+
+# The API that the plugin keeps to; IPluginV3 itself exists since 10.0.
+_OLDEST_HEADERS = (10, 3)
+_KEPT_LINES = 6
+
+
+@dataclass(frozen=True)
+class PluginBuild:
+    """A compiled plugin library, or the reason (one sentence) why there is none.
+
+    `headers` is the TensorRT version of the headers, `architectures` those the kernels are
+    compiled for (86 for sm_86); for the last one there is PTX as well.
+    """
+
+    path: Path | None = None
+    reason: str = ""
+    sha256: str = ""
+    architectures: tuple[int, ...] = ()
+    headers: str = ""
+    seconds: float = 0.0
+
+
+def build_plugin(
+    out_dir: Path, architectures: Sequence[int], *, headers: Path | None = None
+) -> PluginBuild:
+    """Compile `libiq_plugins.so` for `architectures` into `out_dir`, whole or not at all.
+
+    `headers` is the folder with TensorRT's headers; looked for if not given. Never raises for a
+    missing or failing tool: see `PluginBuild.reason`.
+    """
+    started = time.perf_counter()
+    include = headers or find_headers()
+    reason = _why_not(include)
+    sources, nvcc = find_sources(), find_nvcc()
+    if reason or sources is None or nvcc is None or include is None:
+        return PluginBuild(reason=reason)
+    wanted = tuple(sorted(set(architectures)))
+    with tempfile.TemporaryDirectory(prefix="iq-plugins-") as folder:
+        options = {HEADERS_VARIABLE: str(include)}
+        reason = cmake_build(sources, Path(folder), nvcc, wanted, "iq_plugins", options)
+        if reason:
+            return PluginBuild(reason=reason)
+        library = _install(Path(folder) / LIBRARY, out_dir / LIBRARY)
+    return PluginBuild(
+        path=library,
+        sha256=hashlib.sha256(library.read_bytes()).hexdigest(),
+        architectures=wanted,
+        headers=".".join(map(str, headers_version(include))),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def cmake_build(
+    sources: Path,
+    folder: Path,
+    nvcc: Path,
+    architectures: Sequence[int],
+    target: str,
+    options: dict[str, str],
+) -> str:
+    """Configure `sources` in `folder` and build `target`; the reason why it failed, or ""."""
+    *others, last = [str(sm) for sm in architectures]
+    definitions = {
+        "CMAKE_CUDA_COMPILER": str(nvcc),
+        "CMAKE_CUDA_ARCHITECTURES": ";".join([*(f"{sm}-real" for sm in others), last]),
+        **options,
+    }
+    configure = ["cmake", "-S", str(sources), "-B", str(folder)]
+    configure += [f"-D{name}={value}" for name, value in definitions.items()]
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    jobs = str(os.cpu_count() or 1)
+    compile_ = ["cmake", "--build", str(folder), "--target", target, "--parallel", jobs]
+    for command in (configure, compile_):
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            return f"the plugin does not compile: {_first_errors(done.stdout + done.stderr)}"
+    return ""
+
+
+def find_headers() -> Path | None:
+    """The folder with TensorRT's headers: $TENSORRT_INCLUDE_DIR, the SDK, or the download cache."""
+    return next((folder for folder in _header_folders() if (folder / HEADER).is_file()), None)
+
+
+def headers_version(include: Path) -> tuple[int, ...]:
+    """(10, 14, 1) from NvInferVersion.h; () where it cannot be read.
+
+    Since 10.11 the numbers stand in a macro of their own, TRT_MAJOR_ENTERPRISE, that
+    NV_TENSORRT_MAJOR refers to.
+    """
+    try:
+        text = (include / "NvInferVersion.h").read_text(errors="replace")
+    except OSError:
+        return ()
+    numbers = []
+    for part in ("MAJOR", "MINOR", "PATCH"):
+        match = re.search(rf"#define (?:NV_TENSORRT_{part}|TRT_{part}_ENTERPRISE) (\d+)", text)
+        if match is None:
+            return ()
+        numbers.append(int(match.group(1)))
+    return tuple(numbers)
+
+
+def headers_cache() -> Path:
+    """Where tools/fetch_trt_headers.py puts the headers it downloads."""
+    root = os.environ.get("IQ_EXPORT_CACHE")
+    folder = Path(root) if root else Path.home() / ".cache" / "iq_export"
+    return folder / "tensorrt-headers"
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler: $CUDACXX, on PATH, below $CUDA_HOME, or where it is usually installed."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [
+        os.environ.get("CUDACXX"),
+        "nvcc",
+        *(f"{root}/bin/nvcc" for root in roots if root),
+    ]
+    found = (shutil.which(candidate) for candidate in candidates if candidate)
+    return next((Path(path) for path in found if path), None)
+
+
+def find_sources() -> Path | None:
+    """The plugin's sources: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package.parent / "plugins", package / "_plugins")
+    return next((folder for folder in folders if (folder / "CMakeLists.txt").is_file()), None)
+
+
+def _why_not(include: Path | None) -> str:
+    if platform.system() != "Linux":
+        return "no plugin: it is compiled on Linux only."
+    if find_sources() is None:
+        return "no plugin: its sources are not installed."
+    if find_nvcc() is None:
+        return "no plugin: nvcc was not found, set CUDACXX or CUDA_HOME or put it on PATH."
+    if shutil.which("cmake") is None:
+        return "no plugin: cmake was not found, install it with: pip install cmake."
+    if include is None:
+        return (
+            f"no plugin: TensorRT's headers ({HEADER}) were not found, set {HEADERS_VARIABLE} to "
+            f"their folder or run tools/fetch_trt_headers.py."
+        )
+    version = headers_version(include)
+    if version and version < _OLDEST_HEADERS:
+        have, need = (".".join(map(str, v)) for v in (version, _OLDEST_HEADERS))
+        return f"no plugin: the TensorRT headers in '{include}' are {have}, {need} is needed."
+    return ""
+
+
+def _header_folders() -> Iterator[Path]:
+    if os.environ.get(HEADERS_VARIABLE):
+        yield Path(os.environ[HEADERS_VARIABLE])
+        return  # a folder given by name is not replaced by another
+    for name in ("TENSORRT_ROOT", "TRT_ROOT"):
+        if os.environ.get(name):
+            yield Path(os.environ[name]) / "include"
+    yield Path(f"/usr/include/{platform.machine()}-linux-gnu")
+    for folder in ("/usr/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include"):
+        yield Path(folder)
+    yield headers_cache()
+
+
+def _first_errors(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\berror\b|fatal|Unsupported gpu", line, re.I)]
+    return " | ".join((errors or lines[-_KEPT_LINES:])[:_KEPT_LINES])
+
+
+def _install(built: Path, final: Path) -> Path:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(built, partial)
+        partial.chmod(0o755)
+        partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
+    return final
