@@ -97,7 +97,7 @@ def _check(args: argparse.Namespace) -> None:
 def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.raw:
-        return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
+        return tokenizer.encode(prompt, add_bos=None)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})

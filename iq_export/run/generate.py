@@ -38,11 +38,14 @@ class Tokenizer:
         self.pad_id: int = pad if pad is not None else next(iter(sorted(self.eos_ids)), 0)
         self.chat_template = _chat_template(self.folder, config)
 
-    def encode(self, text: str, add_bos: bool) -> list[int]:
+    def encode(self, text: str, add_bos: bool | None) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
 
+        add_bos: put the BOS token in front, or (None) do what the tokenizer does by itself.
         Raises DataError if a BOS is asked for and the tokenizer has none.
         """
+        if add_bos is None:
+            return list(self._core.encode(text).ids)
         ids = list(self._core.encode(text, add_special_tokens=False).ids)
         if not add_bos:
             return ids

@@ -1,0 +1,315 @@
+"""MODEL -> a folder with one fp32 ONNX graph for prefill and decode, and the model's assets.
+
+    folder/model.onnx, model.onnx.data   the graph, weights outside
+    folder/assets/                       config, generation config, tokenizer, licence
+    folder/trace.json                    what it was made from; a second compile reuses it
+
+Inputs `input_ids` [batch, seq], `attention_mask` [batch, total] and `position_ids` [batch, seq],
+int64, and `past_key_values.N.key/value` [batch, kv_heads, past, head_dim]; outputs `logits`
+[batch, seq, vocab] and `present.N.key/value` [batch, kv_heads, total, head_dim].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iq_export.errors import GraphError, ModelError, UsageError
+from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
+from iq_export.model.verify import TOLERANCE, Parity, compare, original_logits
+from iq_export.progress import Progress
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+ASSETS = "assets"
+RECORD = "trace.json"
+OPSET = 23
+
+_FORMAT = 1
+# What decides how a graph comes out, beside the model itself.
+_TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
+_CODE = ("capture.py", "export.py", "replicate.py", "tidy.py", "trace.py")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "config.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A traced model on disk.
+
+    `parity` is the largest logit error against the original, as a fraction of the logit range
+    (None for an `.onnx` source: there is no original); `layers_traced` is how many layers torch
+    exported, the others being copies with their own weights (0 for an `.onnx` source).
+    """
+
+    folder: Path
+    name: str
+    source_sha256: str
+    seconds: float
+    license_note: str = ""
+    revision: str | None = None
+    parity: float | None = None
+    layers_traced: int = 0
+
+    @property
+    def model(self) -> Path:
+        """The graph; its weights are in `model.onnx.data` beside it."""
+        return self.folder / MODEL_FILE
+
+    @property
+    def assets(self) -> Path:
+        """The folder of files that users of the graph need."""
+        return self.folder / ASSETS
+
+    def save(self, key: str) -> None:
+        """Write `trace.json`; `key` stands for everything the graph was made from."""
+        record: dict[str, Any] = dataclasses.asdict(self)
+        del record["folder"]
+        record |= {"format": _FORMAT, "key": key, "bytes": _sizes(self.folder)}
+        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+        (self.folder / RECORD).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, key: str | None = None) -> TracedModel:
+        """Read a folder that `trace` wrote.
+
+        Raises ModelError if it is damaged or, when `key` is given, was made from something else.
+        """
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            names = {field.name for field in dataclasses.fields(cls)} - {"folder"}
+            traced = cls(folder, **{name: record[name] for name in names})
+            intact = record["bytes"] == _sizes(folder)
+            same = record["format"] == _FORMAT and key in (None, record["key"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{folder} is no folder of a traced model.") from error
+        if not intact or not same:
+            raise ModelError(f"{folder} is damaged or was traced from another model or version.")
+        return traced
+
+
+def trace(
+    source: ModelSource, out_dir: Path, *, opset: int = OPSET, progress: Progress | None = None
+) -> TracedModel:
+    """Trace `source` into `out_dir`, or find it there as an earlier trace left it.
+
+    The folder is whole or absent. Nothing of the original model is in memory afterwards. Raises
+    ModelError if the model cannot be had, loaded or traced, GraphError if an `.onnx` source is
+    no causal LM with cache or the traced graph does not equal the model.
+    """
+    progress = progress or Progress(quiet=True)
+    _check_opset(opset)
+    begin = time.perf_counter()
+    source = materialize(source)
+    sha256 = fingerprint(source)
+    key = _cache_key(source, sha256, opset)
+    try:
+        return TracedModel.load(out_dir, key)
+    except ModelError:
+        pass  # not there yet, or of an older version: made anew
+    with _whole_folder(Path(out_dir)) as folder:
+        (folder / ASSETS).mkdir()
+        if source.kind == "onnx":
+            _adopt_onnx(source, folder)
+            parity, layers = None, 0
+        else:
+            parity, layers = _trace_torch(source, folder, opset, progress)
+        traced = TracedModel(
+            folder=folder,
+            name=source.name,
+            source_sha256=sha256,
+            seconds=time.perf_counter() - begin,
+            license_note=source.license_note,
+            revision=source.revision,
+            parity=None if parity is None else parity.relative,
+            layers_traced=layers,
+        )
+        traced.save(key)
+    return dataclasses.replace(traced, folder=Path(out_dir))
+
+
+def _check_opset(opset: int) -> None:
+    if opset != OPSET:
+        raise UsageError(
+            f"Opset {opset} is not supported: the graph is traced at opset {OPSET}, whose single "
+            "Attention, RMSNormalization and RotaryEmbedding ops it uses."
+        )
+
+
+def _trace_torch(
+    source: ModelSource, folder: Path, opset: int, progress: Progress
+) -> tuple[Parity, int]:
+    with progress.step("load model"):
+        loaded = load_model(source)
+        _write_assets(loaded, source, folder / ASSETS)
+        reference = original_logits(loaded.model, "eager")
+    for short_cut in (True, False):
+        with progress.step("trace to ONNX"):
+            layers = _export(loaded.model, folder, opset, short_cut)
+        if layers is None:
+            continue
+        with progress.step("compare with the model"):
+            parity = compare(folder / MODEL_FILE, reference)
+        if parity.holds:
+            return parity, layers
+        progress.note(f"traced from {layers} layers, logits are off by {parity.relative:.1e}")
+    raise GraphError(
+        f"The traced graph of {source.name} does not equal the model: logits differ by "
+        f"{parity.relative:.2g} of their range (allowed is {TOLERANCE})."
+    )
+
+
+def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None:
+    """Write the graph; returns how many layers were exported by torch.
+
+    None if the short cut (see `replicate`) was asked for and is not possible.
+    """
+    import onnx_ir as ir
+
+    from iq_export.model.capture import cache_shape, flat_module
+    from iq_export.model.export import export_module
+    from iq_export.model.replicate import plan_layers, replicate, shortened
+    from iq_export.model.tidy import settle_axes, tidy
+
+    module, vocab = flat_module(model), model.config.vocab_size
+    plan = plan_layers(model) if short_cut else None
+    if short_cut and plan is None:
+        return None
+    if plan is None:
+        layers = model.config.num_hidden_layers
+        graph = export_module(module, cache_shape(model.config), vocab, opset=opset)
+        settle_axes(graph.graph)
+    else:
+        layers = len(plan.traced)
+        with shortened(model, plan):
+            graph = export_module(module, cache_shape(model.config), vocab, opset=opset)
+        settle_axes(graph.graph)
+        if not replicate(graph, plan, module):
+            return None
+    tidy(graph, module_prefix=f"model.{model.base_model_prefix}")
+    ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+    return layers
+
+
+def _write_assets(loaded: LoadedModel, source: ModelSource, assets: Path) -> None:
+    loaded.tokenizer.save_pretrained(assets)
+    if not (assets / "tokenizer.json").is_file():
+        raise ModelError(
+            f"The tokenizer of {source.name} has no fast version (tokenizer.json), which running "
+            "without transformers needs; give a folder that has one with --tokenizer."
+        )
+    loaded.model.config.save_pretrained(assets)
+    loaded.model.generation_config.save_pretrained(assets)
+    _write_license(loaded.license_files, source, assets)
+
+
+def _write_license(files: tuple[Path, ...], source: ModelSource, assets: Path) -> None:
+    """The model's licence beside its weights: its own files, and a notice of where it is from."""
+    for file in files:
+        shutil.copyfile(file, assets / file.name)
+    if not (assets / "NOTICE").exists():
+        terms = source.license_note or "not stated with the model; ask its author"
+        text = f"The weights in this folder are derived from {source.name}.\nLicence: {terms}\n"
+        (assets / "NOTICE").write_text(text, encoding="utf-8")
+
+
+def _adopt_onnx(source: ModelSource, folder: Path) -> None:
+    """Take an ONNX file as it is into the folder's layout; weights are streamed."""
+    import onnx_ir as ir
+
+    from iq_export.model.load import license_files
+
+    assert source.path is not None and source.tokenizer is not None
+    graph = _read_onnx(source.path)
+    _check_interface(graph, source.path)
+    try:
+        ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+    except (FileNotFoundError, ValueError) as error:
+        raise ModelError(f"The weights of {source.path} cannot be read: {error}") from error
+    for name in _TOKENIZER_FILES:
+        if (source.tokenizer / name).is_file():
+            shutil.copyfile(source.tokenizer / name, folder / ASSETS / name)
+    _write_license(license_files(source.path.parent), source, folder / ASSETS)
+
+
+def _read_onnx(path: Path) -> ir.Model:
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError
+
+    try:
+        return ir.load(path)
+    except (DecodeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not an ONNX file, or it is damaged.") from error
+
+
+def _check_interface(model: ir.Model, path: Path) -> None:
+    """Raise GraphError with the first input or output that a causal LM has and this lacks."""
+    inputs = {value.name for value in model.graph.inputs}
+    outputs = {value.name for value in model.graph.outputs}
+    layers = sum(name.startswith("present.") for name in outputs if name) // 2
+    past = [f"past_key_values.{i}.{kind}" for i in range(max(layers, 1)) for kind in ("key", "value")]
+    needed_in = ["input_ids", "attention_mask", "position_ids", *past]
+    needed_out = ["logits", *(name.replace("past_key_values", "present") for name in past)]
+    for kind, needed, found in (("input", needed_in, inputs), ("output", needed_out, outputs)):
+        lacking = [name for name in needed if name not in found]
+        if lacking:
+            raise GraphError(
+                f"{path} is no causal LM with KV cache: it has no {kind} '{lacking[0]}' (has: "
+                f"{', '.join(sorted(str(name) for name in found)[:4])}, ...)."
+            )
+    extra = sorted(str(name) for name in inputs - set(needed_in))
+    if extra:
+        raise GraphError(f"{path} has an input that is not understood: '{extra[0]}'.")
+
+
+def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
+    versions = {tool: _version(tool) for tool in _TOOLS}
+    here = Path(__file__).parent
+    code = hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE)).hexdigest()
+    parts = [_FORMAT, source.kind, sha256, opset, versions, code, source.trust_remote_code]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(tool: str) -> str:
+    try:
+        return metadata.version(tool)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes by file of what must be there for a folder to count as whole."""
+    files = [folder / MODEL_FILE, folder / DATA_FILE, *sorted((folder / ASSETS).iterdir())]
+    return {str(f.relative_to(folder)): f.stat().st_size for f in files if f.is_file()}
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder` on success and is removed on any failure."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
