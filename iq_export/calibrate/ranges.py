@@ -1,0 +1,116 @@
+"""Magnitude statistics of activation tensors, accumulated window by window in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.taps import group_by_bytes, tapped_runs
+from iq_export.progress import Progress
+
+_BINS = 1 << 15
+
+
+class MagnitudeHistogram:
+    """Counts of |x| in equal bins over `[0, limit)`; doubles `limit` when a larger value comes.
+
+    Doubling merges neighbouring bins exactly, so the result does not depend on the order of data
+    beyond the first window's choice of `limit`.
+    """
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(_BINS, np.int64)
+        self.limit = 0.0
+
+    def add(self, magnitude: np.ndarray) -> None:
+        """Count the entries of `magnitude` (any shape, >= 0)."""
+        if not magnitude.size:
+            return
+        top = float(magnitude.max())
+        if self.limit == 0.0:
+            if top == 0.0:
+                self.counts[0] += magnitude.size
+                return
+            self.limit = top * 1.0001
+        while top >= self.limit:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts[: _BINS // 2], self.counts[_BINS // 2 :] = merged, 0
+            self.limit *= 2
+        bins = (magnitude.ravel() * np.float32(_BINS / self.limit)).astype(np.int32)
+        self.counts += np.bincount(np.minimum(bins, _BINS - 1), minlength=_BINS)
+
+    @property
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    def centres(self) -> np.ndarray:
+        return (np.arange(_BINS) + 0.5) * (self.limit / _BINS)
+
+    def quantile(self, q: float) -> float:
+        """Magnitude below which a share `q` of the entries lies; 0 for an empty histogram."""
+        if not self.total or not self.limit:
+            return 0.0
+        position = int(np.searchsorted(np.cumsum(self.counts), q * self.total))
+        return float(self.centres()[min(position, _BINS - 1)])
+
+
+@dataclass
+class TensorStats:
+    """Statistics of one activation `[tokens, features]`.
+
+    `absmax`: over all tokens. `absmax_semantic`, `histogram`, `channel_absmax` (`[features]`):
+    over semantic tokens only. `histogram_all`: over all tokens.
+    """
+
+    absmax: float
+    absmax_semantic: float
+    channel_absmax: np.ndarray
+    histogram: MagnitudeHistogram
+    histogram_all: MagnitudeHistogram
+
+    @classmethod
+    def empty(cls, features: int) -> TensorStats:
+        zeros = np.zeros(features, np.float32)
+        return cls(0.0, 0.0, zeros, MagnitudeHistogram(), MagnitudeHistogram())
+
+    def add(self, value: np.ndarray, sinks: np.ndarray) -> None:
+        """Account for one window: `value` `[seq, features]`, `sinks` bool `[seq]`."""
+        magnitude = np.abs(value)
+        self.absmax = max(self.absmax, float(magnitude.max(initial=0)))
+        semantic = magnitude[~sinks] if sinks.any() else magnitude
+        if semantic.size:
+            np.maximum(self.channel_absmax, semantic.max(0), out=self.channel_absmax)
+            self.absmax_semantic = float(self.channel_absmax.max())
+        self.histogram.add(semantic)
+        self.histogram_all.add(magnitude)
+
+
+def observe_ranges(
+    model_path: Path,
+    widths: dict[str, int],
+    windows: Sequence[Window],
+    sinks: Callable[[int, dict[str, np.ndarray]], np.ndarray],
+    *,
+    always: Sequence[str] = (),
+    providers: Sequence[str],
+    progress: Progress,
+) -> dict[str, TensorStats]:
+    """Statistics of the values in `widths` (name -> features) over `windows`.
+
+    `sinks(window number, values)` returns the bool `[seq]` mask of rows to leave out; `values`
+    holds the tensors named in `always`.
+    """
+    stats = {name: TensorStats.empty(width) for name, width in widths.items()}
+    groups = group_by_bytes(widths, max(len(window.ids) for window in windows))
+    for number, values in tapped_runs(
+        model_path, groups, windows, always=always, providers=providers, progress=progress
+    ):
+        rows = sinks(number, values)
+        for name, value in values.items():
+            if name in stats:
+                stats[name].add(value, rows)
+    return stats

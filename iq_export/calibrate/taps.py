@@ -1,0 +1,111 @@
+"""Run a graph over calibration windows and hand out intermediate values, window by window.
+
+Memory is bounded: one window at a time, and the taps of one run together stay under a byte budget;
+a larger model is run several times over the same windows. Nothing is kept here: callers reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from iq_export.calibrate.data import Window
+from iq_export.errors import GraphError
+from iq_export.graph import io
+from iq_export.progress import Progress
+
+GROUP_BYTES = 1 << 30
+
+# name -> value of one window, [seq, features] or [seq]
+Values = dict[str, np.ndarray]
+
+
+def tapped_runs(
+    model_path: Path,
+    groups: Sequence[Sequence[str]],
+    windows: Sequence[Window],
+    *,
+    always: Sequence[str] = (),
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    progress: Progress,
+) -> Iterator[tuple[int, Values]]:
+    """Yield `(window number, values)` for every window, once per group of value names.
+
+    `always` names values that every group needs (the sink index). Float values come as fp32.
+
+    Raises GraphError naming the tensor, its window and position if a value is NaN or Inf.
+    """
+    done, total = 0, len(groups) * len(windows)
+    for group in groups:
+        names = list(dict.fromkeys([*always, *group]))
+        session = _tapped_session(model_path, names, providers)
+        for number, window in enumerate(windows):
+            values = dict(zip(names, session.run(names, _feeds(session, window)), strict=True))
+            yield number, {name: _checked(name, v, number) for name, v in values.items()}
+            done += 1
+            progress.update(done, total)
+
+
+def group_by_bytes(widths: dict[str, int], length: int, limit: int = GROUP_BYTES) -> list[list[str]]:
+    """Split value names (name -> features per token) into runs of at most `limit` bytes of fp32."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, width in widths.items():
+        cost = width * length * 4
+        if groups[-1] and size + cost > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += cost
+    return groups
+
+
+def _tapped_session(
+    model_path: Path, names: Sequence[str], providers: Sequence[str]
+) -> ort.InferenceSession:
+    model = io.load(model_path)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs[:] = [values[name] for name in names]
+    RemoveUnusedNodesPass()(model)
+    # Beside the model, because external data may only be referenced from its own folder.
+    with NamedTemporaryFile(dir=model_path.parent, prefix=".taps-", suffix=".onnx") as file:
+        io.save_skeleton(model, Path(file.name))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        return ort.InferenceSession(file.name, options, providers=list(providers))
+
+
+def _feeds(session: ort.InferenceSession, window: Window) -> dict[str, np.ndarray]:
+    ids = np.asarray(window.ids, np.int64)[None]
+    known = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.shape[1], dtype=np.int64)[None],
+    }
+    feeds = {}
+    for node in session.get_inputs():
+        if node.name in known:
+            feeds[node.name] = known[node.name]
+        else:  # past_key_values.N.key/value: [batch, kv_heads, 0, head_dim]
+            shape = [1, node.shape[1], 0, node.shape[3]]
+            feeds[node.name] = np.zeros(shape, np.float16 if "16" in node.type else np.float32)
+    return feeds
+
+
+def _checked(name: str, value: np.ndarray, window: int) -> np.ndarray:
+    value = value[0]
+    if value.dtype == np.float16:
+        value = value.astype(np.float32)
+    if value.dtype == np.float32 and not np.isfinite(value).all():
+        row = int(np.argwhere(~np.isfinite(value))[0][0])
+        raise GraphError(
+            f"Tensor {name!r} holds NaN or Inf in calibration window {window}, position {row}. "
+            "The model is not computable on this text in its own precision; check its weights."
+        )
+    return value

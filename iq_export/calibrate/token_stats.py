@@ -1,0 +1,69 @@
+"""Per-token magnitudes of every block: what lifecycle discovery looks at (method.md step 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.taps import group_by_bytes, tapped_runs
+from iq_export.graph.sites import Sites
+from iq_export.progress import Progress
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """One column per calibration token (all windows end to end), one row per block.
+
+    `down_max`, `residual_max`: float32 `[blocks, tokens]`, max over channels of |down-projection
+    input| and of |residual after the block|. `residual_channel`: int32, the channel of the latter.
+    `window`, `position`, `token`: int `[tokens]`, where each column comes from.
+    """
+
+    down_max: np.ndarray
+    residual_max: np.ndarray
+    residual_channel: np.ndarray
+    window: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+
+
+def observe_tokens(
+    model_path: Path,
+    sites: Sites,
+    windows: Sequence[Window],
+    *,
+    providers: Sequence[str],
+    progress: Progress,
+) -> TokenStats:
+    """Run the graph over `windows` and keep three numbers per block and token."""
+    lengths = [len(window.ids) for window in windows]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    shape = (len(sites.blocks), int(starts[-1]))
+    stats = TokenStats(
+        down_max=np.zeros(shape, np.float32),
+        residual_max=np.zeros(shape, np.float32),
+        residual_channel=np.zeros(shape, np.int32),
+        window=np.repeat(np.arange(len(windows)), lengths),
+        position=np.concatenate([np.arange(length) for length in lengths]),
+        token=np.concatenate([np.asarray(window.ids) for window in windows]),
+    )
+    down = {block.mlp.output.input: block.index for block in sites.blocks}
+    residual = {block.mlp.residual: block.index for block in sites.blocks}
+    widths = {block.mlp.output.input: block.mlp.output.in_features for block in sites.blocks}
+    widths |= dict.fromkeys(residual, sites.hidden)
+    groups = group_by_bytes(widths, max(lengths))
+    runs = tapped_runs(model_path, groups, windows, providers=providers, progress=progress)
+    for number, values in runs:
+        columns = slice(int(starts[number]), int(starts[number + 1]))
+        for name, value in values.items():
+            magnitude = np.abs(value)
+            if name in down:
+                stats.down_max[down[name], columns] = magnitude.max(1)
+            else:
+                stats.residual_max[residual[name], columns] = magnitude.max(1)
+                stats.residual_channel[residual[name], columns] = magnitude.argmax(1)
+    return stats

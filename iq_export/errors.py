@@ -1,0 +1,48 @@
+"""Errors that reach the user: one sentence (what, where, what to do) and a stable exit code."""
+
+from __future__ import annotations
+
+
+class IqError(Exception):
+    """Base of all errors this package raises on purpose. `exit_code` is part of the CLI contract."""
+
+    exit_code = 1
+
+
+class UsageError(IqError):
+    """An option or argument is wrong: unknown recipe or target, profile min > max."""
+
+    exit_code = 2
+
+
+class ModelError(IqError):
+    """The model cannot be found, read, trusted or traced."""
+
+    exit_code = 3
+
+
+class DataError(IqError):
+    """Calibration or evaluation text is missing, empty, not text or too short."""
+
+    exit_code = 4
+
+
+class GraphError(IqError):
+    """The ONNX graph is not understood or not computable: names the node or tensor."""
+
+    exit_code = 5
+
+
+class EngineError(IqError):
+    """TensorRT is missing, too old, or refuses the graph or the target."""
+
+    exit_code = 6
+
+
+class BundleError(IqError):
+    """The output folder exists, is damaged, does not match its manifest, or cannot be written."""
+
+    exit_code = 7
+
+
+INTERRUPTED_EXIT_CODE = 130

@@ -1,0 +1,47 @@
+"""Load and save ONNX graphs as skeletons: weights stay in their external data file until written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from iq_export.errors import GraphError
+from iq_export.sinks import ops as sink_ops
+
+
+def load(path: Path) -> ir.Model:
+    """Read the graph at `path`; initializers are memory-mapped, not loaded.
+
+    Raises GraphError if the file is not a readable ONNX model.
+    """
+    try:
+        return ir.load(path)
+    except FileNotFoundError as error:
+        raise GraphError(f"{path} does not exist.") from error
+    except (ValueError, OSError, onnx.checker.ValidationError) as error:
+        raise GraphError(f"{path} is not a readable ONNX model: {error}") from error
+
+
+def save_skeleton(model: ir.Model, path: Path) -> None:
+    """Write the graph only. Its weights must be external tensors of files in the folder of `path`."""
+    ir.save(model, path)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write `path` and all weights to `path`.data, one tensor in memory at a time.
+
+    Small tensors (scales, shapes) stay in the graph: TensorRT reads Q/DQ scales as build-time
+    constants, and people read the file.
+    """
+    ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024)
+
+
+def add_sink_functions(model: ir.Model) -> None:
+    """Register the `iq` functions and opset imports; does nothing if they are there already."""
+    opset = model.opset_imports[""]
+    for proto in sink_ops.functions(opset):
+        function = ir.serde.deserialize_function(proto)
+        model.functions.setdefault(function.identifier(), function)
+    model.opset_imports.setdefault(sink_ops.DOMAIN, sink_ops.VERSION)

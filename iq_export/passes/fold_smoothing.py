@@ -1,0 +1,50 @@
+"""Fold smoothing factors into constants: norm weights, up-projection columns and weight rows.
+
+Postcondition: the graph computes the same function, with smoothed activations in between, and has
+not one node more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.graph.sites import Linear, Sites
+from iq_export.quant.smoothing import Smoothing
+
+
+def fold_smoothing(model: ir.Model, sites: Sites, smoothing: Smoothing) -> bool:
+    """Apply `smoothing`; returns whether the graph changed."""
+    nodes = {node.name: node for node in model.graph}
+    for block in sites.blocks:
+        for branch in (block.attention, block.mlp):
+            factors = smoothing.norms.get(branch.norm_output)
+            if factors is not None:
+                for constant in nodes[branch.norm].inputs[1:]:  # weight, and bias of a LayerNorm
+                    if constant is not None:
+                        _rescale(constant, lambda w, f=factors: w / f)
+                for linear in branch.inputs:
+                    _scale_rows(model, linear, factors)
+        path = smoothing.paths.get(block.mlp.output.input)
+        if path is not None and block.mlp.linear_path is not None:
+            up = block.mlp.inputs[block.mlp.linear_path]
+            _rescale(model.graph.initializers[up.weight], lambda w, f=path: w / f)
+            _scale_rows(model, block.mlp.output, path)
+    return bool(smoothing.norms or smoothing.paths)
+
+
+def _scale_rows(model: ir.Model, linear: Linear, factors: np.ndarray) -> None:
+    _rescale(model.graph.initializers[linear.weight], lambda w: w * factors[:, None])
+
+
+def _rescale(value: ir.Value, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Replace a constant by its changed self, computed when it is written or read."""
+    old = value.const_value
+    assert old is not None
+
+    def compute() -> ir.Tensor:
+        return ir.Tensor(change(old.numpy()).astype(old.dtype.numpy()), name=old.name)
+
+    value.const_value = ir.LazyTensor(compute, dtype=old.dtype, shape=old.shape, name=old.name)

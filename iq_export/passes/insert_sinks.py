@@ -1,0 +1,150 @@
+"""Rewrite the graph so that a lifecycle's spike is never computed (method.md steps 5-7, norm form).
+
+Per lifecycle:
+1. SinkDetect reads the birth block's down-projection input and gives the index of every row.
+2. SinkClampInsert with zero templates clamps the down-projection inputs of `clamp_blocks`.
+3. SinkClampInsert writes the template after every norm of the persistence phase.
+4. SinkRestore adds what the clamped residual lacks after the last block.
+
+Precondition: the traced graph with `attention_mask` and `position_ids`. Postcondition: semantic
+rows are computed exactly as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.errors import GraphError
+from iq_export.graph import io
+from iq_export.graph.edit import constant
+from iq_export.graph.sites import Sites
+from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
+from iq_export.sinks.templates import SinkTemplates
+
+
+def index_name(lifecycle: int) -> str:
+    """Name of the int32 `[batch, seq]` sink index of lifecycle number `lifecycle`."""
+    return f"iq.sinks.{lifecycle}.index"
+
+
+def insert_sinks(model: ir.Model, sites: Sites, sinks: Sequence[SinkTemplates]) -> bool:
+    """Insert the ops of every lifecycle of `sinks`; returns whether the graph changed."""
+    if not sinks:
+        return False
+    io.add_sink_functions(model)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    masks = _row_masks(model.graph)
+    for number, templates in enumerate(sinks):
+        _insert_one(model.graph, values, sites, number, templates, masks)
+    return True
+
+
+def _row_masks(graph: ir.Graph) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """`first` (position 0 of a sequence), `never` and `valid` (not a pad), bool `[batch, seq]`.
+
+    A row is valid if its column of the attention mask is set: the last `seq` columns, since
+    earlier ones belong to the KV cache. Left pads may have position 0 too, hence `first & valid`.
+    """
+    inputs = {value.name: value for value in graph.inputs}
+    missing = {"input_ids", "attention_mask", "position_ids"} - inputs.keys()
+    if missing:
+        raise GraphError(
+            f"The graph lacks the inputs {sorted(missing)}; sinks are found by position and mask."
+        )
+    ids, mask, positions = (
+        inputs[name] for name in ("input_ids", "attention_mask", "position_ids")
+    )
+    zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
+    nodes = [
+        ir.node("Shape", [ids], {"start": 1, "end": 2}, name="iq/seq"),
+    ]
+    nodes.append(ir.node("Neg", [nodes[0].outputs[0]], name="iq/minus_seq"))
+    end = constant(graph, "iq.end", np.array([np.iinfo(np.int64).max]))
+    axis = constant(graph, "iq.axis", np.ones([1], np.int64))
+    nodes.append(
+        ir.node("Slice", [mask, nodes[1].outputs[0], end, axis], name="iq/current_columns")
+    )
+    nodes.append(ir.node("Greater", [nodes[2].outputs[0], zero], name="iq/valid"))
+    nodes.append(ir.node("Equal", [positions, zero], name="iq/first"))
+    nodes.append(ir.node("Not", [nodes[3].outputs[0]], name="iq/never"))
+    for node in nodes:
+        node.outputs[0].name = node.name.replace("/", ".")
+    graph.insert_before(graph[0], nodes)
+    valid, first, never = (node.outputs[0] for node in nodes[3:])
+    return first, never, valid
+
+
+def _insert_one(
+    graph: ir.Graph,
+    values: dict[str, ir.Value],
+    sites: Sites,
+    number: int,
+    sinks: SinkTemplates,
+    masks: tuple[ir.Value, ir.Value, ir.Value],
+) -> None:
+    first, never, valid = masks
+    life = sinks.lifecycle
+    prefix = f"iq/sinks.{number}"
+    detection = values[sites.blocks[life.birth].mlp.output.input]
+    # `never` is the mask of pads, which `valid` rules out again: only the threshold decides.
+    force = first if life.force_first else never
+    detect = _op(
+        "SinkDetect",
+        [detection, force, valid],
+        sinks.detection,
+        f"{prefix}/detect",
+        threshold=float(sinks.threshold),
+    )
+    detect.outputs[0].name = index_name(number)
+    graph.insert_after(detection.producer(), detect)
+    index = detect.outputs[0]
+
+    for block in life.clamp_blocks:
+        linear = sites.blocks[block].mlp.output
+        zeros = np.zeros((sinks.count, linear.in_features), np.float32)
+        op = _op("SinkClampInsert", [values[linear.input], index], zeros, f"{prefix}/clamp.{block}")
+        _interpose(graph, values[linear.input], op, after=detect if block == life.birth else None)
+    for name, templates in sinks.norms.items():
+        op = _op("SinkClampInsert", [values[name], index], templates, f"{prefix}/insert.{name}")
+        _interpose(graph, values[name], op)
+    residual = values[sites.blocks[life.end].mlp.residual]
+    restore = sinks.restore
+    if not restore.size:
+        restore = np.zeros((sinks.count, sites.hidden), np.float32)
+    op = _op("SinkRestore", [residual, index], restore, f"{prefix}/restore.{life.end}")
+    _interpose(graph, residual, op)
+
+
+def _op(
+    kind: str, inputs: list[ir.Value], templates: np.ndarray, name: str, **attributes: float
+) -> ir.Node:
+    return ir.node(
+        kind,
+        inputs,
+        {
+            "templates": ir.AttrFloat32s("templates", templates.ravel().tolist()),
+            "template_shape": list(templates.shape),
+            **attributes,
+            **PLUGIN_ATTRIBUTES,
+        },
+        domain=DOMAIN,
+        name=name,
+    )
+
+
+def _interpose(
+    graph: ir.Graph, value: ir.Value, op: ir.Node, *, after: ir.Node | None = None
+) -> None:
+    """Let every consumer of `value` but the sink ops read `op`'s output instead."""
+    new = op.outputs[0]
+    new.name = f"{value.name}.{op.op_type}"
+    new.dtype, new.shape = value.dtype, value.shape
+    for consumer, position in list(value.uses()):
+        if consumer is not op and consumer.op_type != "SinkDetect":
+            consumer.replace_input_with(position, new)
+    graph.insert_after(after or value.producer(), op)
+
+

@@ -1,0 +1,127 @@
+"""Place QuantizeLinear/DequantizeLinear pairs (../docs: TensorRT rules on placement).
+
+- One pair per activation tensor, shared by all products that read it, straight in front of them;
+  SinkClampInsert stands before it, never between DequantizeLinear and MatMul.
+- int8 weights become constants behind a per-output-channel DequantizeLinear, int4 weights behind a
+  blocked one (opset >= 21).
+- Norms, attention products, activations functions, embeddings and the LM head are not touched.
+
+Precondition: float32 graph, scales from the plan. Postcondition: every product named in the plan
+reads only DequantizeLinear outputs (activations too, if they have scales).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.graph.edit import constant
+from iq_export.graph.sites import Linear
+from iq_export.quant.weights import int4_blocked, int8_per_channel, int8_scales
+
+_ZERO_POINT = "iq.zero_point.int8"
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What to quantize. `activations`: value name -> scale. `weight_bits`: 8 or 4.
+
+    `blocks`: weight name -> int4 block size. `importance`: weight name -> float32 `[in]`.
+    """
+
+    linears: tuple[Linear, ...]
+    weight_bits: int
+    activations: Mapping[str, float] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
+    """Rewrite all products of `plan`; returns whether the graph changed."""
+    graph = model.graph
+    nodes = {node.name: node for node in graph}
+    dequantized: dict[str, ir.Value] = {}
+    for linear in plan.linears:
+        node = nodes[linear.node]
+        value = node.inputs[0]
+        assert value is not None and value.name is not None
+        if value.name in plan.activations:
+            if value.name not in dequantized:
+                scale = plan.activations[value.name]
+                dequantized[value.name] = _activation_pair(graph, value, scale)
+            node.replace_input_with(0, dequantized[value.name])
+        weight = node.inputs[1]
+        assert weight is not None
+        if plan.weight_bits == 8:
+            new = _int8_weight(graph, weight, node)
+        else:
+            block = plan.blocks[linear.weight]
+            new = _int4_weight(graph, weight, node, block, plan.importance.get(linear.weight))
+        node.replace_input_with(1, new)
+    return bool(plan.linears)
+
+
+def _activation_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value:
+    name = str(value.name)
+    scale_value = constant(graph, f"{name}.scale", np.array(scale, np.float32))
+    zero = graph.initializers.get(_ZERO_POINT)
+    if zero is None:
+        zero = constant(graph, _ZERO_POINT, np.array(0, np.int8))
+    q = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}/quantize")
+    dq = ir.node("DequantizeLinear", [q.outputs[0], scale_value, zero], name=f"{name}/dequantize")
+    q.outputs[0].name, dq.outputs[0].name = f"{name}.int8", f"{name}.dequantized"
+    q.outputs[0].dtype, q.outputs[0].shape = ir.DataType.INT8, value.shape
+    dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, value.shape
+    producer = value.producer()
+    assert producer is not None
+    graph.insert_after(producer, [q, dq])
+    return dq.outputs[0]
+
+
+def _int8_weight(graph: ir.Graph, weight: ir.Value, node: ir.Node) -> ir.Value:
+    source = weight.const_value
+    assert source is not None and source.shape is not None
+    codes = ir.LazyTensor(
+        lambda: ir.Tensor(int8_per_channel(source.numpy())[0]),
+        dtype=ir.DataType.INT8,
+        shape=source.shape,
+        name=f"{weight.name}.int8",
+    )
+    scales = int8_scales(source.numpy())
+    return _weight_dequantize(graph, weight, node, codes, scales, {"axis": 1})
+
+
+def _int4_weight(
+    graph: ir.Graph, weight: ir.Value, node: ir.Node, block: int, importance: np.ndarray | None
+) -> ir.Value:
+    source = weight.const_value
+    assert source is not None
+    codes, scales = int4_blocked(source.numpy(), block, importance)
+    tensor = ir.Tensor(codes, dtype=ir.DataType.INT4, name=f"{weight.name}.int4")
+    attributes = {"axis": 0, "block_size": block}
+    return _weight_dequantize(graph, weight, node, tensor, scales, attributes)
+
+
+def _weight_dequantize(
+    graph: ir.Graph,
+    weight: ir.Value,
+    node: ir.Node,
+    codes: ir.TensorProtocol,
+    scales: np.ndarray,
+    attributes: dict[str, int],
+) -> ir.Value:
+    stored = ir.Value(
+        name=codes.name, const_value=codes, type=ir.TensorType(codes.dtype), shape=codes.shape
+    )
+    graph.register_initializer(stored)
+    scale_value = constant(graph, f"{weight.name}.scale", scales)
+    dq = ir.node(
+        "DequantizeLinear", [stored, scale_value], attributes, name=f"{node.name}/dequantize_weight"
+    )
+    dq.outputs[0].name = f"{weight.name}.dequantized"
+    dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, codes.shape
+    graph.insert_before(node, dq)
+    return dq.outputs[0]

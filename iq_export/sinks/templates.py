@@ -1,0 +1,178 @@
+"""Extract the constant vectors of a lifecycle's sinks and say how constant they are (step 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.taps import group_by_bytes, tapped_runs
+from iq_export.calibrate.token_stats import TokenStats
+from iq_export.graph.sites import Sites
+from iq_export.progress import Progress
+from iq_export.sinks.lifecycle import Lifecycle
+
+MAX_TEMPLATES = 4
+# Fewer tokens per template would describe the calibration text, not the model.
+_TOKENS_PER_TEMPLATE = 8
+_KMEANS_ROUNDS = 50
+
+
+@dataclass
+class SinkTemplates:
+    """Templates of one lifecycle; every array is float32 `[K, features]`.
+
+    `detection`: mean down-projection input at the birth block, what a row is matched against.
+    `norms`: norm output name -> template. `restore`: mean difference between the untouched and the
+    clamped residual after the last block, zero until it is measured. `deviation`: norm output
+    name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks, a fraction.
+    """
+
+    lifecycle: Lifecycle
+    threshold: float
+    detection: np.ndarray
+    norms: dict[str, np.ndarray]
+    deviation: dict[str, float]
+    spread_max: dict[str, float]
+    assignment: np.ndarray
+    restore: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    @property
+    def count(self) -> int:
+        return self.detection.shape[0]
+
+    @property
+    def mean_deviation(self) -> float:
+        """The lifecycle's figure: the worst site's mean relative deviation."""
+        return max(self.deviation.values(), default=0.0)
+
+    def is_constant(self, limit: float) -> bool:
+        return self.mean_deviation <= limit
+
+
+def norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[str]:
+    """Outputs of all norms that read the spiking residual, in graph order."""
+    return [
+        branch.norm_output
+        for block in sites.blocks[lifecycle.birth + 1 : lifecycle.end + 1]
+        for branch in (block.attention, block.mlp)
+    ]
+
+
+def collect_rows(
+    model_path: Path,
+    names: dict[str, int],
+    stats: TokenStats,
+    members: np.ndarray,
+    windows: Sequence[Window],
+    *,
+    providers: Sequence[str],
+    progress: Progress,
+) -> dict[str, np.ndarray]:
+    """Values of the member rows only: value name -> `[members, features]` float32.
+
+    `names` maps value names to their features per token.
+    """
+    groups = group_by_bytes(names, max(len(window.ids) for window in windows))
+    rows = {name: np.zeros((members.size, width), np.float32) for name, width in names.items()}
+    for number, values in tapped_runs(
+        model_path, groups, windows, providers=providers, progress=progress
+    ):
+        inside = np.flatnonzero(stats.window[members] == number)
+        if inside.size:
+            for name, value in values.items():
+                rows[name][inside] = value[stats.position[members[inside]]]
+    return rows
+
+
+def fit(
+    lifecycle: Lifecycle,
+    detection_rows: np.ndarray,
+    norm_rows: dict[str, np.ndarray],
+    threshold: float,
+    *,
+    limit: float,
+    seed: int,
+) -> SinkTemplates:
+    """The smallest K whose templates explain the sinks to within `limit`, else the best K found.
+
+    Rows are clustered by their post-norm vectors, each norm weighing the same; the deviation is
+    measured on every second token after fitting on the others, so that many templates over few
+    tokens do not look constant.
+    """
+    features = np.concatenate(
+        [rows / np.linalg.norm(rows, axis=1).mean() for rows in norm_rows.values()], axis=1
+    )
+    best: SinkTemplates | None = None
+    most = max(1, min(MAX_TEMPLATES, features.shape[0] // _TOKENS_PER_TEMPLATE))
+    for count in range(1, most + 1):
+        labels = _cluster(features, count, seed)
+        deviation, worst = _held_out_deviation(norm_rows, features, labels, count)
+        candidate = SinkTemplates(
+            lifecycle=lifecycle,
+            threshold=threshold,
+            detection=_means(detection_rows, labels, count),
+            norms={name: _means(rows, labels, count) for name, rows in norm_rows.items()},
+            deviation=deviation,
+            spread_max=worst,
+            assignment=labels,
+        )
+        if best is None or candidate.mean_deviation < best.mean_deviation:
+            best = candidate
+        if candidate.is_constant(limit):
+            return candidate
+    assert best is not None
+    return best
+
+
+def _means(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    means = [rows[labels == k].mean(0, dtype=np.float64) for k in range(count)]
+    return np.stack(means).astype(np.float32)
+
+
+def _cluster(features: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Lloyd's k-means with k-means++ seeding; no empty cluster. Deterministic for a seed."""
+    if count == 1:
+        return np.zeros(features.shape[0], np.int64)
+    rng = np.random.default_rng(seed)
+    centres = [features[rng.integers(features.shape[0])]]
+    while len(centres) < count:
+        distance = np.min([((features - c) ** 2).sum(1) for c in centres], axis=0)
+        total = distance.sum()
+        chosen = rng.choice(features.shape[0], p=distance / total) if total else len(centres)
+        centres.append(features[chosen])
+    labels = np.zeros(features.shape[0], np.int64)
+    for _ in range(_KMEANS_ROUNDS):
+        distances = np.stack([((features - c) ** 2).sum(1) for c in centres])
+        updated = distances.argmin(0)
+        for k in range(count):
+            if not (updated == k).any():  # give an empty cluster the worst explained row
+                updated[distances.min(0).argmax()] = k
+        if (updated == labels).all():
+            break
+        labels = updated
+        centres = [features[labels == k].mean(0) for k in range(count)]
+    return labels
+
+
+def _held_out_deviation(
+    norm_rows: dict[str, np.ndarray], features: np.ndarray, labels: np.ndarray, count: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean and largest relative deviation per norm, of odd tokens from the even tokens' means."""
+    fitted = np.arange(labels.size) % 2 == 0
+    for k in range(count):
+        if not (fitted & (labels == k)).any():
+            fitted |= labels == k
+    held = ~fitted if (~fitted).any() else fitted
+    mean: dict[str, float] = {}
+    worst: dict[str, float] = {}
+    for name, rows in norm_rows.items():
+        templates = _means(rows[fitted], labels[fitted], count)
+        target = templates[labels[held]]
+        relative = np.linalg.norm(rows[held] - target, axis=1) / np.linalg.norm(target, axis=1)
+        mean[name] = float(relative.mean())
+        worst[name] = float(relative.max())
+    return mean, worst
