@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     name = text_name(args.text, str(bundle.manifest.options.get("calibration", "")))
     text = load_text(name)
     providers = options.providers(args.device)
-    progress = options.progress(args)
-    graphs = _graphs(bundle, args, progress)
+    graphs = _graphs(bundle, args)
+    progress = options.progress(args, len(graphs) + (REFERENCE in graphs and not args.no_speed))
     comparison = compare(
         graphs,
         Tokenizer(bundle.folder),
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         count=args.windows,
         length=args.length,
         seed=args.seed,
-        text_name=name,
+        # A manifest travels: it names the file, not a folder of this machine.
+        text_name=Path(name).name,
         providers=providers,
         progress=progress,
     )
@@ -100,11 +101,13 @@ def bundle_label(bundle: Bundle) -> str:
     return f"bundle ({bundle.manifest.recipe})"
 
 
-def _graphs(bundle: Bundle, args: argparse.Namespace, progress: Progress) -> dict[str, Path]:
+def _graphs(bundle: Bundle, args: argparse.Namespace) -> dict[str, Path]:
     """Label -> graph: the references, then the file that ships."""
     graphs: dict[str, Path] = {}
     if not args.bundle_only:
-        graphs.update(build_references(bundle, args.work, progress))
+        progress = options.progress(args, 1)
+        with progress.step("Prepare the graphs to compare with"):
+            graphs.update(build_references(bundle, args.work, progress))
     graphs[bundle_label(bundle)] = bundle.model
     return graphs
 

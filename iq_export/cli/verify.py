@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from iq_export.run.ort import CausalLM
 
     begin = time.perf_counter()
-    progress = options.progress(args)
+    progress = options.progress(args, 2)
     with progress.step("Check the files"):
         bundle = Bundle.open(args.bundle)
     with progress.step("Run the graph"):

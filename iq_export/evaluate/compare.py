@@ -6,6 +6,7 @@ log-probabilities are kept, so memory does not grow with the number of graphs.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -52,11 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows and what they were measured on; `text` is the name of the text, not its content."""
+    """The rows and what they were measured on: the text by name and checksum."""
 
     rows: list[Row]
     reference: str
     text: str
+    text_sha256: str
     windows: int
     length: int
     seed: int
@@ -110,7 +112,8 @@ def compare(
             measured = _measure(label, graphs[label], variants, references, providers, progress)
             rows.extend(measured)
     counted = len(next(iter(variants.values())))
-    return Comparison(rows, REFERENCE, text_name, counted, length, seed)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Comparison(rows, REFERENCE, text_name, digest, counted, length, seed)
 
 
 def _bos(tokenizer: Tokenizer) -> tuple[bool, ...]:

@@ -13,7 +13,21 @@ from iq_export import cli
 from iq_export.errors import BundleError, DataError, EngineError, GraphError, IqError, ModelError
 
 COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "doctor")
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx")
+# What `pip install iq-export` does not bring; the parser must not even need ONNX Runtime.
+EXTRAS = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnx_graphsurgeon",
+    "safetensors",
+    "ml_dtypes",
+    "gguf",
+    "yaml",
+    "tensorrt",
+    "tensorrt_rtx",
+)
 
 
 def outcome(monkeypatch: pytest.MonkeyPatch, error: BaseException, *flags: str) -> int:
@@ -74,17 +88,24 @@ def test_every_command_has_help_and_json(command: str, capsys: pytest.CaptureFix
     assert "--json" in text and "--verbose" in text and "--quiet" in text
 
 
-def test_the_parser_needs_no_heavy_package() -> None:
-    program = (
-        "import sys\n"
-        f"sys.modules.update(dict.fromkeys({HEAVY!r}))\n"  # None: importing it fails
-        "from iq_export.cli import main, parser\n"
-        "parser()\n"
-        "sys.exit(main(['doctor', '--json']))"
-    )
-    command = [sys.executable, "-c", program]
+def run_without(missing: tuple[str, ...], program: str) -> None:
+    """Run `program` in a Python where importing any of `missing` fails."""
+    head = f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n"
+    command = [sys.executable, "-c", head + program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_parser_needs_no_heavy_package() -> None:
+    program = "from iq_export.cli import main, parser; parser(); sys.exit(main(['doctor']))"
+    run_without((*EXTRAS, "onnxruntime", "tokenizers", "jinja2"), program)
+
+
+def test_a_device_needs_no_extra_to_run_evaluate_and_build() -> None:
+    modules = ("bundle.package", "run.ort", "run.generate", "evaluate.compare", "report.html",
+               "calibrate.data", "engine.build", "engine.plugin")  # fmt: skip
+    program = f"import importlib\nfor m in {modules!r}: importlib.import_module('iq_export.' + m)"
+    run_without(EXTRAS, program)
 
 
 def test_a_reader_that_stops_is_no_error() -> None:
