@@ -1,0 +1,81 @@
+"""What is wrong is said in one sentence before any work, with an exit code and nothing left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from iq_export.cli import main
+
+MODEL = "smollm2-135m"
+
+
+def refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *argv: str, model: str = MODEL
+) -> tuple[int, str]:
+    """Exit code and stderr of a compile that must fail and leave nothing."""
+    before = sorted(tmp_path.rglob("*"))
+    code = main(["compile", model, str(tmp_path / "out"), "--quiet", *argv])
+    assert sorted(tmp_path.rglob("*")) == before
+    error = capsys.readouterr().err
+    assert error.startswith("iq-export: error: ")
+    return code, error
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (("--recipe", "w8a9"), 2, "w8a8"),
+        (("--target", "rtx-ampre"), 2, "rtx-ampere"),
+        (("--minShapes", "seq:600", "--maxShapes", "seq:512"), 2, "seq"),
+        (("--optShapes", "tokens:1"), 2, "tokens"),
+        (("--recipe", "w4a16", "--target", "rtx-turing"), 2, "rtx-turing"),
+        (("--calibration", "no-such-file.txt"), 4, "does not exist"),
+        (("--opset", "17"), 2, "opset"),
+        (("--samples", "4", "--length", "1"), 2, "length"),
+    ],
+)
+def test_wrong_options(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    argv: tuple[str, ...],
+    code: int,
+    says: str,
+) -> None:
+    found, error = refused(tmp_path, capsys, *argv)
+    assert (found, says in error) == (code, True), error
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "empty"), (b"\xff\xfe\0", "not UTF-8"), (b"\0", "NUL")]
+)
+def test_wrong_calibration_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    found, error = refused(tmp_path, capsys, "--calibration", str(text))
+    assert (found, says in error) == (4, True), error
+
+
+@pytest.mark.parametrize("model", ["smolm2-135m", "./no/such/folder", "no-such-file.gguf"])
+def test_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    found, error = refused(tmp_path, capsys, model=model)
+    assert found == 3, error
+    assert len(error.splitlines()) <= 2
+
+
+def test_corrupt_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF" + bytes(40))
+    found, error = refused(tmp_path, capsys, model=str(model))
+    assert found == 3, error
+
+
+def test_existing_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("{}")
+    found, error = refused(tmp_path, capsys)
+    assert (found, "--force" in error) == (7, True), error
