@@ -13,15 +13,22 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from iq_export.errors import EngineError, UsageError
+
 LIBRARY = "libiq_plugins.so"
 HEADER = "NvInferRuntime.h"
 HEADERS_VARIABLE = "TENSORRT_INCLUDE_DIR"
+# Where tools/fetch_trt_headers.py puts them: a folder of the cache, and their path in the wheel.
+HEADERS_CACHE = "tensorrt-headers"
+HEADERS_MEMBERS = "kernel_lens/include/tensorrt"
+MODES = ("auto", "on", "off")
 
 # The API that the plugin keeps to; IPluginV3 itself exists since 10.0.
 _OLDEST_HEADERS = (10, 3)
@@ -74,6 +81,25 @@ def build_plugin(
     )
 
 
+def provide_plugin(
+    mode: str, out_dir: Path, architectures: Sequence[int], sink_nodes: int
+) -> PluginBuild:
+    """The plugin as `--plugin auto|on|off` asks for it; none for a model without sink ops.
+
+    Raises UsageError for an unknown mode, EngineError if it is "on" and cannot be compiled.
+    """
+    if mode not in MODES:
+        raise UsageError(f"unknown plugin mode '{mode}': use {', '.join(MODES)}.")
+    if mode == "off":
+        return PluginBuild(reason="no plugin: it is switched off.")
+    if not sink_nodes:
+        return PluginBuild(reason="no plugin: the model has no sink ops.")
+    build = build_plugin(out_dir, architectures)
+    if mode == "on" and build.path is None:
+        raise EngineError(build.reason)
+    return build
+
+
 def cmake_build(
     sources: Path,
     folder: Path,
@@ -84,17 +110,18 @@ def cmake_build(
 ) -> str:
     """Configure `sources` in `folder` and build `target`; the reason why it failed, or ""."""
     *others, last = [str(sm) for sm in architectures]
+    cmake = str(find_cmake() or "cmake")
     definitions = {
         "CMAKE_CUDA_COMPILER": str(nvcc),
         "CMAKE_CUDA_ARCHITECTURES": ";".join([*(f"{sm}-real" for sm in others), last]),
         **options,
     }
-    configure = ["cmake", "-S", str(sources), "-B", str(folder)]
+    configure = [cmake, "-S", str(sources), "-B", str(folder)]
     configure += [f"-D{name}={value}" for name, value in definitions.items()]
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     jobs = str(os.cpu_count() or 1)
-    compile_ = ["cmake", "--build", str(folder), "--target", target, "--parallel", jobs]
+    compile_ = [cmake, "--build", str(folder), "--target", target, "--parallel", jobs]
     for command in (configure, compile_):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode != 0:
@@ -129,8 +156,8 @@ def headers_version(include: Path) -> tuple[int, ...]:
 def headers_cache() -> Path:
     """Where tools/fetch_trt_headers.py puts the headers it downloads."""
     root = os.environ.get("IQ_EXPORT_CACHE")
-    folder = Path(root) if root else Path.home() / ".cache" / "iq_export"
-    return folder / "tensorrt-headers"
+    folder = Path(root).expanduser() if root else Path.home() / ".cache" / "iq_export"
+    return folder / HEADERS_CACHE / HEADERS_MEMBERS
 
 
 def find_nvcc() -> Path | None:
@@ -143,6 +170,13 @@ def find_nvcc() -> Path | None:
     ]
     found = (shutil.which(candidate) for candidate in candidates if candidate)
     return next((Path(path) for path in found if path), None)
+
+
+def find_cmake() -> Path | None:
+    """CMake on PATH, or from PyPI beside this Python, whose environment may not be activated."""
+    beside = Path(sys.executable).parent
+    found = shutil.which("cmake") or shutil.which("cmake", path=str(beside))
+    return Path(found) if found else None
 
 
 def find_sources() -> Path | None:
@@ -159,7 +193,7 @@ def _why_not(include: Path | None) -> str:
         return "no plugin: its sources are not installed."
     if find_nvcc() is None:
         return "no plugin: nvcc was not found, set CUDACXX or CUDA_HOME or put it on PATH."
-    if shutil.which("cmake") is None:
+    if find_cmake() is None:
         return "no plugin: cmake was not found, install it with: pip install cmake."
     if include is None:
         return (

@@ -9,9 +9,15 @@ import pytest
 
 from iq_export.engine import plugin as plugin_module
 from iq_export.engine.build import Profile, Range, build_engine
-from iq_export.engine.plugin import PluginBuild, build_plugin, find_headers, headers_version
+from iq_export.engine.plugin import (
+    PluginBuild,
+    build_plugin,
+    find_headers,
+    headers_version,
+    provide_plugin,
+)
 from iq_export.engine.targets import resolve_target
-from iq_export.errors import EngineError
+from iq_export.errors import EngineError, UsageError
 
 SMALL = Profile(Range(1, 1, 2), Range(1, 4, 8), Range(0, 4, 8))
 
@@ -109,6 +115,7 @@ def test_a_missing_library_is_an_error(sink_model, tmp_path: Path) -> None:  # t
     ("missing", "reason"),
     [
         ("find_nvcc", "nvcc was not found"),
+        ("find_cmake", "cmake was not found"),
         ("find_sources", "sources are not installed"),
         ("find_headers", "set TENSORRT_INCLUDE_DIR"),
     ],
@@ -117,10 +124,8 @@ def test_what_is_missing_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str, reason: str
 ) -> None:
     (tmp_path / "NvInferRuntime.h").touch()
-    for name, found in (("find_nvcc", tmp_path), ("find_sources", tmp_path)):
-        monkeypatch.setattr(plugin_module, name, lambda found=found: found)
-    monkeypatch.setattr(plugin_module, "find_headers", lambda: tmp_path)
-    monkeypatch.setattr(plugin_module.shutil, "which", lambda name: name)
+    for name in ("find_nvcc", "find_cmake", "find_sources", "find_headers"):
+        monkeypatch.setattr(plugin_module, name, lambda: tmp_path)
     monkeypatch.setattr(plugin_module, missing, lambda: None)
     build = build_plugin(tmp_path / "out", [86])
     assert build.path is None
@@ -132,9 +137,8 @@ def test_old_headers_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (tmp_path / "NvInferVersion.h").write_text(
         "#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n#define NV_TENSORRT_PATCH 1\n"
     )
-    for name in ("find_nvcc", "find_sources"):
+    for name in ("find_nvcc", "find_cmake", "find_sources"):
         monkeypatch.setattr(plugin_module, name, lambda: tmp_path)
-    monkeypatch.setattr(plugin_module.shutil, "which", lambda name: name)
     assert "are 8.6.1, 10.3 is needed" in build_plugin(tmp_path, [86], headers=tmp_path).reason
 
 
@@ -163,3 +167,14 @@ def test_headers_version(tmp_path: Path, prefix: str) -> None:
     (tmp_path / "NvInferVersion.h").write_text(text + "#define NV_TENSORRT_MAJOR TRT_MAJOR\n")
     assert headers_version(tmp_path) == (10, 16, 2)
     assert headers_version(tmp_path / "absent") == ()
+
+
+def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plugin_module, "find_nvcc", lambda: None)
+    assert "nvcc" in provide_plugin("auto", tmp_path, [86], 3).reason
+    assert "switched off" in provide_plugin("off", tmp_path, [86], 3).reason
+    assert "no sink ops" in provide_plugin("on", tmp_path, [86], 0).reason
+    with pytest.raises(EngineError, match="nvcc was not found"):
+        provide_plugin("on", tmp_path, [86], 3)
+    with pytest.raises(UsageError, match="unknown plugin mode 'maybe'"):
+        provide_plugin("maybe", tmp_path, [86], 3)

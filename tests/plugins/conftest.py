@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from pathlib import Path
 
 import pytest
 
-from iq_export.engine.plugin import cmake_build, find_nvcc, find_sources
+from iq_export.engine.plugin import cmake_build, find_cmake, find_nvcc, find_sources
 
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """plugins/test/rows_test.cu; needs nvcc and cmake, but neither TensorRT nor a GPU."""
     nvcc, sources = find_nvcc(), find_sources()
-    if nvcc is None or sources is None or shutil.which("cmake") is None:
+    if nvcc is None or sources is None or find_cmake() is None:
         pytest.skip("nvcc or cmake is missing: the kernels' arithmetic cannot be compiled")
     folder: Path = tmp_path_factory.mktemp("rows")
     options = {"IQ_PLUGIN": "OFF", "IQ_TESTS": "ON"}

@@ -1,0 +1,160 @@
+"""`iq-export build OUT --target NAME`: an engine for an existing bundle, where it will run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from iq_export.bundle.manifest import FileRecord, sha256_file
+from iq_export.bundle.package import Bundle, disk_full_is_bundle_error, update_manifest
+from iq_export.cli import options
+from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine
+from iq_export.engine.onnx_header import read_header
+from iq_export.engine.plugin import MODES, provide_plugin
+from iq_export.engine.profile import Profile
+from iq_export.engine.targets import Target, check_opset, check_recipe, resolve_target
+from iq_export.engine.trt import check_levers, why_not_here
+from iq_export.errors import EngineError, UsageError
+from iq_export.progress import Progress
+
+_EPILOG = """examples:
+  iq-export build OUT --target rtx-ada
+  iq-export build OUT --target orin --maxShapes batch:1,seq:256,past:1024   (on the Jetson)
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Define the subcommand and its options."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "build",
+        help="build or rebuild TensorRT engines of a bundle",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="a compiled bundle")
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", dest="targets",
+        help="device to build for, repeatable (default: the bundle's targets)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plugin", choices=MODES, default="auto",
+        help="sink ops as TensorRT plugin layers: auto if it can be compiled here (default)",
+    )  # fmt: skip
+    options.add_shapes(parser)
+    group = parser.add_argument_group("TensorRT, as in trtexec")
+    group.add_argument("--timingCacheFile", type=Path, metavar="FILE", dest="timing_cache")
+    group.add_argument("--versionCompatible", action="store_true", dest="version_compatible")
+    group.add_argument("--stripWeights", action="store_true", dest="strip_weights")
+    group.add_argument(
+        "--profilingVerbosity", choices=VERBOSITIES, default="detailed", dest="verbosity"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build each target's engine, and record it in the manifest as soon as it is there."""
+    progress = options.progress(args)
+    with progress.step("Check the files"):
+        bundle = Bundle.open(args.bundle)
+    targets = [resolve_target(name) for name in args.targets or bundle.manifest.targets]
+    if not targets:
+        raise UsageError("the bundle names no target: give --target.")
+    profile = choose_profile(args, bundle)
+    for target in targets:
+        _check(bundle, target, args)
+    reports = []
+    for target in targets:
+        with progress.step(f"Build {target.name}"), disk_full_is_bundle_error(bundle.folder):
+            bundle, report = _build(args, bundle, target, profile, progress)
+        reports.append(report)
+    if args.json:
+        options.print_json([report.to_json() for report in reports])
+    else:
+        print("\n".join(_line(bundle, report) for report in reports))
+    return 0
+
+
+def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
+    """The shape options if there is one, else the shapes the bundle was compiled with."""
+    if args.min_shapes or args.opt_shapes or args.max_shapes or not bundle.manifest.profile:
+        return Profile.parse(args.min_shapes, args.opt_shapes, args.max_shapes)
+    return Profile.from_json(bundle.manifest.profile)
+
+
+def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
+    """Refuse before the first build what cannot be built."""
+    weight_bits = re.match(r"w(\d+)", bundle.manifest.recipe)
+    if weight_bits:
+        check_recipe(target, int(weight_bits.group(1)))
+    check_opset(target, bundle.manifest.opset)
+    check_levers(
+        target, version_compatible=args.version_compatible, strip_weights=args.strip_weights
+    )
+    reason = why_not_here(target)
+    if reason is not None:
+        raise EngineError(reason)
+
+
+def _build(
+    args: argparse.Namespace, bundle: Bundle, target: Target, profile: Profile, progress: Progress
+) -> tuple[Bundle, EngineReport]:
+    """Build in a folder inside the bundle, which is removed, and move what is finished."""
+    sink_nodes = read_header(bundle.model).sink_nodes
+    with tempfile.TemporaryDirectory(dir=bundle.folder, prefix=".build-") as name:
+        folder = Path(name)
+        architectures = plugin_architectures(bundle, target)
+        plugin = provide_plugin(args.plugin, folder, architectures, sink_nodes)
+        if args.plugin == "auto" and sink_nodes and plugin.path is None:
+            progress.note(plugin.reason)
+        plan = folder / f"{target.name}.plan"
+        report = build_engine(
+            bundle.model,
+            plan,
+            target,
+            profile,
+            plugin=plugin.path,
+            sink_nodes=sink_nodes,
+            progress=progress,
+            timing_cache=args.timing_cache,
+            version_compatible=args.version_compatible,
+            strip_weights=args.strip_weights,
+            profiling_verbosity=args.verbosity,
+        )
+        return _install(bundle, plan, plugin.path, report), report
+
+
+def plugin_architectures(bundle: Bundle, target: Target) -> list[int]:
+    """Those of `target` and of the bundle's engines: there is one plugin library for all."""
+    wanted = set(target.compute_capabilities)
+    for engine in bundle.manifest.engines.values():
+        wanted.update(engine.get("compute_capabilities", ()))
+    return sorted(wanted)
+
+
+def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineReport) -> Bundle:
+    """Move the plan, and the library if there is one, to their places, and write the manifest."""
+    moves = {f"engines/{plan.name}": plan}
+    if library is not None:
+        moves[f"plugins/{library.name}"] = library
+    files = dict(bundle.manifest.files)
+    for name, path in moves.items():
+        files[name] = FileRecord(path.stat().st_size, sha256_file(path))
+    for name, path in moves.items():
+        (bundle.folder / name).parent.mkdir(exist_ok=True)
+        path.replace(bundle.folder / name)
+    engines = {**bundle.manifest.engines, report.target: report.to_json()}
+    targets = list(dict.fromkeys([*bundle.manifest.targets, report.target]))
+    return update_manifest(bundle, files=files, engines=engines, targets=targets)
+
+
+def _line(bundle: Bundle, report: EngineReport) -> str:
+    form = {
+        "plugin": f"{report.plugin_layers} plugin layers",
+        "body": "sink ops as function bodies",
+    }
+    return (
+        f"{bundle.folder / 'engines' / report.plan}: {options.size(report.bytes)}, "
+        f"{form.get(report.form, 'no sink ops')}, {report.seconds:.0f} s"
+    )

@@ -1,0 +1,136 @@
+"""`iq-export build` on a bundle of a tiny real graph, with the real TensorRT builder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iq_export.bundle.manifest import Manifest, record_files
+from iq_export.bundle.package import Bundle, atomic_folder
+from iq_export.cli import main
+from iq_export.engine import plugin as plugin_module
+
+SHAPES = ["--maxShapes", "batch:2,seq:8,past:8"]
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """A bundle whose model.onnx clamps rows of x [batch, seq, 8] with one sink op."""
+    onnx = pytest.importorskip("onnx")
+    from iq_export.sinks import ops
+
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    clamp = node(
+        "SinkClampInsert",
+        ["x", "index"],
+        ["y"],
+        domain=ops.DOMAIN,
+        templates=[float(v) for v in np.arange(8)],
+        template_shape=[1, 8],
+        **ops.PLUGIN_ATTRIBUTES,
+    )
+    rows = ["batch", "seq"]
+    graph = onnx.helper.make_graph(
+        [clamp],
+        "g",
+        [info("x", 10, [*rows, 8]), info("index", 6, rows)],
+        [info("y", 10, [*rows, 8])],
+    )
+    imports = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(ops.DOMAIN, 1)]
+    model = onnx.helper.make_model(
+        graph, functions=ops.functions(23), opset_imports=imports, ir_version=11
+    )
+    out = tmp_path / "bundle"
+    with atomic_folder(out) as folder:
+        onnx.save(model, folder / "model.onnx")
+        Manifest(
+            name="tiny", recipe="w8a8", dtype="fp16", opset=23, files=record_files(folder)
+        ).write(folder)
+    return out
+
+
+def _manifest(folder: Path) -> Manifest:
+    return Bundle.open(folder).manifest
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin_module, "find_nvcc", lambda: None)
+
+
+@pytest.mark.usefixtures("no_nvcc")
+def test_engine_is_added_and_rebuilt(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert main(["build", str(built), "--target", "rtx-ampere", *SHAPES, "--json"]) == 0
+    streams = capsys.readouterr()
+    (report,) = json.loads(streams.out)
+    assert (report["form"], report["sink_nodes"]) == ("body", 1)
+    assert report["profile"]["seq"]["max"] == 8
+    assert "nvcc was not found" in streams.err
+    manifest = _manifest(built)
+    assert manifest.engines["rtx-ampere"]["sha256"] == report["sha256"]
+    assert manifest.files["engines/rtx-ampere.plan"].sha256 == report["sha256"]
+    assert manifest.targets == ["rtx-ampere"]
+    # Again, with the bundle's own targets and another one beside them.
+    assert main(["build", str(built), *SHAPES, "-q"]) == 0
+    assert main(["build", str(built), "--target", "rtx-all", *SHAPES]) == 0
+    assert list(_manifest(built).engines) == ["rtx-ampere", "rtx-all"]
+    assert "sink ops as function bodies" in capsys.readouterr().out
+    assert sorted(path.name for path in built.iterdir()) == [
+        "engines",
+        "manifest.json",
+        "model.onnx",
+    ]
+
+
+@pytest.mark.usefixtures("no_nvcc")
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "names no target"),
+        (["--target", "rtx-amper"], 2, "did you mean rtx-ampere"),
+        (["--target", "rtx-ampere", "--minShapes", "seq:9", *SHAPES], 2, "min <= opt <= max"),
+        (["--target", "orin-jetpack6"], 6, "JetPack 6"),
+        (["--target", "rtx-ampere", "--versionCompatible"], 2, "no lean runtime"),
+    ],
+)
+def test_refusals(
+    built: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    before = (built / "manifest.json").read_text()
+    assert main(["build", str(built), *arguments]) == code
+    assert message in capsys.readouterr().err
+    assert (built / "manifest.json").read_text() == before
+
+
+@pytest.mark.usefixtures("no_nvcc")
+def test_plugin_on_needs_the_plugin(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ["build", str(built), "--target", "rtx-ampere", "--plugin", "on"]
+    assert main(arguments) == 6
+    assert "nvcc was not found" in capsys.readouterr().err
+    assert [path.name for path in built.iterdir() if path.name.startswith(".")] == []
+
+
+def test_four_bit_weights_on_turing(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = replace(_manifest(built), recipe="w4a16")
+    manifest.write(built)
+    assert main(["build", str(built), "--target", "rtx-turing"]) == 2
+    assert "cannot run 4-bit weights" in capsys.readouterr().err
+
+
+def test_plugin_form(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    if plugin_module.find_nvcc() is None or plugin_module.find_headers() is None:
+        pytest.skip("nvcc or TensorRT's headers are missing: no plugin can be compiled")
+    assert main(["build", str(built), "--target", "rtx-ampere", "--plugin", "on", *SHAPES]) == 0
+    manifest = _manifest(built)
+    assert manifest.engines["rtx-ampere"]["form"] == "plugin"
+    assert "plugins/libiq_plugins.so" in manifest.files
+    # And back: the form is that of the last build.
+    assert main(["build", str(built), "--target", "rtx-ampere", "--plugin", "off", *SHAPES]) == 0
+    assert _manifest(built).engines["rtx-ampere"]["form"] == "body"
