@@ -25,7 +25,7 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable ".[compile,rtx,test,dev]"
+	    --constraint constraints.txt --editable ".[compile,rtx,plugin,test,dev]"
 	touch $@
 
 # The bundle appears whole or not at all, so the manifest is as good as a stamp.

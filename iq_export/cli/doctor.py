@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from iq_export.cli import options
@@ -92,19 +93,23 @@ def _package(names: tuple[str, ...], need: str) -> Check:
 
 def _tensorrt() -> list[Check]:
     from iq_export.engine import trt
+    from iq_export.engine.targets import TARGETS
 
     installed = trt.available()
+    need = "build, compile --target"
     checks = []
     for flavour, label in trt.LABELS.items():
-        need = "build, compile --target"
         if flavour not in installed:
             checks.append(Check(label, _MISSING, "-", f"{need}: {trt.install_hint(flavour)}"))
             continue
         checks.append(Check(label, _OK, _version_of(flavour), need))
     sm = trt.device_compute_capability()
     found = f"sm_{sm}" if sm else "none"
-    need = "running engines; building for Jetson and data-centre targets"
-    checks.append(Check("NVIDIA GPU", _OK if sm else _MISSING, found, need))
+    use = "running engines; building for Jetson and data-centre targets"
+    checks.append(Check("NVIDIA GPU", _OK if sm else _MISSING, found, use))
+    buildable = [t.name for t in TARGETS.values() if trt.why_not_here(t) is None]
+    found = ", ".join(buildable) or "none"
+    checks.append(Check("engines for", _OK if buildable else _MISSING, found, need))
     return checks
 
 
@@ -117,9 +122,18 @@ def _version_of(flavour: str) -> str:
 
 
 def _tools() -> list[Check]:
-    need = "TensorRT plugin (compile --plugin on)"
-    checks = []
-    for tool in ("cmake", "c++", "nvcc"):
-        found = shutil.which(tool)
-        checks.append(Check(tool, _OK if found else _MISSING, found or "-", need))
-    return checks
+    """What compiling the TensorRT plugin takes."""
+    from iq_export.engine import plugin
+
+    compiler = shutil.which("c++")
+    tools = (
+        ("C++ compiler", Path(compiler) if compiler else None),
+        ("CMake", plugin.find_cmake()),
+        ("nvcc", plugin.find_nvcc()),
+        ("TensorRT headers", plugin.find_headers()),
+    )
+    need = "TensorRT plugin (--plugin on)"
+    return [
+        Check(name, _OK if found else _MISSING, str(found) if found else "-", need)
+        for name, found in tools
+    ]
