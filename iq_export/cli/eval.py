@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.package import Bundle, update_manifest
+from iq_export.bundle.package import Bundle
 from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text
 from iq_export.cli import options
 from iq_export.errors import GraphError, UsageError
@@ -21,6 +21,7 @@ from iq_export.evaluate.compare import (
     time_prefill,
 )
 from iq_export.progress import Progress
+from iq_export.report.html import update_with_report
 
 _SPEED_LENGTH = 512
 
@@ -124,12 +125,7 @@ def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None) -> None:
     changes: dict[str, Any] = {"accuracy": comparison.to_dict()}
     if speed is not None:
         changes["speed"] = asdict(speed)
-    updated = update_manifest(bundle, **changes)
-    if "report.html" in updated.manifest.files:
-        from iq_export.report.html import write_report
-
-        write_report(updated.manifest, updated.plan(), updated.folder / "report.html")
-        update_manifest(updated, rehash=["report.html"])
+    update_with_report(bundle, **changes)
 
 
 def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> None:

@@ -6,12 +6,16 @@ Everything comes from the manifest and `plan.json`; parts that they lack are lef
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from iq_export.bundle.manifest import Manifest, write_atomically
+from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.report.chart import Series, line_chart
+
+REPORT_NAME = "report.html"
 
 # Quantizers shown before the fold: those that the rewrite changed most.
 _SHOWN_QUANTIZERS = 12
@@ -39,6 +43,16 @@ def write_report(manifest: Manifest, plan: Mapping[str, Any], path: Path) -> Pat
     """Write the page for `manifest` and the content of `plan.json` to `path`, atomically."""
     write_atomically(path, render(manifest, plan))
     return path
+
+
+def update_with_report(bundle: Bundle, *, rehash: Sequence[str] = (), **changes: Any) -> Bundle:
+    """`bundle.package.update_manifest`, and the bundle's report, if it has one, made anew."""
+    renewed = list(rehash)
+    if REPORT_NAME in bundle.manifest.files:
+        manifest = replace(bundle.manifest, **changes)
+        write_report(manifest, bundle.plan(), bundle.folder / REPORT_NAME)
+        renewed.append(REPORT_NAME)
+    return update_manifest(bundle, rehash=renewed, **changes)
 
 
 def render(manifest: Manifest, plan: Mapping[str, Any]) -> str:
