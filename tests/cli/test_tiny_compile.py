@@ -1,0 +1,110 @@
+"""The whole command on a model of two random layers: what comes out, and what an interrupt leaves.
+
+The model has no spikes, so these runs also show that such a model gets no sink ops.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iq_export.bundle.package import Bundle
+from iq_export.cli import main
+
+SMALL = ("--samples", "4", "--length", "64", "--quiet")
+SHAPES = ("--maxShapes", "batch:2,seq:64,past:64", "--optShapes", "seq:32,past:32")
+EVAL = ("--windows", "4", "--length", "64", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A W8A8 bundle of the tiny model with its work folder beside it."""
+    folder = tmp_path_factory.mktemp("compiled")
+    work = str(folder / "work")
+    argv = ["compile", str(tiny_model), str(folder / "bundle"), *SMALL, *SHAPES]
+    assert main([*argv, "--work", work, "--keep-work"]) == 0
+    return folder / "bundle"
+
+
+def test_bundle_is_whole(compiled: Path) -> None:
+    assert main(["verify", str(compiled), "--quiet"]) == 0
+    manifest = Bundle.open(compiled).manifest
+    assert manifest.recipe == "w8a8"
+    assert {"model.onnx", "plan.json", "report.html", "tokenizer.json"} <= set(manifest.files)
+    assert manifest.inputs and manifest.outputs and manifest.timings and manifest.versions
+    assert not list(compiled.parent.glob(".*"))
+
+
+def test_no_spikes_no_sink_ops(compiled: Path) -> None:
+    assert Bundle.open(compiled).manifest.lifecycles == []
+    assert b"SinkClampInsert" not in (compiled / "model.onnx").read_bytes()
+
+
+def test_engine_is_recorded(compiled: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    manifest = Bundle.open(compiled).manifest
+    assert manifest.engines["rtx-ampere"]["form"] == "none"
+    assert "engines/rtx-ampere.plan" in manifest.files
+
+
+def test_eval_against_the_work_folder(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = str(compiled.parent / "work")
+    assert main(["eval", str(compiled), "--work", work, "--json", *EVAL]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["bos"] for row in rows} == {True, False}
+    assert all(row["ratio"] == pytest.approx(1, abs=0.05) for row in rows)
+    assert main(["verify", str(compiled), "--quiet"]) == 0
+
+
+def test_same_input_same_file(compiled: Path, tiny_model: Path, tmp_path: Path) -> None:
+    argv = ["compile", str(tiny_model), str(tmp_path / "again"), *SMALL, *SHAPES]
+    assert main([*argv, "--work", str(compiled.parent / "work"), "--keep-work"]) == 0
+    ours, again = Bundle.open(compiled).manifest, Bundle.open(tmp_path / "again").manifest
+    for name in ("model.onnx", "model.onnx.data"):
+        assert ours.files[name] == again.files[name]
+
+
+def test_dry_run_writes_nothing(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compile", str(tiny_model), str(out), "--dry-run", "--json", *SMALL]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_shorter_than_one_window(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("A few words only.")
+    argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--calibration", str(text), *SMALL]
+    assert main(argv) == 4
+    assert "one window needs 64" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 9))
+def test_interrupt_leaves_nothing(tiny_model: Path, tmp_path: Path, step: int) -> None:
+    """Ctrl-C as soon as the step's line appears on stderr."""
+    command = [sys.executable, "-m", "iq_export.cli", "compile", str(tiny_model),
+               str(tmp_path / "out"), *SMALL[:4], *SHAPES]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        seen = ""
+        while f"[{step}/" not in seen:
+            character = process.stderr.read(1)
+            if not character:
+                pytest.skip(f"this compile has fewer than {step} steps")
+            seen += character
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in rest
