@@ -159,11 +159,24 @@ def flat_module(model: Any) -> torch.nn.Module:
     return FlatCausalLM().eval()
 
 
-def cache_shape(config: Any) -> CacheShape:
-    """Layer count, K/V heads and head size from a transformers text config."""
-    heads = config.num_attention_heads
-    return CacheShape(
-        num_layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+def cache_shape(model: Any) -> CacheShape:
+    """Layer count, K/V heads and head size, as one token through the model leaves them.
+
+    Configurations of different families disagree on how they call these. Raises ModelError if
+    the layers' caches are not all of one shape `[1, kv_heads, 1, head_dim]`.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors}
+    shape = next(iter(shapes), None)
+    if len(shapes) != 1 or shape is None or len(shape) != 4:
+        raise ModelError(
+            f"The layers of a '{model.config.model_type}' do not keep keys and values of one "
+            f"shape ({', '.join(sorted(map(str, shapes)))}); this architecture is not supported."
+        )
+    return CacheShape(num_layers=len(cache.layers), kv_heads=shape[1], head_dim=shape[3])

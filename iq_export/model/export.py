@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
 from iq_export.model.capture import CacheShape
+from iq_export.model.tidy import SCOPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,7 +81,7 @@ def export_module(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ModelError(f"The model cannot be traced: {_root_cause(error)}") from error
+            raise _explained(error) from error
         if program is None:
             raise ModelError("The model cannot be traced: torch.onnx.export returned nothing.")
         model = program.model
@@ -107,6 +108,18 @@ def _lower(model: ir.Model) -> None:
     onnx_fusions.fuse(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
+    _inherit_scopes(model.graph)
+
+
+def _inherit_scopes(graph: ir.Graph) -> None:
+    """Let nodes that a rewrite made without saying where belong to the module that reads them."""
+    for node in reversed(list(graph)):
+        if SCOPES in node.metadata_props:
+            continue
+        for reader in (use.node for out in node.outputs for use in out.uses()):
+            if SCOPES in reader.metadata_props:
+                node.metadata_props[SCOPES] = reader.metadata_props[SCOPES]
+                break
 
 
 @contextlib.contextmanager
@@ -127,9 +140,12 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _root_cause(error: BaseException) -> str:
+def _explained(error: BaseException) -> ModelError:
     """First line of the innermost exception: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, ModelError):
+        return error
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
+    reason = f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
+    return ModelError(f"The model cannot be traced: {reason}")

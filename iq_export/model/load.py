@@ -5,8 +5,11 @@ This is the only place that knows model families, and it only knows what transfo
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import re
 import struct
@@ -96,11 +99,11 @@ def materialize(source: ModelSource) -> ModelSource:
     if source.path is not None:
         return source
     if source.kind == "gguf":
-        return _replaced(source, path=embedded_model())
+        return dataclasses.replace(source, path=embedded_model())
     folder = _download_from_hub(source)
     _check_folder(folder, source.trust_remote_code)
     revision = folder.name if folder.parent.name == "snapshots" else source.revision
-    return _replaced(source, path=folder, revision=revision, license_note=_license_note(folder))
+    return dataclasses.replace(source, path=folder, revision=revision, license_note=_license_note(folder))
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -367,7 +370,9 @@ def _quiet_transformers() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        # Its GGUF reader draws a bar of its own that cannot be switched off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -382,9 +387,3 @@ def _need_transformers() -> None:
         raise ModelError(
             "Loading a model needs torch and transformers: pip install 'iq-export[compile]'."
         ) from error
-
-
-def _replaced(source: ModelSource, **changes: Any) -> ModelSource:
-    import dataclasses
-
-    return dataclasses.replace(source, **changes)

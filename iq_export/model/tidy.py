@@ -130,8 +130,7 @@ def _share_constants(graph: ir.Graph) -> None:
         )
         if not small:
             continue
-        array = np.ascontiguousarray(tensor.numpy())
-        key = (tensor.dtype.name, array.shape, array.tobytes())
+        key = (tensor.dtype.name, tuple(tensor.shape.numpy()), tensor.tobytes())
         kept = seen.setdefault(key, value)
         if kept is not value:
             value.replace_all_uses_with(kept)

@@ -186,18 +186,20 @@ def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None
     from iq_export.model.replicate import plan_layers, replicate, shortened
     from iq_export.model.tidy import settle_axes, tidy
 
-    module, vocab = flat_module(model), model.config.vocab_size
+    cache, vocab = cache_shape(model), model.config.vocab_size
+    module = flat_module(model)
     plan = plan_layers(model) if short_cut else None
     if short_cut and plan is None:
         return None
     if plan is None:
-        layers = model.config.num_hidden_layers
-        graph = export_module(module, cache_shape(model.config), vocab, opset=opset)
+        layers = cache.num_layers
+        graph = export_module(module, cache, vocab, opset=opset)
         settle_axes(graph.graph)
     else:
         layers = len(plan.traced)
+        fewer = dataclasses.replace(cache, num_layers=layers)
         with shortened(model, plan):
-            graph = export_module(module, cache_shape(model.config), vocab, opset=opset)
+            graph = export_module(module, fewer, vocab, opset=opset)
         settle_axes(graph.graph)
         if not replicate(graph, plan, module):
             return None

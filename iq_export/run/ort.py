@@ -150,7 +150,7 @@ def _open_session(path: Path, providers: Sequence[str], threads: int | None) -> 
             "pip install 'iq-export[gpu]'."
         )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: the rest is about the runtime, not the model
+    options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
