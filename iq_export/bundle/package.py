@@ -160,12 +160,7 @@ def atomic_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
     out = check_output(out, force)
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise BundleError(f"cannot write in {out.parent}: {error.strerror}") from error
-    try:
+        _make_empty(temporary)
         with disk_full_is_bundle_error(out):
             yield temporary
             _swap(temporary, check_output(out, force))
@@ -173,18 +168,24 @@ def atomic_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _make_empty(folder: Path) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as error:
+        raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
+
+
 def _swap(temporary: Path, out: Path) -> None:
     """Rename `temporary` to `out`; an older folder is set aside first and removed afterwards."""
-    if not out.exists():
-        temporary.rename(out)
-        return
     old = out.parent / f".{out.name}.{os.getpid()}.old"
-    out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         temporary.rename(out)
-    except BaseException:
+    finally:
         # Ctrl-C may land between the two renames: the older bundle comes back.
-        if not out.exists():
+        if old.exists() and not out.exists():
             old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
