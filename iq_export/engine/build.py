@@ -68,7 +68,9 @@ class EngineReport:
 
     `form` says how the sink ops went in: "plugin" (as many PLUGIN_V3 layers as sink nodes), "body"
     (standard ops, no PLUGIN_V3 layer) or "none" (the model has no sink ops). `layers` counts the
-    layers of the parsed network, before TensorRT fuses them. `peak_rss_bytes` is the child's.
+    layers of the parsed network, before TensorRT fuses them. With `plugin_embedded` the plan
+    carries the plugin library, and a runtime must allow host code; else it must load the library
+    first. `peak_rss_bytes` is the child's.
     """
 
     target: str
@@ -82,6 +84,7 @@ class EngineReport:
     form: str
     sink_nodes: int
     plugin_layers: int
+    plugin_embedded: bool
     layers: int
     opset: int
     profile: dict[str, dict[str, int]]
@@ -123,10 +126,10 @@ def build_engine(
 ) -> EngineReport:
     """Build `onnx_path` for `target` and write the plan, whole or not at all.
 
-    With `plugin` the sink ops become its layers, and the library is embedded in the plan; without,
-    their function bodies are built. Either way the form is proven by counting PLUGIN_V3 layers.
-    `sink_nodes` is counted in the graph if not given. Axes of the inputs must be named batch, seq,
-    past or total. Ctrl-C stops the child as well.
+    With `plugin` the sink ops become its layers, and the library is embedded in the plan where the
+    flavour can do that; without, their function bodies are built. Either way the form is proven by
+    counting PLUGIN_V3 layers. `sink_nodes` is counted in the graph if not given. Axes of the inputs
+    must be named batch, seq, past or total. Ctrl-C stops the child as well.
 
     Raises UsageError for an option that is unknown or that the target lacks, and EngineError if
     TensorRT is missing, too old for the graph's opset, refuses the graph or the target, dies, or

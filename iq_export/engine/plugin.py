@@ -52,7 +52,11 @@ class PluginBuild:
 
 
 def build_plugin(
-    out_dir: Path, architectures: Sequence[int], *, headers: Path | None = None
+    out_dir: Path,
+    architectures: Sequence[int],
+    *,
+    headers: Path | None = None,
+    warnings_are_errors: bool = False,
 ) -> PluginBuild:
     """Compile `libiq_plugins.so` for `architectures` into `out_dir`, whole or not at all.
 
@@ -67,7 +71,10 @@ def build_plugin(
         return PluginBuild(reason=reason)
     wanted = tuple(sorted(set(architectures)))
     with tempfile.TemporaryDirectory(prefix="iq-plugins-") as folder:
-        options = {HEADERS_VARIABLE: str(include)}
+        options = {
+            HEADERS_VARIABLE: str(include),
+            "IQ_WERROR": "ON" if warnings_are_errors else "OFF",
+        }
         reason = cmake_build(sources, Path(folder), nvcc, wanted, "iq_plugins", options)
         if reason:
             return PluginBuild(reason=reason)

@@ -18,7 +18,7 @@ from typing import Any
 
 from iq_export.engine.build import BuildRequest, EngineReport
 from iq_export.engine.profile import Profile
-from iq_export.engine.targets import ENTERPRISE, check_tensorrt_opset
+from iq_export.engine.targets import ENTERPRISE, RTX, check_tensorrt_opset
 from iq_export.engine.trt import BuildLog, TensorRT, load
 from iq_export.errors import EngineError, IqError
 
@@ -81,6 +81,7 @@ def build(request: BuildRequest) -> EngineReport:
         form=form,
         sink_nodes=request.sink_nodes,
         plugin_layers=plugin_layers,
+        plugin_embedded=_embeds_plugin(tensorrt, request),
         layers=network.num_layers,
         opset=request.opset,
         profile=request.profile,
@@ -107,6 +108,11 @@ def prove_form(sink_nodes: int, plugin_layers: int, with_plugin: bool) -> str:
     if sink_nodes == 0:
         return "none"
     return "plugin" if with_plugin else "body"
+
+
+def _embeds_plugin(tensorrt: TensorRT, request: BuildRequest) -> bool:
+    """Enterprise TensorRT carries plugins in version compatible plans only (read in NvInfer.h)."""
+    return request.plugin is not None and (tensorrt.flavour == RTX or request.version_compatible)
 
 
 def _parse(
@@ -146,7 +152,7 @@ def _configure(tensorrt: TensorRT, builder: Any, network: Any, request: BuildReq
         tensorrt.set_flag(config, "VERSION_COMPATIBLE")
     if request.strip_weights:
         tensorrt.set_flag(config, "STRIP_PLAN")
-    if request.plugin:
+    if _embeds_plugin(tensorrt, request):
         config.plugins_to_serialize = [request.plugin]
     if request.timing_cache:
         _load_timing_cache(config, Path(request.timing_cache))

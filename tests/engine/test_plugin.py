@@ -52,7 +52,7 @@ class TestPluginForm:
         plan = tmp_path / "a.plan"
         report = build_engine(sink_model(), plan, resolve_target(name), SMALL, plugin=plugin.path)
         assert (report.form, report.plugin_layers, report.sink_nodes) == ("plugin", 3, 3)
-        # The library travels in the plan.
+        assert report.plugin_embedded
         assert plugin.path is not None
         assert plan.stat().st_size > plugin.path.stat().st_size
         body = build_engine(sink_model(), tmp_path / "b.plan", resolve_target(name), SMALL)

@@ -17,7 +17,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if nvcc is None or sources is None or find_cmake() is None:
         pytest.skip("nvcc or cmake is missing: the kernels' arithmetic cannot be compiled")
     folder: Path = tmp_path_factory.mktemp("rows")
-    options = {"IQ_PLUGIN": "OFF", "IQ_TESTS": "ON"}
+    options = {"IQ_PLUGIN": "OFF", "IQ_TESTS": "ON", "IQ_WERROR": "ON"}
     # PTX of the lowest architecture, so that any GPU at hand can run the kernels.
     reason = cmake_build(sources, folder, nvcc, [80], "iq_rows_test", options)
     assert not reason, reason
