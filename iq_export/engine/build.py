@@ -213,7 +213,11 @@ def _worker(stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
         stderr=stderr,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONSAFEPATH": "1",  # not what lies in the current folder
+        },
     )
     try:
         yield process

@@ -47,22 +47,21 @@ def install_hint(flavour: str) -> str:
 
 def why_not_here(target: Target) -> str | None:
     """Why no engine for `target` can be built on this machine, as a sentence; None if it can."""
+    if not target.portable:
+        sm = device_compute_capability()
+        if sm not in target.compute_capabilities:
+            found = f"has sm_{sm}" if sm else "has no NVIDIA GPU"
+            return (
+                f"no engine for '{target.name}' here: enterprise TensorRT builds only on the "
+                f"device itself (sm_{target.compute_capabilities[0]}), and this machine {found}. "
+                f"Copy the bundle there and run: iq-export build BUNDLE --target {target.name}."
+            )
     if target.flavour not in available():
         return (
             f"no engine for '{target.name}': {LABELS[target.flavour]} (module {target.flavour}) is "
             f"not installed, {install_hint(target.flavour)}."
         )
-    if target.portable:
-        return None
-    sm = device_compute_capability()
-    if sm in target.compute_capabilities:
-        return None
-    found = f"has sm_{sm}" if sm else "has no NVIDIA GPU"
-    return (
-        f"no engine for '{target.name}' here: enterprise TensorRT builds only on the device itself "
-        f"(sm_{target.compute_capabilities[0]}), and this machine {found}. Copy the bundle there "
-        f"and run: iq-export build BUNDLE --target {target.name}."
-    )
+    return None
 
 
 def check_levers(target: Target, *, version_compatible: bool, strip_weights: bool) -> None:
