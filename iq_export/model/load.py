@@ -103,7 +103,9 @@ def materialize(source: ModelSource) -> ModelSource:
     folder = _download_from_hub(source)
     _check_folder(folder, source.trust_remote_code)
     revision = folder.name if folder.parent.name == "snapshots" else source.revision
-    return dataclasses.replace(source, path=folder, revision=revision, license_note=_license_note(folder))
+    return dataclasses.replace(
+        source, path=folder, revision=revision, license_note=_license_note(folder)
+    )
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -137,9 +139,10 @@ def load_model(source: ModelSource) -> LoadedModel:
         )
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         _check_config(config, source)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="float32", output_loading_info=True, **options
         )
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -169,7 +172,9 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
                 f"{path.name} carries no tokenizer: give the folder that has its tokenizer.json "
                 "with --tokenizer FOLDER."
             )
-        return ModelSource("onnx", path.stem, path, license_note=_license_note(path.parent), **common)
+        return ModelSource(
+            "onnx", path.stem, path, license_note=_license_note(path.parent), **common
+        )
     raise ModelError(
         f"{path} is neither .gguf nor .onnx; for .safetensors give the folder with its config.json."
     )

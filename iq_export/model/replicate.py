@@ -232,7 +232,8 @@ class _Writer:
     def write(self) -> None:
         inputs, outputs = self._inputs(), [self.graph.outputs[0]]
         outputs += [v for v in self.graph.outputs if (v.name or "").startswith("present.0.")]
-        current, copies, fresh = self.chain.exit[0], [], []
+        current, copies = self.chain.exit[0], []
+        fresh: list[ir.Value] = []
         for layer in range(1, len(self.plan.template)):
             position = self.plan.template[layer]
             values = self._parameters(layer, position, fresh)

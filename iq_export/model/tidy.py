@@ -57,7 +57,7 @@ def all_scopes(node: ir.Node) -> list[str]:
 
 def module_scope(node: ir.Node) -> str:
     """Qualified name of the innermost module of `node` ('' at the top or unknown)."""
-    return ([""] + all_scopes(node))[-1]
+    return ["", *all_scopes(node)][-1]
 
 
 def _name_total(graph: ir.Graph) -> None:
@@ -138,7 +138,7 @@ def _share_constants(graph: ir.Graph) -> None:
 
 
 def _store_weights_transposed(graph: ir.Graph) -> None:
-    """Turn MatMul(x, Transpose(weight)) into MatMul(x, weight') unless the weight is used elsewhere.
+    """Turn MatMul(x, Transpose(weight)) into MatMul(x, weight'), if nothing else uses the weight.
 
     The transposed tensor is made only while it is written: no weight is in memory twice.
     """

@@ -239,10 +239,8 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     assert source.path is not None and source.tokenizer is not None
     graph = _read_onnx(source.path)
     _check_interface(graph, source.path)
-    try:
-        ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
-    except (FileNotFoundError, ValueError) as error:
-        raise ModelError(f"The weights of {source.path} cannot be read: {error}") from error
+    _check_external_data(graph, source.path)
+    ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
     for name in _TOKENIZER_FILES:
         if (source.tokenizer / name).is_file():
             shutil.copyfile(source.tokenizer / name, folder / ASSETS / name)
@@ -259,12 +257,30 @@ def _read_onnx(path: Path) -> ir.Model:
         raise ModelError(f"{path} is not an ONNX file, or it is damaged.") from error
 
 
+def _check_external_data(model: ir.Model, path: Path) -> None:
+    """Every weight that lies outside of the file must be there in full."""
+    import onnx_ir as ir
+
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = path.parent / tensor.location
+        end = (tensor.offset or 0) + tensor.nbytes
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size < end:
+            found = "is not there" if size is None else f"has {size} bytes of at least {end}"
+            raise ModelError(f"The weight '{name}' of {path} is incomplete: {file.name} {found}.")
+
+
 def _check_interface(model: ir.Model, path: Path) -> None:
     """Raise GraphError with the first input or output that a causal LM has and this lacks."""
     inputs = {value.name for value in model.graph.inputs}
     outputs = {value.name for value in model.graph.outputs}
     layers = sum(name.startswith("present.") for name in outputs if name) // 2
-    past = [f"past_key_values.{i}.{kind}" for i in range(max(layers, 1)) for kind in ("key", "value")]
+    past = [
+        f"past_key_values.{i}.{kind}" for i in range(max(layers, 1)) for kind in ("key", "value")
+    ]
     needed_in = ["input_ids", "attention_mask", "position_ids", *past]
     needed_out = ["logits", *(name.replace("past_key_values", "present") for name in past)]
     for kind, needed, found in (("input", needed_in, inputs), ("output", needed_out, outputs)):

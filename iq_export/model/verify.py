@@ -59,14 +59,10 @@ def compare(path: Path, reference: list[NDArray[np.float32]]) -> Parity:
     graph = CausalLM(path)
     rows = _rows(graph.vocab_size)
     ids, mask, positions = left_pad([row.tolist() for row in rows], 0)
-    head = graph.forward(
-        ids[:, :_FIRST_CHUNK], mask[:, :_FIRST_CHUNK], positions[:, :_FIRST_CHUNK]
-    )
+    head = graph.forward(ids[:, :_FIRST_CHUNK], mask[:, :_FIRST_CHUNK], positions[:, :_FIRST_CHUNK])
     tail = graph.forward(ids[:, _FIRST_CHUNK:], mask, positions[:, _FIRST_CHUNK:], head.present)
     logits = np.concatenate([head.logits, tail.logits], axis=1)
-    errors = [
-        float(np.abs(logits[i, -len(row) :] - row).max()) for i, row in enumerate(reference)
-    ]
+    errors = [float(np.abs(logits[i, -len(row) :] - row).max()) for i, row in enumerate(reference)]
     finite = bool(np.isfinite(logits).all())
     spread = max(float(row.max() - row.min()) for row in reference)
     return Parity(max(errors) if finite else float("inf"), spread)

@@ -164,9 +164,7 @@ def _past_inputs(inputs: Mapping[str, Any], path: Path) -> list[str]:
     if "input_ids" not in inputs:
         raise GraphError(f"{path.name} is not a causal LM: it has no input 'input_ids'.")
     layers = {int(match[1]) for name in inputs if (match := _PAST.match(name))}
-    names = [
-        f"past_key_values.{i}.{kind}" for i in range(len(layers)) for kind in ("key", "value")
-    ]
+    names = [f"past_key_values.{i}.{kind}" for i in range(len(layers)) for kind in ("key", "value")]
     lacking = [name for name in names or ["past_key_values.0.key"] if name not in inputs]
     if lacking:
         raise GraphError(f"{path.name} has no input '{lacking[0]}': it was exported without cache.")

@@ -1,0 +1,338 @@
+"""The traced graph: its interface, its ops, and that it computes what transformers computes."""
+
+from __future__ import annotations
+
+import collections
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from iq_export.errors import GraphError, ModelError, UsageError
+from iq_export.model import trace as trace_module
+from iq_export.model.load import resolve
+from iq_export.model.trace import TracedModel, trace
+from iq_export.model.verify import Parity
+from iq_export.run.generate import Tokenizer, generate
+from iq_export.run.ort import CausalLM, left_pad
+
+# The sizes of the tiny models of conftest.py.
+VOCAB, LAYERS, WINDOW = 96, 4, 5
+FAMILIES = ("llama", "llama-bias", "qwen2", "qwen3", "mistral", "phi3", "gemma3")
+Getter = Callable[[str], Any]
+
+
+def reference_model(folder: Path) -> Any:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def reference_logits(model: Any, ids: list[int]) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def in_chunks(graph: CausalLM, rows: list[list[int]], sizes: tuple[int, ...]) -> np.ndarray:
+    """Logits of a left-padded batch that is fed in chunks, with the cache."""
+    ids, mask, positions = left_pad(rows, 0)
+    parts, past, start = [], None, 0
+    for size in (*sizes, ids.shape[1] - sum(sizes)):
+        end = start + size
+        step = graph.forward(ids[:, start:end], mask[:, :end], positions[:, start:end], past)
+        parts.append(step.logits)
+        past, start = step.present, end
+    return np.concatenate(parts, axis=1)
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, folders: Getter, traces: Getter) -> None:
+    """In one pass, in chunks of 1, 7 and the rest, and left-padded beside a longer row."""
+    model, graph = reference_model(folders(family)), CausalLM(traces(family).model)
+    rows = [tokens(4 * WINDOW, 1), tokens(2 * WINDOW + 1, 2), tokens(1, 3)]
+    expected = [reference_logits(model, row) for row in rows]
+    bound = 1e-4 * (expected[0].max() - expected[0].min())
+    alone = in_chunks(graph, rows[:1], ())
+    assert np.abs(alone[0] - expected[0]).max() < bound
+    for sizes in ((), (1, 7), (12, 1, 1)):
+        padded = in_chunks(graph, rows, sizes)
+        assert np.isfinite(padded).all()
+        for index, want in enumerate(expected):
+            assert np.abs(padded[index, -len(want) :] - want).max() < bound
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3"))
+def test_greedy_tokens_equal_transformers(family: str, folders: Getter, traces: Getter) -> None:
+    """64 steps, with the cache and by computing everything anew."""
+    import torch
+
+    model, graph = reference_model(folders(family)), CausalLM(traces(family).model)
+    prompt = tokens(6, 4)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None
+        )[0, len(prompt) :].tolist()
+    assert list(generate(graph, prompt, max_new_tokens=64)) == expected
+    grown = list(prompt)
+    for _ in range(64):
+        grown.append(int(in_chunks(graph, [grown], ())[0, -1].argmax()))
+    assert grown[len(prompt) :] == expected
+
+
+def test_padding_alone_is_finite(traces: Getter) -> None:
+    """A row of nothing but padding attends to itself only: no NaN anywhere."""
+    graph = CausalLM(traces("llama").model)
+    ids, mask = np.zeros((2, 4), np.int64), np.zeros((2, 4), np.int64)
+    mask[0] = 1
+    step = graph.forward(ids, mask, np.zeros_like(ids))
+    assert np.isfinite(step.logits).all()
+    assert all(np.isfinite(tensor).all() for tensor in step.present)
+
+
+def test_pads_do_not_reach_the_tokens(traces: Getter) -> None:
+    graph = CausalLM(traces("llama").model)
+    row = tokens(5, 5)
+    ids, mask, positions = left_pad([row, tokens(9, 6)], 0)
+    other = np.where(mask == 1, ids, 17)
+    first, second = (graph.forward(x, mask, positions).logits[0, -5:] for x in (ids, other))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("family", "norms", "ropes"), (("llama", 9, 8), ("qwen3", 17, 8), ("gemma3", 25, 8))
+)
+def test_single_ops(family: str, norms: int, ropes: int, traces: Getter) -> None:
+    model = onnx.load(traces(family).model, load_external_data=False)
+    count = collections.Counter(node.op_type for node in model.graph.node)
+    assert count["RMSNormalization"] == norms
+    assert count["RotaryEmbedding"] == ropes
+    assert count["Attention"] == LAYERS
+    assert count["MatMul"] == 7 * LAYERS + 1
+    assert count["Expand"] == count["Identity"] == count["Constant"] == 0
+    assert count["Cos"] <= 2  # one per base of the rotation, not one per layer
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
+    onnx.checker.check_model(str(traces(family).model))
+
+
+def test_interface(traces: Getter) -> None:
+    graph = onnx.load(traces("llama").model, load_external_data=False).graph
+
+    def shapes(values: Any) -> dict[str, list[Any]]:
+        return {
+            v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+            for v in values
+        }
+
+    inputs, outputs = shapes(graph.input), shapes(graph.output)
+    assert list(inputs)[:4] == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values.0.key",
+    ]
+    assert inputs["input_ids"] == inputs["position_ids"] == ["batch", "seq"]
+    assert inputs["attention_mask"] == ["batch", "total"]
+    assert inputs["past_key_values.3.value"] == ["batch", 2, "past", 8]
+    assert next(iter(outputs)) == "logits" and outputs["logits"] == ["batch", "seq", VOCAB]
+    assert outputs["present.3.value"] == ["batch", 2, "total", 8]
+    assert len(inputs) == 3 + 2 * LAYERS and len(outputs) == 1 + 2 * LAYERS
+
+
+def test_weights_are_named_transposed_and_stored_once(folders: Getter, traces: Getter) -> None:
+    model = onnx.load(traces("llama").model)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    state = reference_model(folders("llama")).state_dict()
+    for layer in range(LAYERS):
+        for name in (f"layers.{layer}.mlp.down_proj", f"layers.{layer}.self_attn.q_proj"):
+            original = state[f"model.{name}.weight"].numpy()
+            np.testing.assert_array_equal(weights[f"{name}.weight"], original.T)
+        norm = f"layers.{layer}.input_layernorm.weight"
+        np.testing.assert_array_equal(weights[norm], state[f"model.{norm}"].numpy())
+    matrices = [name for name, value in weights.items() if value.shape == (VOCAB, 32)]
+    assert matrices == ["embed_tokens.weight"]
+    assert not [name for name, value in weights.items() if value.shape == (32, VOCAB)]
+    names = {node.name: node for node in model.graph.node}
+    assert names["layers.2/mlp/down_proj"].input[1] == "layers.2.mlp.down_proj.weight"
+    assert names["layers.0/self_attn/Attention"].op_type == "Attention"
+    assert names["lm_head"].op_type == "MatMul"
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert not model.metadata_props
+
+
+def test_gemma_norm_weights_are_folded(folders: Getter, traces: Getter) -> None:
+    """Gemma multiplies by 1 + weight: one constant in the graph, under the norm's name."""
+    model = onnx.load(traces("gemma3").model)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    state = reference_model(folders("gemma3")).state_dict()
+    for layer in range(LAYERS):
+        name = f"layers.{layer}.input_layernorm.weight"
+        np.testing.assert_allclose(weights[name], 1 + state[f"model.{name}"].numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3"))
+def test_the_short_cut_writes_the_same_graph(
+    family: str, folders: Getter, traces: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying layers gives, byte for byte, what exporting every layer gives."""
+    assert traces(family).layers_traced < LAYERS
+    monkeypatch.setattr("iq_export.model.replicate.plan_layers", lambda model: None)
+    whole = trace(resolve(str(folders(family))), tmp_path / "whole")
+    assert whole.layers_traced == LAYERS
+    for file in ("model.onnx", "model.onnx.data"):
+        assert (whole.folder / file).read_bytes() == (traces(family).folder / file).read_bytes()
+
+
+def test_a_short_cut_that_is_wrong_is_not_taken(
+    folders: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, seen = trace_module.compare, []
+
+    def wrong_at_first(path: Path, reference: Any) -> Parity:
+        seen.append(path)
+        return Parity(1.0, 2.0) if len(seen) == 1 else compare(path, reference)
+
+    monkeypatch.setattr(trace_module, "compare", wrong_at_first)
+    traced = trace(resolve(str(folders("llama"))), tmp_path / "out")
+    assert len(seen) == 2 and traced.layers_traced == LAYERS
+    assert traced.parity is not None and traced.parity < 1e-5
+
+
+def test_a_graph_that_differs_is_refused(
+    folders: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_module, "compare", lambda path, reference: Parity(np.nan, 1.0))
+    with pytest.raises(GraphError, match="does not equal the model"):
+        trace(resolve(str(folders("llama"))), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_assets_are_enough_to_run(traces: Getter) -> None:
+    assets = traces("llama").assets
+    assert {"config.json", "generation_config.json", "tokenizer.json", "NOTICE"} <= {
+        file.name for file in assets.iterdir()
+    }
+    assert Tokenizer(assets).encode("w5 w6", add_bos=True) == [1, 5, 6]
+
+
+def test_a_second_trace_reuses_the_first(
+    folders: Getter, traces: Getter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise AssertionError("loaded again")
+
+    first = traces("llama")
+    monkeypatch.setattr(trace_module, "load_model", fail)
+    assert trace(resolve(str(folders("llama"))), first.folder) == first
+
+
+@pytest.mark.parametrize("damage", ("truncate", "delete", "record"))
+def test_a_damaged_trace_is_not_reused(
+    damage: str, folders: Getter, traces: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(traces("llama").folder, tmp_path / "copy")
+    if damage == "truncate":
+        data = (copy / "model.onnx.data").read_bytes()
+        (copy / "model.onnx.data").write_bytes(data[:-1])
+    elif damage == "delete":
+        (copy / "assets" / "tokenizer.json").unlink()
+    else:
+        (copy / "trace.json").write_text("{")
+    with pytest.raises(ModelError):
+        TracedModel.load(copy)
+
+    class LoadedAgainError(Exception):
+        pass
+
+    def again(source: Any) -> None:
+        raise LoadedAgainError
+
+    monkeypatch.setattr(trace_module, "load_model", again)
+    with pytest.raises(LoadedAgainError):
+        trace(resolve(str(folders("llama"))), copy)
+
+
+def test_another_model_is_traced_anew(
+    folders: Getter, traces: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(traces("llama").folder, tmp_path / "copy")
+    traced = trace(resolve(str(folders("qwen2"))), copy)
+    assert traced.source_sha256 != traces("llama").source_sha256
+    names = [i.name for i in onnx.load(traced.model, load_external_data=False).graph.initializer]
+    assert "layers.0.self_attn.q_proj.bias" in names
+
+
+def test_an_interrupt_leaves_nothing(
+    folders: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trace_module, "_export", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trace(resolve(str(folders("llama"))), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_opset_is_refused(folders: Getter, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Opset 18"):
+        trace(resolve(str(folders("llama"))), tmp_path / "out", opset=18)
+
+
+def test_an_onnx_file_is_adopted(folders: Getter, traces: Getter, tmp_path: Path) -> None:
+    first = traces("llama")
+    source = resolve(str(first.model), tokenizer=folders("llama"))
+    adopted = trace(source, tmp_path / "out")
+    assert adopted.parity is None
+    row = [tokens(9, 8)]
+    np.testing.assert_array_equal(
+        in_chunks(CausalLM(adopted.model), row, ()), in_chunks(CausalLM(first.model), row, ())
+    )
+    assert Tokenizer(adopted.assets).encode("w7", add_bos=False) == [7]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), (("position_ids", "input"), ("present.1.value", "output"))
+)
+def test_an_onnx_file_without_cache_is_refused(
+    name: str, kind: str, folders: Getter, traces: Getter, tmp_path: Path
+) -> None:
+    shutil.copytree(traces("llama").folder, tmp_path / "src")
+    path = tmp_path / "src" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    values = model.graph.input if kind == "input" else model.graph.output
+    next(value for value in values if value.name == name).name = "other"
+    onnx.save(model, path)
+    with pytest.raises(GraphError, match=f"no {kind} '{name}'"):
+        trace(resolve(str(path), tokenizer=folders("llama")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ("graph", "data", "missing"))
+def test_a_damaged_onnx_file_is_refused(
+    damage: str, folders: Getter, traces: Getter, tmp_path: Path
+) -> None:
+    shutil.copytree(traces("llama").folder, tmp_path / "src")
+    path, data = tmp_path / "src" / "model.onnx", tmp_path / "src" / "model.onnx.data"
+    if damage == "graph":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "data":
+        data.write_bytes(data.read_bytes()[:1000])
+    else:
+        data.unlink()
+    with pytest.raises(ModelError):
+        trace(resolve(str(path), tokenizer=folders("llama")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
