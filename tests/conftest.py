@@ -15,15 +15,17 @@ MODEL = "smollm2-135m"
 def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M compiled to W8A8 for one target, as a user does it. Tests must not write in it.
 
-    The work folder with the other graphs stands beside it as `work`.
+    The work folder with the other graphs stands beside it as `work`, and what `--json` printed as
+    `compile.json`.
     """
     folder = tmp_path_factory.mktemp("smollm2")
     command = [sys.executable, "-m", "iq_export.cli", "compile", MODEL, str(folder / "bundle"),
                "--recipe", "w8a8", "--target", "rtx-ampere", "--keep-work",
-               "--work", str(folder / "work")]  # fmt: skip
+               "--work", str(folder / "work"), "--json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.fail(f"compile of {MODEL} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    (folder / "compile.json").write_text(done.stdout, encoding="utf-8")
     return folder / "bundle"
 
 

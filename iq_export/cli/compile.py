@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,11 +130,14 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(dry_run(chosen), as_json=args.json)
         return 0
+    begin = time.perf_counter()
     bundle = compile(chosen, options.progress(args))
+    seconds = time.perf_counter() - begin
     if args.json:
-        options.print_json({"out": bundle.folder, **asdict(bundle.manifest)})
+        document = {"out": bundle.folder, "seconds": seconds, **asdict(bundle.manifest)}
+        options.print_json(document)
     else:
-        print(_closing(bundle))
+        print(_closing(bundle, seconds))
     return 0
 
 
@@ -150,7 +154,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
             print(f"{key}: {value}")
 
 
-def _closing(bundle: Bundle) -> str:
+def _closing(bundle: Bundle, seconds: float) -> str:
     """What a person wants to know at the end: where, how large, how long, what next."""
     manifest = bundle.manifest
     model = sum(r.bytes for name, r in manifest.files.items() if name.startswith("model.onnx"))
@@ -159,9 +163,8 @@ def _closing(bundle: Bundle) -> str:
         form = engine.get("form", "none")
         lines.append(f"  engine {target}: {options.size(engine.get('bytes', 0))}, sinks: {form}")
     lines += [f"  note: {note}" for note in manifest.notes]
-    total = sum(manifest.timings.values())
     rss = manifest.peak_rss_bytes
     peak = "" if rss is None else f", peak memory {options.size(rss)}"
-    lines.append(f"  {total:.0f} s{peak}")
+    lines.append(f"  {seconds:.0f} s{peak}")
     lines.append(f"next: iq-export eval {bundle.folder}; iq-export inspect {bundle.folder}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from iq_export.bundle.manifest import Manifest
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
 from iq_export.evaluate.compare import speed_line, table
+from iq_export.report.lifecycles import describe_lifecycle
 
 
 def add_parser(subparsers: Any) -> None:
@@ -56,28 +57,18 @@ def _head(manifest: Manifest) -> str:
     targets = ", ".join(manifest.targets) or "none"
     lines = [f"{manifest.name}: {manifest.recipe}, {manifest.dtype}, opset {manifest.opset}"]
     lines.append(f"targets: {targets}")
-    lines += [f"{key}: {value}" for key, value in manifest.source.items() if value is not None]
+    lines += [f"{key}: {value}" for key, value in manifest.source.items() if value]
     return "\n".join(lines)
 
 
 def _lifecycles(manifest: Manifest) -> list[str]:
     if not manifest.lifecycles:
         return ["none found: the model has no spikes that the recipe had to treat"]
-    return [_pairs(lifecycle) for lifecycle in manifest.lifecycles]
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_short(value)}" for key, value in values.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return "[" + " ".join(_short(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + _pairs(value) + "}"
-    return str(value)
+    lines = []
+    for number, record in enumerate(manifest.lifecycles, start=1):
+        first, *rest = describe_lifecycle(record)
+        lines += [f"{number}. {first}", *(f"   {line}" for line in rest)]
+    return lines
 
 
 def _accuracy(manifest: Manifest) -> list[str]:

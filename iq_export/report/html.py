@@ -14,6 +14,7 @@ from typing import Any
 from iq_export.bundle.manifest import Manifest, write_atomically
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.report.chart import Series, line_chart
+from iq_export.report.lifecycles import describe_lifecycle
 
 REPORT_NAME = "report.html"
 
@@ -82,7 +83,7 @@ def _section(title: str, body: str) -> str:
 
 def _head(manifest: Manifest) -> str:
     facts = [manifest.recipe, manifest.dtype, f"opset {manifest.opset}", *manifest.targets]
-    source = ", ".join(f"{k} {v}" for k, v in manifest.source.items() if v is not None)
+    source = ", ".join(f"{key} {value}" for key, value in manifest.source.items() if value)
     return (
         f"<h1>{escape(manifest.name)}</h1>\n"
         f'<p class="sub">{escape(" · ".join(facts))}<br>{escape(source)}</p>'
@@ -149,7 +150,8 @@ def _lifecycles(manifest: Manifest, plan: Mapping[str, Any]) -> str:
     lifecycles = manifest.lifecycles or plan.get("lifecycles") or []
     if not lifecycles:
         return "<p>None: no token stretches a range, so no sink op was added.</p>"
-    return _records(lifecycles)
+    items = (f"<li>{'<br>'.join(map(escape, describe_lifecycle(r)))}</li>" for r in lifecycles)
+    return f"<ol>{''.join(items)}</ol>"
 
 
 def _quantizers(quantizers: Sequence[Mapping[str, Any]]) -> str:
@@ -209,22 +211,6 @@ def _cost(manifest: Manifest) -> str:
     if manifest.peak_rss_bytes is not None:
         rows.append(["peak memory, GB", number(manifest.peak_rss_bytes / 1e9, ".2f")])
     return html_table(["step", "seconds"], rows) if rows else ""
-
-
-def _records(records: Sequence[Mapping[str, Any]]) -> str:
-    """A table of dicts whose keys become the columns, in order of appearance."""
-    keys = list(dict.fromkeys(key for record in records for key in record))
-    return html_table(keys, [[_cell(record.get(key)) for key in keys] for record in records])
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return number(value, ".4g")
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_cell(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
-    return "" if value is None else str(value)
 
 
 def _list(items: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             engines={"rtx-ampere": {"bytes": 2_500_000, "form": "body", "plugin_layers": 0,
                                     "flavour": "tensorrt_rtx", "tensorrt_version": "1.7.1.116",
                                     "compute_capabilities": [86], "seconds": 12.3}},
-            lifecycles=[{"birth": 11, "death": 29, "spread": 0.0123456}],
+            lifecycles=[{"birth": 11, "death": 29}],
             timings={"trace": 82.0},
             peak_rss_bytes=3_200_000_000,
             notes=["one note"],

@@ -17,7 +17,7 @@ def test_sections_for_people(bundle: Path, capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for expected in (
         "tiny: w8a8, float16, opset 23",
-        "birth 11, death 29, spread 0.01235",
+        "1. blocks 11 to 29",
         "not measured yet: iq-export eval",
         "rtx-ampere  2.5 MB  tensorrt_rtx 1.7.1.116  86",
         "past_key_values.0.key",

@@ -40,7 +40,7 @@ def manifest() -> Manifest:
         opset=23,
         accuracy={"rows": [row, broken], "windows": 2, "length": 5, "text": "a & b"},
         engines={"rtx-ampere": {"bytes": 3_000_000, "form": "body", "plugin_layers": 0}},
-        lifecycles=[{"birth": 2, "death": 9, "spread": 0.0123}],
+        lifecycles=[{"birth": 2, "death": 9, "deviation": 0.0123}],
         timings={"trace": 2.0},
         peak_rss_bytes=1_500_000_000,
         notes=["a <note>"],

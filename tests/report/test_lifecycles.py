@@ -1,0 +1,30 @@
+"""A lifecycle in words: replaced, left alone, and with parts missing."""
+
+from __future__ import annotations
+
+from iq_export.report.lifecycles import describe_lifecycle
+
+RECORD = {
+    "birth": 11, "death": 29, "channel": 507, "replaced": True, "reason": "", "tokens": 85,
+    "at_position_0": 0.94, "down_proj_peak": 3129.4, "down_proj_median": 0.058,
+    "residual_peak": 25096.0, "threshold": 412.5, "templates": 3, "deviation": 0.0123,
+    "common_tokens": [{"token": " the", "first": 4, "later": 1}],
+}  # fmt: skip
+
+
+def test_replaced() -> None:
+    assert describe_lifecycle(RECORD) == [
+        "blocks 11 to 29, residual channel 507, 85 tokens seen, 94% of them at position 0",
+        "replaced by 3 templates, mean relative deviation 1.23%, threshold 412.5",
+        "down-projection input up to 3129 (median 0.058), residual up to 25096",
+        "most often ' the' (4 first, 1 later)",
+    ]
+
+
+def test_left_alone_says_why() -> None:
+    lines = describe_lifecycle({**RECORD, "replaced": False, "reason": "rows vary by 19 %"})
+    assert lines[1] == "left as it is: rows vary by 19 %"
+
+
+def test_parts_may_be_missing() -> None:
+    assert describe_lifecycle({"birth": 1, "death": 9}) == ["blocks 1 to 9", "replaced"]
