@@ -13,6 +13,7 @@ import io
 import json
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -294,10 +295,12 @@ def _check_safetensors(path: Path) -> None:
 
 def _download_from_hub(source: ModelSource) -> Path:
     _need_transformers()
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
+    unreachable: tuple[type[Exception], ...] = (
+        errors.LocalEntryNotFoundError, errors.HfHubHTTPError, *_transport_errors(),
+    )  # fmt: skip
     try:
         folder = huggingface_hub.snapshot_download(
             source.name, revision=source.revision, allow_patterns=_HUB_FILES
@@ -316,12 +319,24 @@ def _download_from_hub(source: ModelSource) -> Path:
         raise ModelError(f"{source.name} has no revision '{source.revision}'.") from error
     except errors.HFValidationError as error:
         raise ModelError(f"'{source.name}' is not a valid hub id.") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError) as error:
+    except unreachable as error:
         raise ModelError(
             f"The Hugging Face hub cannot be reached for '{source.name}': download the model "
             "elsewhere and give its folder, or set HF_ENDPOINT to a mirror."
         ) from error
     return Path(folder)
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub client's HTTP library raises; which library it is depends on its version."""
+    clients = [sys.modules.get(name) for name in ("httpx2", "httpx", "requests")]
+    found = [
+        getattr(client, name)
+        for client in clients
+        for name in ("HTTPError", "RequestException")
+        if hasattr(client, name)
+    ]
+    return (ConnectionError, TimeoutError, *found)
 
 
 def _files(root: Path) -> list[Path]:

@@ -154,7 +154,7 @@ def _store_weights_transposed(graph: ir.Graph) -> None:
         source = weight.const_value
         stored = ir.Value(
             name=weight.name,
-            shape=ir.Shape([weight.shape[1], weight.shape[0]]),
+            shape=_swapped(source),
             type=weight.type,
             const_value=_lazy_transpose(source),
         )
@@ -165,13 +165,17 @@ def _store_weights_transposed(graph: ir.Graph) -> None:
 
 
 def _lazy_transpose(source: ir.TensorProtocol) -> ir.LazyTensor:
-    shape = ir.Shape([source.shape[1], source.shape[0]])
     return ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(source.numpy().T)),
         dtype=source.dtype,
-        shape=shape,
+        shape=_swapped(source),
         name=source.name,
     )
+
+
+def _swapped(matrix: ir.TensorProtocol) -> ir.Shape:
+    rows, columns = matrix.shape.numpy()
+    return ir.Shape([columns, rows])
 
 
 def _give_names(graph: ir.Graph, module_prefix: str) -> None:

@@ -1,0 +1,291 @@
+"""What MODEL can be, and one clear sentence for everything that it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iq_export.errors import ModelError, UsageError
+from iq_export.model import load
+from iq_export.model.load import ModelSource, fingerprint, load_model, materialize, resolve
+
+Getter = Callable[[str], Path]
+
+
+def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 600
+    return text
+
+
+@pytest.fixture
+def llama(folders: Getter, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama that a test may damage."""
+    return shutil.copytree(folders("llama"), tmp_path / "llama")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_kinds(folders: Getter, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<I", 3) + bytes(64))
+    (tmp_path / "m.onnx").write_bytes(b"")
+    assert resolve("smollm2-135m").kind == "gguf"
+    assert "Apache-2.0" in resolve("smollm2-135m").license_note
+    assert resolve(str(folders("llama"))).kind == "folder"
+    assert resolve(str(tmp_path / "m.gguf")).kind == "gguf"
+    onnx = resolve(str(tmp_path / "m.onnx"), tokenizer=folders("llama"))
+    assert (onnx.kind, onnx.name, onnx.tokenizer) == ("onnx", "m", folders("llama"))
+    hub = resolve("HuggingFaceTB/SmolLM2-360M", revision="main")
+    assert (hub.kind, hub.path, hub.revision) == ("hub", None, "main")
+
+
+@pytest.mark.parametrize("name", ("smollm2", "smollm-135m", "SmolLM2-135M"))
+def test_the_embedded_model_is_suggested(name: str) -> None:
+    with pytest.raises(ModelError, match="Did you mean 'smollm2-135m'") as error:
+        resolve(name)
+    assert "org/name" in one_sentence(error)
+
+
+def test_a_misspelt_path_gets_a_suggestion(llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"Did you mean '.*llama'"):
+        resolve(str(llama.parent / "lama"))
+    with pytest.raises(ModelError, match=r"There is no model 'nothing-like-it\.gguf'"):
+        resolve("nothing-like-it.gguf")
+
+
+def test_files_of_other_kinds(llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"neither \.gguf nor \.onnx"):
+        resolve(str(llama / "model.safetensors"))
+
+
+def test_an_onnx_file_needs_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"")
+    with pytest.raises(UsageError, match="--tokenizer FOLDER"):
+        resolve(str(tmp_path / "m.onnx"))
+    with pytest.raises(UsageError, match="not a folder"):
+        resolve(str(tmp_path / "m.onnx"), tokenizer=tmp_path / "absent")
+    with pytest.raises(UsageError, match=r"no tokenizer\.json"):
+        resolve(str(tmp_path / "m.onnx"), tokenizer=tmp_path)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"no config\.json\. Give the file: .*weights\.gguf"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), (("{", "not valid JSON"), ("[]", "model_type"), ("{}", "model_type"))
+)
+def test_damaged_configurations(text: str, message: str, llama: Path) -> None:
+    (llama / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        resolve(str(llama))
+
+
+def test_foreign_code_is_not_run(llama: Path) -> None:
+    edit_config(llama, model_type="their-own", auto_map={"AutoModel": "modeling.Theirs"})
+    (llama / "modeling.py").write_text("raise SystemExit('foreign code was run')")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        resolve(str(llama))
+    assert resolve(str(llama), trust_remote_code=True).trust_remote_code
+
+
+def test_quantized_checkpoints_are_refused(llama: Path) -> None:
+    edit_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match=r"already quantized \(gptq\)"):
+        resolve(str(llama))
+
+
+@pytest.mark.parametrize(("family", "message"), (("t5", "encoder-decoder"), ("mamba", "mamba")))
+def test_architectures_that_are_no_decoders(family: str, message: str, folders: Getter) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(resolve(str(folders(family))))
+    one_sentence(error)
+
+
+def test_an_architecture_that_transformers_does_not_know(llama: Path) -> None:
+    edit_config(llama, model_type="llama9000")
+    with pytest.raises(ModelError, match="llama9000") as error:
+        load_model(resolve(str(llama)))
+    one_sentence(error)
+
+
+def test_a_model_that_is_no_language_model(llama: Path) -> None:
+    (llama / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ModelError, match=r"'vit', which is not a causal LM"):
+        load_model(resolve(str(llama)))
+
+
+@pytest.mark.parametrize("keep", (4, 100, 20_000))
+def test_truncated_safetensors(keep: int, llama: Path) -> None:
+    path = llama / "model.safetensors"
+    assert path.stat().st_size > keep
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged") as error:
+        resolve(str(llama))
+    one_sentence(error)
+
+
+def test_missing_weights_are_not_made_up(llama: Path) -> None:
+    """transformers would fill them with random numbers and only warn."""
+    from safetensors.torch import load_file, save_file
+
+    path = llama / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"first is 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        load_model(resolve(str(llama)))
+    path.unlink()
+    with pytest.raises(ModelError, match="cannot be loaded") as error:
+        load_model(resolve(str(llama)))
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    ((b"", "no GGUF header"), (b"GGML" + bytes(60), "no GGUF header"),
+     (b"GGUF" + struct.pack("<I", 99) + bytes(60), "version 99")),
+)  # fmt: skip
+def test_files_that_are_no_gguf(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        resolve(str(path))
+
+
+def tiny_gguf(path: Path) -> Path:
+    """A Llama of two small tensors with a complete header."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"w{i}" for i in range(96)])
+    writer.add_token_types([1] * 96)
+    writer.add_token_merges([])
+    writer.add_tensor("token_embd.weight", np.zeros((96, 32), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("part", (0.02, 0.3, 0.9))
+def test_truncated_gguf(part: float, tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    with pytest.raises(ModelError, match="m cannot be loaded") as error:
+        load_model(resolve(str(path)))
+    one_sentence(error)
+
+
+def test_an_incomplete_gguf(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path / "m.gguf")
+    with pytest.raises(ModelError) as error:
+        load_model(resolve(str(path)))
+    one_sentence(error)
+
+
+def hub_failure(name: str) -> Exception:
+    from types import SimpleNamespace
+
+    from huggingface_hub import errors
+
+    response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
+    kinds: dict[str, Callable[[], Exception]] = {
+        "gated": lambda: errors.GatedRepoError("no", response=response),
+        "unknown": lambda: errors.RepositoryNotFoundError("no", response=response),
+        "revision": lambda: errors.RevisionNotFoundError("no", response=response),
+        "offline": lambda: errors.LocalEntryNotFoundError("no"),
+        "server": lambda: errors.HfHubHTTPError("no", response=response),
+        "network": lambda: load._transport_errors()[-1]("no"),
+    }
+    return kinds[name]()
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    (
+        ("gated", "accept its licence"),
+        ("unknown", "no model 'org/name' on the Hugging Face hub"),
+        ("revision", "no revision 'v9'"),
+        ("offline", "hub cannot be reached"),
+        ("server", "hub cannot be reached"),
+        ("network", "hub cannot be reached"),
+    ),
+)
+def test_hub_failures(failure: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> str:
+        raise hub_failure(failure)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelError, match=message) as error:
+        materialize(resolve("org/name", revision="v9"))
+    one_sentence(error)
+
+
+def test_a_hub_model_becomes_a_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    (llama / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    shutil.copytree(llama, snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(snapshot))
+    source = materialize(resolve("org/name"))
+    assert (source.name, source.path, source.revision) == ("org/name", snapshot, "0123abc")
+    assert source.license_note == "apache-2.0"
+    assert load_model(source).model.config.num_hidden_layers == 4
+
+
+def test_the_fingerprint_follows_the_contents(llama: Path) -> None:
+    source = resolve(str(llama))
+    first = fingerprint(source)
+    assert fingerprint(resolve(str(llama))) == first
+    edit_config(llama, rms_norm_eps=1e-3)
+    assert fingerprint(source) != first
+
+
+def test_models_load_in_full_precision(folders: Getter, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"))
+    model.to(torch.float16).save_pretrained(tmp_path / "half")
+    source = ModelSource("folder", "half", tmp_path / "half", tokenizer=folders("llama"))
+    loaded = load_model(source)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert not loaded.model.training
+
+
+def test_without_torch_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any, **options: Any) -> Any:
+        if name == "transformers":
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ModelError, match=r"pip install 'iq-export\[compile\]'"):
+        load._need_transformers()
