@@ -13,6 +13,9 @@ from iq_export.calibrate.taps import group_by_bytes, tapped_runs
 from iq_export.progress import Progress
 
 _BINS = 1 << 15
+# The sample of rows: at most this many tokens, and at most this much memory over all tensors.
+_SAMPLE_TOKENS = 512
+_SAMPLE_BYTES = 1 << 29
 
 
 class MagnitudeHistogram:
@@ -63,7 +66,8 @@ class TensorStats:
     """Statistics of one activation `[tokens, features]`.
 
     `absmax`: over all tokens. `absmax_semantic`, `histogram`, `channel_absmax` (`[features]`):
-    over semantic tokens only. `histogram_all`: over all tokens.
+    over semantic tokens only. `histogram_all`: over all tokens. `rows`: a bounded random sample
+    of semantic tokens, float32 `[sampled, features]`.
     """
 
     absmax: float
@@ -71,20 +75,24 @@ class TensorStats:
     channel_absmax: np.ndarray
     histogram: MagnitudeHistogram
     histogram_all: MagnitudeHistogram
+    rows: np.ndarray
 
     @classmethod
     def empty(cls, features: int) -> TensorStats:
         zeros = np.zeros(features, np.float32)
-        return cls(0.0, 0.0, zeros, MagnitudeHistogram(), MagnitudeHistogram())
+        rows = np.zeros((0, features), np.float32)
+        return cls(0.0, 0.0, zeros, MagnitudeHistogram(), MagnitudeHistogram(), rows)
 
-    def add(self, value: np.ndarray, sinks: np.ndarray) -> None:
-        """Account for one window: `value` `[seq, features]`, `sinks` bool `[seq]`."""
+    def add(self, value: np.ndarray, sinks: np.ndarray, sample: np.ndarray) -> None:
+        """Account for one window: `value` `[seq, features]`, `sinks` bool `[seq]`; the semantic
+        rows among `sample` (row numbers) are kept."""
         magnitude = np.abs(value)
         self.absmax = max(self.absmax, float(magnitude.max(initial=0)))
         semantic = magnitude[~sinks] if sinks.any() else magnitude
         if semantic.size:
             np.maximum(self.channel_absmax, semantic.max(0), out=self.channel_absmax)
             self.absmax_semantic = float(self.channel_absmax.max())
+        self.rows = np.concatenate([self.rows, value[sample[~sinks[sample]]]])
         self.histogram.add(semantic)
         self.histogram_all.add(magnitude)
 
@@ -98,6 +106,7 @@ def observe_ranges(
     always: Sequence[str] = (),
     providers: Sequence[str],
     progress: Progress,
+    seed: int,
 ) -> dict[str, TensorStats]:
     """Statistics of the values in `widths` (name -> features) over `windows`.
 
@@ -106,11 +115,15 @@ def observe_ranges(
     """
     stats = {name: TensorStats.empty(width) for name, width in widths.items()}
     groups = group_by_bytes(widths, max(len(window.ids) for window in windows))
+    budget = _SAMPLE_BYTES // (4 * sum(widths.values()))
+    per_window = max(1, min(_SAMPLE_TOKENS, budget) // len(windows))
     for number, values in tapped_runs(
         model_path, groups, windows, always=always, providers=providers, progress=progress
     ):
         rows = sinks(number, values)
+        rng = np.random.default_rng([seed, number])
+        sample = np.sort(rng.permutation(rows.size)[:per_window])
         for name, value in values.items():
             if name in stats:
-                stats[name].add(value, rows)
+                stats[name].add(value, rows, sample)
     return stats

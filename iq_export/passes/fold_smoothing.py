@@ -20,8 +20,9 @@ def fold_smoothing(model: ir.Model, sites: Sites, smoothing: Smoothing) -> bool:
     nodes = {node.name: node for node in model.graph}
     for block in sites.blocks:
         for branch in (block.attention, block.mlp):
-            factors = smoothing.norms.get(branch.norm_output)
-            if factors is not None:
+            choice = smoothing.norms.get(branch.norm_output)
+            if choice is not None:
+                factors = choice.factors
                 for constant in nodes[branch.norm].inputs[1:]:  # weight, and bias of a LayerNorm
                     if constant is not None:
                         _rescale(constant, lambda w, f=factors: w / f)
@@ -29,9 +30,10 @@ def fold_smoothing(model: ir.Model, sites: Sites, smoothing: Smoothing) -> bool:
                     _scale_rows(model, linear, factors)
         path = smoothing.paths.get(block.mlp.output.input)
         if path is not None and block.mlp.linear_path is not None:
+            factors = path.factors
             up = block.mlp.inputs[block.mlp.linear_path]
-            _rescale(model.graph.initializers[up.weight], lambda w, f=path: w / f)
-            _scale_rows(model, block.mlp.output, path)
+            _rescale(model.graph.initializers[up.weight], lambda w, f=factors: w / f)
+            _scale_rows(model, block.mlp.output, factors)
     return bool(smoothing.norms or smoothing.paths)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.graph.edit import constant
 from iq_export.graph.sites import Linear
@@ -61,6 +62,7 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
             block = plan.blocks[linear.weight]
             new = _int4_weight(graph, weight, node, block, plan.importance.get(linear.weight))
         node.replace_input_with(1, new)
+    RemoveUnusedNodesPass()(model)  # the float weights
     return bool(plan.linears)
 
 

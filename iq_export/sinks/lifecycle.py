@@ -140,7 +140,7 @@ def _follow(stats: TokenStats, birth: int, members: np.ndarray, channel: int) ->
         death=death,
         end=end,
         channel=channel,
-        threshold=_threshold(stats.down_max[birth], members),
+        threshold=threshold_between(stats.down_max[birth], members),
         force_first=first_rate >= _FIRST_RATE,
         clamp_blocks=tuple(clamp),
         members=members,
@@ -152,7 +152,7 @@ def _follow(stats: TokenStats, birth: int, members: np.ndarray, channel: int) ->
     )
 
 
-def _threshold(down_max: np.ndarray, members: np.ndarray) -> float:
+def threshold_between(down_max: np.ndarray, members: np.ndarray) -> float:
     """tau: the geometric middle between the largest semantic and the smallest sink magnitude.
 
     A decode step sees one token, so the deployed threshold is a constant (method.md step 2).

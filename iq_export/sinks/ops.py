@@ -10,10 +10,6 @@ The frozen sink set of a lifecycle is this one tensor, shared by all later block
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import onnx_ir as ir
 import onnx
 from onnx import parser
 
@@ -44,14 +40,12 @@ SinkDetect <templates, template_shape, threshold, plugin_namespace, plugin_versi
    flat = Constant <value_floats: floats = @templates> ()
    shape = Constant <value_ints: ints = @template_shape> ()
    table = Reshape (flat, shape)
-   # argmin_k |x - T_k|^2 = argmin_k |T_k|^2 / 2 - x.T_k, without a [batch, seq, K, hidden] tensor.
-   columns = Transpose <perm = [1, 0]> (table)
-   product = MatMul (bounded, columns)
-   square = Mul (table, table)
-   energy = ReduceSum <keepdims = 0> (square, last)
-   half = Constant <value_float = 0.5> ()
-   offset = Mul (energy, half)
-   distance = Sub (offset, product)
+   # argmin_k |x - T_k|^2, elementwise: TensorRT has no float32 product on SM75.
+   axis = Constant <value_ints = [-2]> ()
+   column = Unsqueeze (bounded, axis)
+   difference = Sub (column, table)
+   square = Mul (difference, difference)
+   distance = ReduceSum <keepdims = 0> (square, last)
    nearest64 = ArgMin <axis = -1, keepdims = 0> (distance)
    nearest = Cast <to = 6> (nearest64)
    one = Constant <value_int = 1> ()

@@ -28,7 +28,8 @@ class SinkTemplates:
     `detection`: mean down-projection input at the birth block, what a row is matched against.
     `norms`: norm output name -> template. `restore`: mean difference between the untouched and the
     clamped residual after the last block, zero until it is measured. `deviation`: norm output
-    name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks, a fraction.
+    name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks, a fraction;
+    `template_spread[k]`: the same of template k's own tokens, averaged over all norms.
     """
 
     lifecycle: Lifecycle
@@ -36,7 +37,8 @@ class SinkTemplates:
     detection: np.ndarray
     norms: dict[str, np.ndarray]
     deviation: dict[str, float]
-    spread_max: dict[str, float]
+    deviation_max: dict[str, float]
+    template_spread: list[float]
     assignment: np.ndarray
     restore: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
@@ -114,10 +116,11 @@ def fit(
         candidate = SinkTemplates(
             lifecycle=lifecycle,
             threshold=threshold,
-            detection=_means(detection_rows, labels, count),
-            norms={name: _means(rows, labels, count) for name, rows in norm_rows.items()},
+            detection=means(detection_rows, labels, count),
+            norms={name: means(rows, labels, count) for name, rows in norm_rows.items()},
             deviation=deviation,
-            spread_max=worst,
+            deviation_max=worst,
+            template_spread=_spread(norm_rows, labels, count),
             assignment=labels,
         )
         if best is None or candidate.mean_deviation < best.mean_deviation:
@@ -128,9 +131,20 @@ def fit(
     return best
 
 
-def _means(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    means = [rows[labels == k].mean(0, dtype=np.float64) for k in range(count)]
-    return np.stack(means).astype(np.float32)
+def _spread(norm_rows: dict[str, np.ndarray], labels: np.ndarray, count: int) -> list[float]:
+    totals = np.zeros(count)
+    for rows in norm_rows.values():
+        templates = means(rows, labels, count)
+        relative = np.linalg.norm(rows - templates[labels], axis=1)
+        relative /= np.linalg.norm(templates[labels], axis=1)
+        totals += [relative[labels == k].mean() for k in range(count)]
+    return (totals / max(len(norm_rows), 1)).tolist()
+
+
+def means(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Mean row of every label: `[tokens, features]` -> float32 `[count, features]`."""
+    averages = [rows[labels == k].mean(0, dtype=np.float64) for k in range(count)]
+    return np.stack(averages).astype(np.float32)
 
 
 def _cluster(features: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -170,7 +184,7 @@ def _held_out_deviation(
     mean: dict[str, float] = {}
     worst: dict[str, float] = {}
     for name, rows in norm_rows.items():
-        templates = _means(rows[fitted], labels[fitted], count)
+        templates = means(rows[fitted], labels[fitted], count)
         target = templates[labels[held]]
         relative = np.linalg.norm(rows[held] - target, axis=1) / np.linalg.norm(target, axis=1)
         mean[name] = float(relative.mean())

@@ -1,0 +1,86 @@
+"""Rotate the down-projection input by a block Hadamard matrix, its transpose folded into the weight.
+
+`x W = (x H)(H^T W)` for an orthogonal H. The rotated activation has no channel that stands out, so
+a per-tensor int8 range wastes little (QuaRot's online rotation; method.md step 10). As standard ops
+the product costs `block / out_features` of the down-projection's own multiplications.
+
+Postcondition: the same function; the value before the rotation keeps its name, so the sinks are
+detected and clamped on unrotated values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.graph.edit import constant
+from iq_export.graph.sites import Linear
+
+
+def hadamard(size: int) -> np.ndarray:
+    """Orthonormal symmetric Hadamard matrix (Sylvester), float32 `[size, size]`, size = 2^n."""
+    matrix = np.ones((1, 1), np.float32)
+    while matrix.shape[0] < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    if matrix.shape[0] != size:
+        raise ValueError(f"a Hadamard matrix of Sylvester's form needs a power of two, not {size}")
+    return matrix / np.float32(np.sqrt(size))
+
+
+def rotate(model: ir.Model, rotations: Mapping[str, tuple[Linear, int]]) -> bool:
+    """Rotate the inputs of the products in `rotations` (node name -> product, block size)."""
+    graph = model.graph
+    nodes = {node.name: node for node in graph}
+    for name, (linear, block) in rotations.items():
+        node = nodes[name]
+        value, weight = node.inputs[0], node.inputs[1]
+        assert value is not None and weight is not None
+        matrix_name = f"iq.hadamard.{block}"
+        matrix = graph.initializers.get(matrix_name)
+        if matrix is None:
+            matrix = constant(graph, matrix_name, hadamard(block))
+        groups = linear.in_features // block
+        split = _shape(graph, f"iq.split.{groups}.{block}", [0, 0, groups, block])
+        join = _shape(graph, f"iq.join.{linear.in_features}", [0, 0, linear.in_features])
+        apart = ir.node("Reshape", [value, split], name=f"{name}/rotate_split")
+        turned = ir.node("MatMul", [apart.outputs[0], matrix], name=f"{name}/rotate")
+        joined = ir.node("Reshape", [turned.outputs[0], join], name=f"{name}/rotate_join")
+        for new in (apart, turned, joined):
+            new.outputs[0].name = f"{new.name}.out"
+            new.outputs[0].dtype = value.dtype
+        joined.outputs[0].shape = value.shape
+        graph.insert_before(node, [apart, turned, joined])
+        node.replace_input_with(0, joined.outputs[0])
+        _rotate_rows(weight, block)
+    return bool(rotations)
+
+
+def rotate_rows(weight: np.ndarray, block: int) -> np.ndarray:
+    """`H^T W` block by block: `[in, out]` -> `[in, out]`."""
+    rows, columns = weight.shape
+    blocks = weight.reshape(rows // block, block, columns)
+    return np.matmul(hadamard(block).T, blocks).reshape(rows, columns)
+
+
+def rotate_columns(rows: np.ndarray, block: int) -> np.ndarray:
+    """`x H` block by block: `[tokens, features]` -> `[tokens, features]`."""
+    tokens, features = rows.shape
+    return (rows.reshape(tokens, features // block, block) @ hadamard(block)).reshape(rows.shape)
+
+
+def _rotate_rows(weight: ir.Value, block: int) -> None:
+    old = weight.const_value
+    assert old is not None
+    weight.const_value = ir.LazyTensor(
+        lambda: ir.Tensor(rotate_rows(old.numpy(), block), name=old.name),
+        dtype=old.dtype,
+        shape=old.shape,
+        name=old.name,
+    )
+
+
+def _shape(graph: ir.Graph, name: str, sizes: list[int]) -> ir.Value:
+    found = graph.initializers.get(name)
+    return found if found is not None else constant(graph, name, np.array(sizes, np.int64))

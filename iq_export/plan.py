@@ -1,0 +1,121 @@
+"""`plan.json` and `sinks.safetensors`: every decision as data that can be read and diffed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from iq_export.rewrite import Quantizer, Rewrite
+from iq_export.sinks.calibrate import Decision
+
+_QUANTILE = 0.999
+
+
+class _Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
+    """The content of `plan.json`: JSON values only, magnitudes absolute, ratios as fractions."""
+    return {
+        "lifecycles": lifecycle_records(done, tokenizer),
+        "sites": [
+            {
+                "block": block.index,
+                "branch": branch.kind,
+                "norm": branch.norm,
+                "linears": [linear.node for linear in branch.linears],
+                "residual": branch.residual,
+            }
+            for block in done.sites.blocks
+            for branch in (block.attention, block.mlp)
+        ],
+        "refused": [{"node": r.node, "reason": r.reason} for r in done.sites.refused],
+        "smoothing": {
+            name: {"choice": c.name, "error": c.error, "error_without": c.error_without}
+            for choices in (done.smoothing.norms, done.smoothing.paths)
+            for name, c in choices.items()
+        },
+        "quantizers": [_quantizer_record(q) for q in done.quantizers.values()],
+        "int4_blocks": done.blocks,
+        "recall": done.recall,
+        "observations": {
+            key: {"before": done.observed_before[key], "after": done.observed_after[key]}
+            for key in done.observed_before
+        },
+    }
+
+
+def lifecycle_records(done: Rewrite, tokenizer: _Decoder) -> list[dict[str, Any]]:
+    """One record per lifecycle found, replaced or not."""
+    return [_lifecycle_record(d, done, tokenizer) for d in done.decisions]
+
+
+def save_templates(done: Rewrite, path: Path) -> None:
+    """Write the templates of all replaced lifecycles, float32 `[K, features]` each."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for number, sinks in enumerate(done.sinks):
+        tensors[f"{number}.detection"] = sinks.detection
+        tensors[f"{number}.restore"] = sinks.restore
+        for name, rows in sinks.norms.items():
+            tensors[f"{number}.insert.{name}"] = rows
+    save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, path)
+
+
+def _lifecycle_record(
+    decision: Decision, done: Rewrite, tokenizer: _Decoder
+) -> dict[str, Any]:
+    life, fitted = decision.lifecycle, decision.templates
+    inserted = any(sinks.lifecycle is life for sinks in done.sinks)
+    reason = decision.reason
+    if decision.replaced and not inserted:
+        reason += "; half precision holds the spike, so this recipe leaves it"
+    record: dict[str, Any] = {
+        "birth": life.birth,
+        "death": life.death,
+        "end": life.end,
+        "channel": life.channel,
+        "replaced": inserted,
+        "reason": reason,
+        "tokens": len(life.members),
+        "at_position_0": life.first_rate,
+        "common_tokens": [
+            {"token": tokenizer.decode([token]), "first": first, "later": later}
+            for token, first, later in life.common_tokens(done.stats)
+        ],
+        "down_proj_peak": life.down_peak,
+        "down_proj_median": life.down_median,
+        "residual_peak": life.residual_peak,
+        "clamped_blocks": list(life.clamp_blocks),
+        "threshold": fitted.threshold if fitted else life.threshold,
+        "position_0_forced": life.force_first,
+    }
+    if fitted is not None:
+        record |= {
+            "templates": fitted.count,
+            "deviation": fitted.mean_deviation,
+            "template_tokens": np.bincount(fitted.assignment, minlength=fitted.count).tolist(),
+            "template_spread": fitted.template_spread,
+            "deviation_per_norm": fitted.deviation,
+            "deviation_max_per_norm": fitted.deviation_max,
+        }
+    return record
+
+
+def _quantizer_record(quantizer: Quantizer) -> dict[str, Any]:
+    before, after = quantizer.before, quantizer.after
+    return {
+        "name": quantizer.name,
+        "scale": quantizer.scale,
+        "clip": quantizer.clip,
+        "output_error": quantizer.output_error,
+        "absmax_before": before.absmax,
+        "absmax_after": after.absmax,
+        "absmax_semantic": after.absmax_semantic,
+        "p999_before": before.histogram_all.quantile(_QUANTILE),
+        "p999_after": after.histogram_all.quantile(_QUANTILE),
+    }

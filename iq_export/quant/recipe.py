@@ -1,0 +1,56 @@
+"""Recipes: what to quantize and how, as data (`graphs/recipes/*.yaml`)."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from iq_export.errors import UsageError
+
+SINK_POLICIES = ("always", "for-half")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`weight_bits` 8 or 4; `activation_bits` 8 or 16 (not quantized); `rotation` the Hadamard
+    block on the down-projection input or None; `sinks` one of SINK_POLICIES."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    smoothing: bool
+    rotation: int | None
+    sinks: str
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (4, 8) or self.activation_bits not in (8, 16):
+            raise UsageError(
+                f"Recipe {self.name!r}: weight_bits is 4 or 8 and activation_bits 8 or 16."
+            )
+        if self.sinks not in SINK_POLICIES:
+            raise UsageError(f"Recipe {self.name!r}: sinks is one of {', '.join(SINK_POLICIES)}.")
+
+
+def recipe_folder() -> Path:
+    """Inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "graphs" / "recipes"
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called `name`; UsageError with the nearest names if there is none."""
+    known = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(known)}."
+        raise UsageError(f"Unknown recipe {name!r}: {hint}")
+    text = (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    expected = {field.name for field in fields(Recipe)} - {"name"}
+    if set(values) != expected:
+        raise UsageError(f"Recipe {name!r} must have exactly the keys {sorted(expected)}.")
+    return Recipe(name=name, **values)

@@ -1,0 +1,325 @@
+"""Calibrate and rewrite: from the traced graph to the graph that ships, one file per stage.
+
+Every stage reads and writes files of one work folder, so that each can be looked at, measured and
+reused: traced -> prepared (smoothed, rotated) -> inserted (sink ops) -> quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.ranges import TensorStats, observe_ranges
+from iq_export.calibrate.taps import tapped_runs
+from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.errors import GraphError
+from iq_export.graph import io
+from iq_export.graph.sites import Linear, Sites, find_sites
+from iq_export.passes.fold_smoothing import fold_smoothing
+from iq_export.passes.insert_sinks import index_name, insert_sinks
+from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.passes.rotate import rotate
+from iq_export.passes.to_half import HALF_MAX, to_half
+from iq_export.progress import Progress
+from iq_export.quant.recipe import Recipe
+from iq_export.quant.search import INT8_MAX, choose_clip
+from iq_export.quant.smoothing import Smoothing, find_smoothing
+from iq_export.quant.weights import int4_block_size
+from iq_export.sinks.calibrate import Decision, decide, with_restore
+from iq_export.sinks.lifecycle import Lifecycle, discover
+from iq_export.sinks.templates import SinkTemplates
+
+PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onnx"
+# Least share of the sinks that the quantized graph must still find (method.md step 8).
+LEAST_RECALL = 0.8
+_OBSERVED_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on. `windows` measure ranges; `probes` are short ones that only add first
+    tokens, since most sinks stand at position 0."""
+
+    windows: Sequence[Window]
+    probes: Sequence[Window]
+    alpha: float
+    max_relative_deviation: float
+    seed: int
+    providers: tuple[str, ...]
+
+    @property
+    def all(self) -> list[Window]:
+        return [*self.windows, *self.probes]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One activation quantizer: `before` is the traced tensor, `after` the one that is quantized.
+
+    `clip` is the kept share of the semantic absmax, `output_error` the relative squared error it
+    causes on the sampled outputs of its products.
+    """
+
+    name: str
+    scale: float
+    clip: float
+    output_error: float
+    before: TensorStats
+    after: TensorStats
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Everything that was decided and measured on the way, and where the graphs lie."""
+
+    sites: Sites
+    stats: TokenStats
+    decisions: list[Decision]
+    sinks: list[SinkTemplates]
+    smoothing: Smoothing
+    quantizers: dict[str, Quantizer]
+    linears: tuple[Linear, ...]
+    blocks: dict[str, int]
+    before: dict[str, TensorStats]
+    observed_before: dict[str, list[float]]
+    observed_after: dict[str, list[float]]
+    recall: float | None
+    sink_nodes: int
+    traced: Path
+    inserted: Path
+    quantized: Path
+
+
+def rewrite(
+    traced: Path, work: Path, recipe: Recipe, dtype: str, data: Calibration, progress: Progress
+) -> Rewrite:
+    """Run all stages. `traced` must lie in a folder of its own; `work` receives the graphs.
+
+    Raises GraphError if the graph is not understood, not finite, or loses its sinks.
+    """
+    model = io.load(traced)
+    sites = find_sites(model)
+    for refusal in sites.refused:
+        progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
+    options = {"providers": data.providers, "progress": progress}
+
+    with progress.step("Observe tokens"):
+        stats = observe_tokens(traced, sites, data.all, **options)
+        lifecycles = discover(stats, alpha=data.alpha)
+    with progress.step("Observe ranges"):
+        before = _ranges_before(traced, sites, lifecycles, stats, data, progress)
+    with progress.step("Smooth and rotate"):
+        smoothing = _prepare(model, work / PREPARED, sites, before, recipe)
+    with progress.step("Fit and insert sinks"):
+        decisions = decide(
+            work / PREPARED, sites, lifecycles, stats, data.all,
+            limit=data.max_relative_deviation, seed=data.seed, **options,
+        )  # fmt: skip
+        sinks = [d.templates for d in decisions if d.templates and d.replaced]
+        if recipe.sinks == "for-half":
+            sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
+        _insert(work, sites, sinks)
+        if sinks:
+            sinks = with_restore(
+                work / PREPARED, work / INSERTED, sites, sinks, stats, data.all, **options
+            )
+            _insert(work, sites, sinks)
+    quantizers: dict[str, Quantizer] = {}
+    if recipe.activation_bits == 8:
+        with progress.step("Calibrate quantizers"):
+            quantizers = _quantizers(work / INSERTED, sites, before, len(sinks), data, progress)
+    with progress.step("Quantize"):
+        blocks = _int4_blocks(sites) if recipe.weight_bits == 4 else {}
+        quantized = quantized_graph(
+            work / INSERTED, sites, recipe.weight_bits,
+            {name: q.scale for name, q in quantizers.items()}, blocks, before,
+        )  # fmt: skip
+        if dtype == "fp16":
+            to_half(quantized)
+        io.save(quantized, work / QUANTIZED)
+    with progress.step("Check the quantized graph"):
+        recall = _recall(work / INSERTED, work / QUANTIZED, len(sinks), data, progress)
+    observed = data.windows[:_OBSERVED_WINDOWS]
+    after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
+    columns = stats.window < len(observed)
+    return Rewrite(
+        sites=sites,
+        stats=stats,
+        decisions=decisions,
+        sinks=sinks,
+        smoothing=smoothing,
+        quantizers=quantizers,
+        linears=tuple(sites.linears),
+        blocks=blocks,
+        before=before,
+        observed_before=_per_block(stats, columns),
+        observed_after=_per_block(after, after.window < len(observed)),
+        recall=recall,
+        sink_nodes=sum(node.domain == "iq" for node in quantized.graph),
+        traced=traced,
+        inserted=work / INSERTED,
+        quantized=work / QUANTIZED,
+    )
+
+
+def overflows_half(lifecycle: Lifecycle) -> bool:
+    """Whether half precision may not hold the spike: within a factor 2 of its largest number."""
+    return 2 * max(lifecycle.residual_peak, lifecycle.down_peak) > HALF_MAX
+
+
+def quantized_graph(
+    source: Path,
+    sites: Sites,
+    weight_bits: int,
+    activations: dict[str, float],
+    blocks: dict[str, int],
+    stats: dict[str, TensorStats],
+) -> ir.Model:
+    """The float32 graph `source` with Q/DQ; weights are rounded when it is saved."""
+    importance = {
+        linear.weight: (stats[linear.input].rows ** 2).mean(0)
+        for linear in sites.linears
+        if weight_bits == 4
+    }
+    model = io.load(source)
+    plan = QuantizePlan(tuple(sites.linears), weight_bits, activations, blocks, importance)
+    quantize(model, plan)
+    return model
+
+
+def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:
+    """Write the baseline: the traced graph, absmax of all calibration tokens, nothing else."""
+    scales = {
+        name: stats.absmax / INT8_MAX for name, stats in rewrite.before.items() if stats.absmax
+    }
+    model = quantized_graph(rewrite.traced, rewrite.sites, 8, scales, {}, rewrite.before)
+    if dtype == "fp16":
+        to_half(model)
+    io.save(model, path)
+
+
+def _ranges_before(
+    traced: Path,
+    sites: Sites,
+    lifecycles: Sequence[Lifecycle],
+    stats: TokenStats,
+    data: Calibration,
+    progress: Progress,
+) -> dict[str, TensorStats]:
+    """Statistics of every product's input; tokens of any lifecycle are not semantic."""
+    spiking = np.zeros(stats.token.size, bool)
+    for lifecycle in lifecycles:
+        spiking[lifecycle.members] = True
+    widths = {linear.input: linear.in_features for linear in sites.linears}
+    return observe_ranges(
+        traced, widths, data.windows, lambda number, _: spiking[stats.window == number],
+        providers=data.providers, progress=progress, seed=data.seed,
+    )  # fmt: skip
+
+
+def _prepare(
+    model: ir.Model, path: Path, sites: Sites, stats: dict[str, TensorStats], recipe: Recipe
+) -> Smoothing:
+    smoothing = Smoothing({}, {})
+    if recipe.smoothing:
+        smoothing = find_smoothing(model, sites, stats, rotation=recipe.rotation)
+        fold_smoothing(model, sites, smoothing)
+    if recipe.rotation:
+        downs = [block.mlp.output for block in sites.blocks]
+        fitting = [d for d in downs if d.in_features % recipe.rotation == 0]
+        rotate(model, {d.node: (d, recipe.rotation) for d in fitting})
+    io.save(model, path)
+    return smoothing
+
+
+def _insert(work: Path, sites: Sites, sinks: Sequence[SinkTemplates]) -> None:
+    model = io.load(work / PREPARED)
+    insert_sinks(model, sites, sinks)
+    io.save_skeleton(model, work / INSERTED)
+
+
+def _quantizers(
+    inserted: Path,
+    sites: Sites,
+    before: dict[str, TensorStats],
+    lifecycles: int,
+    data: Calibration,
+    progress: Progress,
+) -> dict[str, Quantizer]:
+    """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error."""
+    model = io.load(inserted)
+    nodes = {node.name: node for node in model.graph}
+    readers: dict[str, list[Linear]] = {}
+    for linear in sites.linears:
+        readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
+    widths = {name: linears[0].in_features for name, linears in readers.items()}
+    indices = [index_name(number) for number in range(lifecycles)]
+
+    def sinks(_: int, values: dict[str, np.ndarray]) -> np.ndarray:
+        return np.any([values[name] > 0 for name in indices], axis=0)
+
+    def none(_: int, values: dict[str, np.ndarray]) -> np.ndarray:
+        return np.zeros(next(iter(values.values())).shape[0], bool)
+
+    stats = observe_ranges(
+        inserted, widths, data.windows, sinks if indices else none,
+        always=indices, providers=data.providers, progress=progress, seed=data.seed,
+    )  # fmt: skip
+    found = {}
+    for name, linears in readers.items():
+        tensor = stats[name]
+        if tensor.absmax_semantic <= 0:
+            raise GraphError(
+                f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
+                "calibration text that resembles the model's use."
+            )
+        weights = [model.graph.initializers[linear.weight].const_value.numpy() for linear in linears]
+        clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights)
+        scale = clip * tensor.absmax_semantic / INT8_MAX
+        found[name] = Quantizer(name, scale, clip, error, before[linears[0].input], tensor)
+    return found
+
+
+def _int4_blocks(sites: Sites) -> dict[str, int]:
+    return {x.weight: int4_block_size(x.weight, x.in_features) for x in sites.linears}
+
+
+def _recall(
+    inserted: Path, quantized: Path, lifecycles: int, data: Calibration, progress: Progress
+) -> float | None:
+    """R = |S_quant and S_fp| / |S_fp| over all calibration windows; None without sinks.
+
+    Raises GraphError if it is below LEAST_RECALL: the ranges would hide the sinks from detection.
+    """
+    if not lifecycles:
+        return None
+    names = [index_name(number) for number in range(lifecycles)]
+    found, both = 0, 0
+    pairs = [
+        tapped_runs(path, [names], data.all, providers=data.providers, progress=progress)
+        for path in (inserted, quantized)
+    ]
+    for (_, exact), (_, rounded) in zip(*pairs, strict=True):
+        for name in names:
+            found += int((exact[name] > 0).sum())
+            both += int(((exact[name] > 0) & (rounded[name] > 0)).sum())
+    recall = both / max(found, 1)
+    if recall < LEAST_RECALL:
+        raise GraphError(
+            f"The quantized graph finds {recall:.0%} of the sinks, less than {LEAST_RECALL:.0%}: "
+            "its ranges clip them away before detection. Calibrate on text nearer to the model's "
+            "use, or with more samples."
+        )
+    return recall
+
+
+def _per_block(stats: TokenStats, columns: np.ndarray) -> dict[str, list[float]]:
+    return {
+        "residual_max_per_block": stats.residual_max[:, columns].max(1).tolist(),
+        "down_proj_max_per_block": stats.down_max[:, columns].max(1).tolist(),
+    }

@@ -1,0 +1,114 @@
+"""From lifecycles to templates that the graph can carry (method.md steps 2, 3 and 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.taps import tapped_runs
+from iq_export.calibrate.token_stats import TokenStats
+from iq_export.graph.sites import Sites
+from iq_export.progress import Progress
+from iq_export.sinks import templates as fitting
+from iq_export.sinks.lifecycle import Lifecycle, threshold_between
+from iq_export.sinks.templates import SinkTemplates, collect_rows, norm_outputs
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One lifecycle, its templates, and whether it is replaced; `reason` is for people."""
+
+    lifecycle: Lifecycle
+    templates: SinkTemplates | None
+    replaced: bool
+    reason: str
+
+
+def decide(
+    model_path: Path,
+    sites: Sites,
+    lifecycles: Sequence[Lifecycle],
+    stats: TokenStats,
+    windows: Sequence[Window],
+    *,
+    limit: float,
+    seed: int,
+    providers: Sequence[str],
+    progress: Progress,
+) -> list[Decision]:
+    """Fit templates on the graph that will be rewritten; replace only constant lifecycles.
+
+    `limit` is the largest accepted mean relative deviation of a post-norm sink row from its
+    template, at the worst norm, on held-out tokens.
+    """
+    decisions = []
+    for lifecycle in lifecycles:
+        names = norm_outputs(sites, lifecycle)
+        if not names:
+            reason = "the spike does not outlive its block, so no norm reads it"
+            decisions.append(Decision(lifecycle, None, False, reason))
+            continue
+        down = sites.blocks[lifecycle.birth].mlp.output
+        widths = {down.input: down.in_features} | dict.fromkeys(names, sites.hidden)
+        rows = collect_rows(
+            model_path, widths, stats, lifecycle.members, windows,
+            providers=providers, progress=progress,
+        )  # fmt: skip
+        detection = rows.pop(down.input)
+        peaks = _peaks(model_path, down.input, windows, providers, progress)
+        threshold = threshold_between(peaks, lifecycle.members)
+        fitted = fitting.fit(lifecycle, detection, rows, threshold, limit=limit, seed=seed)
+        replaced = fitted.is_constant(limit)
+        reason = (
+            f"mean relative deviation {fitted.mean_deviation:.1%} with K={fitted.count}, "
+            f"{'within' if replaced else 'above'} the limit of {limit:.0%}"
+        )
+        decisions.append(Decision(lifecycle, fitted, replaced, reason))
+    return decisions
+
+
+def with_restore(
+    untouched: Path,
+    clamped: Path,
+    sites: Sites,
+    sinks: Sequence[SinkTemplates],
+    stats: TokenStats,
+    windows: Sequence[Window],
+    *,
+    providers: Sequence[str],
+    progress: Progress,
+) -> list[SinkTemplates]:
+    """Measure what the clamped residual lacks after the last block of each lifecycle.
+
+    `clamped` is the rewritten graph whose SinkRestore still adds zero.
+    """
+    measured = []
+    for templates in sinks:
+        life = templates.lifecycle
+        residual = sites.blocks[life.end].mlp.residual
+        full, lacking = (
+            collect_rows(
+                path, {residual: sites.hidden}, stats, life.members, windows,
+                providers=providers, progress=progress,
+            )[residual]
+            for path in (untouched, clamped)
+        )  # fmt: skip
+        difference = fitting.means(full - lacking, templates.assignment, templates.count)
+        measured.append(replace(templates, restore=difference))
+    return measured
+
+
+def _peaks(
+    model_path: Path,
+    name: str,
+    windows: Sequence[Window],
+    providers: Sequence[str],
+    progress: Progress,
+) -> np.ndarray:
+    """Largest magnitude per token of one value, all windows end to end: float32 `[tokens]`."""
+    runs = tapped_runs(model_path, [[name]], windows, providers=providers, progress=progress)
+    return np.concatenate([np.abs(values[name]).max(1) for _, values in runs])
