@@ -1,0 +1,103 @@
+"""run streams text, follows its seed, and says in one sentence what it cannot do."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from iq_export.cli import main
+
+
+class SpeakingTokenizer:
+    """One token per word, its length; tokens come out as `<id>`."""
+
+    bos_id = 1
+    eos_ids = frozenset((0,))
+
+    def __init__(self, folder: Path) -> None:
+        pass
+
+    def encode(self, text: str, add_bos: bool | None) -> list[int]:
+        # add_bos=None: what the tokenizer does by itself, here: a BOS.
+        return ([self.bos_id] if add_bos is None else []) + [len(word) for word in text.split()]
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        return (f"<{token}>" for token in ids)
+
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+        return " ".join(f"{m['role']} {m['content']}" for m in messages)
+
+
+@pytest.fixture(autouse=True)
+def tokenizer(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iq_export.run.generate.Tokenizer", SpeakingTokenizer)
+
+
+def answer(capsys: pytest.CaptureFixture[str], bundle: Path, *options: str) -> dict[str, object]:
+    assert main(["run", str(bundle), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_text_goes_to_stdout(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", str(bundle), "--prompt", "what is it", "--max-new-tokens", "3"]
+    assert main(arguments) == 0
+    streams = capsys.readouterr()
+    assert streams.out.count("<") == 3 and streams.out.endswith(">\n")
+    assert "3 tokens" in streams.err
+    assert main([*arguments, "-q"]) == 0
+    assert capsys.readouterr() == (streams.out, "")
+
+
+def test_json_is_one_document(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = answer(capsys, bundle, "--prompt", "what is it", "--max-new-tokens", "3")
+    assert document["new_tokens"] == len(document["ids"]) == 3  # type: ignore[arg-type]
+    assert document["prompt_tokens"] == 4  # "user" and three words
+    assert document["finished"] is False
+    assert document["text"] == "".join(f"<{token}>" for token in document["ids"])  # type: ignore[attr-defined]
+
+
+def test_prompts(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a system message, as it is, and from stdin."""
+    short = ("--max-new-tokens", "1")
+    assert answer(capsys, bundle, "--prompt", "a b", *short)["prompt_tokens"] == 3
+    system = answer(capsys, bundle, "--prompt", "a b", "--system", "be kind", *short)
+    assert system["prompt_tokens"] == 6
+    assert answer(capsys, bundle, "--prompt", "a b", "--raw", *short)["prompt_tokens"] == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b c d"))
+    assert answer(capsys, bundle, "--prompt", "-", "--raw", *short)["prompt_tokens"] == 5
+
+
+def test_sampling_follows_the_seed(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ids(seed: str) -> object:
+        options = ("--prompt", "a", "--temperature", "2", "--seed", seed, "--top-p", "0.9")
+        return answer(capsys, bundle, *options)["ids"]
+
+    assert ids("1") == ids("1") != ids("2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (("--temperature", "-1"), "--temperature"),
+        (("--top-p", "0"), "--top-p"),
+        (("--raw", "--system", "x"), "--raw"),
+    ),
+)
+def test_options_that_cannot_be(
+    options: tuple[str, ...], message: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(bundle), "--prompt", "a", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_damaged_bundle_is_not_run(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / "model.onnx").write_bytes(b"other")
+    assert main(["run", str(bundle), "--prompt", "a"]) == 7
+    assert "model.onnx" in capsys.readouterr().err
