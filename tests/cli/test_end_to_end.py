@@ -75,6 +75,16 @@ def test_two_lifecycles_are_found(smollm2_bundle: Path) -> None:
     assert len(Bundle.open(smollm2_bundle, verify=False).manifest.lifecycles) == 2
 
 
+def test_ranges_of_birth_and_death_shrink(smollm2_bundle: Path) -> None:
+    bundle = Bundle.open(smollm2_bundle, verify=False)
+    quantizers = {q["name"]: q for q in bundle.plan()["quantizers"]}
+    replaced = [life for life in bundle.manifest.lifecycles if life["replaced"]]
+    assert replaced
+    for block in {life[end] for life in replaced for end in ("birth", "death")}:
+        (name,) = [q for q in quantizers if q.startswith(f"layers.{block}/mlp/down_proj")]
+        assert quantizers[name]["absmax_before"] >= 20 * quantizers[name]["absmax_after"]
+
+
 def test_size_against_the_fp32_export(smollm2_bundle: Path) -> None:
     ours = sum(path.stat().st_size for path in smollm2_bundle.glob("model.onnx*"))
     traced = [

@@ -8,7 +8,10 @@ RECORD = {
     "birth": 11, "death": 29, "channel": 507, "replaced": True, "reason": "", "tokens": 85,
     "at_position_0": 0.94, "down_proj_peak": 3129.4, "down_proj_median": 0.058,
     "residual_peak": 25096.0, "threshold": 412.5, "templates": 3, "deviation": 0.0123,
-    "common_tokens": [{"token": " the", "first": 4, "later": 1}],
+    "common_tokens": [
+        {"token": "", "first": 40, "later": 0},
+        {"token": " the", "first": 4, "later": 1},
+    ],
 }  # fmt: skip
 
 
@@ -17,7 +20,7 @@ def test_replaced() -> None:
         "blocks 11 to 29, residual channel 507, 85 tokens seen, 94% of them at position 0",
         "replaced by 3 templates, mean relative deviation 1.23%, threshold 412.5",
         "down-projection input up to 3129 (median 0.058), residual up to 25096",
-        "most often ' the' (4 first, 1 later)",
+        "most often a special token (40 first, 0 later), ' the' (4 first, 1 later)",
     ]
 
 
