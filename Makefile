@@ -28,9 +28,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    --constraint constraints.txt --editable ".[compile,rtx,plugin,test,dev]"
 	touch $@
 
-# The bundle appears whole or not at all, so the manifest is as good as a stamp.
+# The bundle appears whole or not at all, so the manifest is as good as a stamp. The other graphs are
+# kept beside it for `eval`, which would make them again.
 $(DEMO)/manifest.json: | $(INSTALLED)
-	$(BIN)/iq-export compile $(MODEL) $(DEMO) --recipe w8a8 --target rtx-ampere
+	$(BIN)/iq-export compile $(MODEL) $(DEMO) --recipe w8a8 --target rtx-ampere --keep-work
 
 build/demo/boolq.txt: | $(INSTALLED)
 	$(BIN)/python tools/fetch_boolq.py --output $@

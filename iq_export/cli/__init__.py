@@ -19,6 +19,12 @@ from iq_export.bundle.package import disk_full_is_bundle_error
 from iq_export.cli.options import add_common
 from iq_export.errors import INTERRUPTED_EXIT_CODE, IqError
 
+# What the extra `compile` brings, by the names of its modules.
+_COMPILE_PACKAGES = frozenset(
+    ("accelerate", "gguf", "ml_dtypes", "onnx", "onnx_graphsurgeon", "onnx_ir", "onnxscript",
+     "safetensors", "sentencepiece", "torch", "transformers", "yaml")
+)  # fmt: skip
+
 # In the order of a user's first day.
 _COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "doctor")
 
@@ -53,6 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"iq-export: error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _COMPILE_PACKAGES:
+            raise
+        print(
+            f"iq-export: error: '{args.command}' needs the package {package}, which a light "
+            "install does not have: pip install 'iq-export[compile]'",
+            file=sys.stderr,
+        )
+        return IqError.exit_code
     except KeyboardInterrupt:
         print("\niq-export: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE

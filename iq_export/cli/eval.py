@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,15 @@ def _graphs(bundle: Bundle, args: argparse.Namespace) -> dict[str, Path]:
 
 
 def build_references(bundle: Bundle, work: Path | None, progress: Progress) -> dict[str, Path]:
-    """The graphs to compare with, from the work folder or made again (by the extra `compile`)."""
+    """The graphs to compare with, from the work folder or made again.
+
+    Raises UsageError in a light install, which cannot make them.
+    """
+    if importlib.util.find_spec("onnx_ir") is None:
+        raise UsageError(
+            "making the graphs to compare with needs pip install 'iq-export[compile]'; "
+            "--bundle-only measures this bundle alone"
+        )
     from iq_export.compile import reference_graphs
 
     return reference_graphs(bundle, work, progress)

@@ -59,6 +59,15 @@ def test_verbose_shows_where_an_error_comes_from(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_light_install_says_which_extra_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(monkeypatch, ModuleNotFoundError("no", name="torch.nn")) == 1
+    assert "torch" in (error := capsys.readouterr().err) and "iq-export[compile]" in error
+    with pytest.raises(ModuleNotFoundError):
+        outcome(monkeypatch, ModuleNotFoundError("no", name="iq_export.misspelt"))
+
+
 def test_interrupt_and_full_disk(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
