@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import planted
+
 MODEL = "smollm2-135m"
 
 
@@ -60,6 +62,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def spiky(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
+    """A tiny model whose position 0 spikes, observed and with sinks inserted. Do not change it."""
+    return planted.observe(planted.Decoder(), tmp_path_factory.mktemp("spiky"))
+
+
+@pytest.fixture(scope="session")
+def delimited(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
+    """As `spiky`, and a delimiter token spikes downwards wherever it stands: two templates."""
+    return planted.observe(planted.WITH_DELIMITER, tmp_path_factory.mktemp("delimited"))
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
+    """The same kind of model without spikes."""
+    return planted.observe(planted.NO_SPIKES, tmp_path_factory.mktemp("calm"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

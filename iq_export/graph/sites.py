@@ -102,7 +102,9 @@ def find_sites(model: ir.Model) -> Sites:
             refused.append(found)
         stream = add.outputs[0]
     final = [node for node in stream.consumers() if node.op_type in NORM_OPS]
-    if not branches:
+    blocks, unpaired = _pair(branches)
+    refused += unpaired
+    if not blocks:
         first = refused[0] if refused else Refusal(_label(embedding.producer()), _NO_STREAM)
         raise GraphError(f"No transformer block was understood: node {first.node}: {first.reason}")
     if not final:
@@ -110,13 +112,12 @@ def find_sites(model: ir.Model) -> Sites:
             f"The residual stream ends at {stream.name!r} without a norm; only pre-norm "
             "transformers (a norm before each branch and one at the end) are supported."
         )
-    blocks, unpaired = _pair(branches)
     return Sites(
         hidden=branches[0].output.out_features,
         embedding=embedding.name,
         blocks=tuple(blocks),
         final_norm=final[0].name,
-        refused=(*refused, *unpaired),
+        refused=tuple(refused),
     )
 
 

@@ -1,0 +1,383 @@
+"""A tiny random decoder with planted spikes: the whole life of a sink in seconds, without torch.
+
+The graph has what a traced model has (opset 23: RMSNormalization, RotaryEmbedding, Attention, gated
+MLP, KV cache, tied embedding) and one thing more: a table of positions whose row 0 carries a
+*marker* channel. At the birth block one MLP neuron reads the marker and writes a huge value into
+one residual channel; at the death block one neuron reads that channel and takes the value away
+again. Ordinary tokens are quiet on the marker and on the spiking channel.
+
+`Spike(token=t)` marks a token wherever it stands instead (a delimiter), and `sign=-1` spikes
+downwards, which makes a second template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto, helper, numpy_helper
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.graph import io
+from iq_export.graph.sites import Sites, find_sites
+from iq_export.passes.insert_sinks import insert_sinks
+from iq_export.progress import Progress
+from iq_export.run.ort import CausalLM, left_pad
+from iq_export.sinks.calibrate import Decision, decide, with_restore
+from iq_export.sinks.lifecycle import Lifecycle, discover
+from iq_export.sinks.templates import SinkTemplates
+
+CPU = ("CPUExecutionProvider",)
+MARKER_VALUE = 200.0
+_GAIN = 3.0
+# Ordinary tokens are this quiet on the channels of the spikes.
+_QUIET = 0.1
+
+
+@dataclass(frozen=True)
+class Spike:
+    """One planted lifecycle, blocks from 0. `token` None: position 0; else that token anywhere."""
+
+    birth: int
+    death: int
+    size: float = 1000.0
+    channel: int = 5
+    marker: int = 1
+    sign: int = 1
+    token: int | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of the model. `positions` is the length of the position table, 0 for none."""
+
+    blocks: int = 4
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    features: int = 128
+    vocab: int = 50
+    positions: int = 128
+    cache: bool = True
+    rotary: bool = True
+    spikes: tuple[Spike, ...] = (Spike(birth=1, death=3),)
+    seed: int = 0
+
+    @property
+    def special(self) -> list[int]:
+        """Residual channels on which only spiking tokens are loud."""
+        return sorted({c for spike in self.spikes for c in (spike.channel, spike.marker)})
+
+
+DELIMITER = 7
+# Two kinds of sinks, position 0 and a delimiter token, with opposite spikes on one channel.
+WITH_DELIMITER = Decoder(
+    spikes=(Spike(1, 3), Spike(1, 3, marker=2, sign=-1, token=DELIMITER)),
+)
+NO_SPIKES = Decoder(spikes=())
+
+
+def weights(decoder: Decoder) -> dict[str, np.ndarray]:
+    """Random weights with the spikes planted: name -> float32 array, products as `[in, out]`."""
+    rng = np.random.default_rng(decoder.seed)
+    d, f = decoder.hidden, decoder.features
+    query, cached = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+
+    def normal(*shape: int, gain: float = 1.0) -> np.ndarray:
+        return (gain * rng.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32)
+
+    found = {"embed_tokens.weight": rng.normal(size=(decoder.vocab, d)).astype(np.float32)}
+    for i in range(decoder.blocks):
+        at = f"layers.{i}."
+        found |= {
+            f"{at}input_layernorm.weight": (1 + 0.1 * rng.normal(size=d)).astype(np.float32),
+            f"{at}self_attn.q_proj.weight": normal(d, query),
+            f"{at}self_attn.k_proj.weight": normal(d, cached),
+            f"{at}self_attn.v_proj.weight": normal(d, cached),
+            f"{at}self_attn.o_proj.weight": normal(query, d, gain=0.5),
+            f"{at}post_attention_layernorm.weight": (1 + 0.1 * rng.normal(size=d)).astype("f4"),
+            f"{at}mlp.gate_proj.weight": normal(d, f),
+            f"{at}mlp.up_proj.weight": normal(d, f),
+            f"{at}mlp.down_proj.weight": normal(f, d, gain=0.5),
+        }
+        found[f"{at}self_attn.o_proj.weight"][:, decoder.special] *= _QUIET
+        found[f"{at}mlp.down_proj.weight"][:, decoder.special] *= _QUIET
+    found["norm.weight"] = np.ones(d, np.float32)
+    found["embed_tokens.weight"][:, decoder.special] *= _QUIET
+    if decoder.positions:
+        table = 0.1 * rng.normal(size=(decoder.positions, d))
+        table[:, decoder.special] *= _QUIET
+        found["position.weight"] = table.astype(np.float32)
+    for neuron, spike in enumerate(decoder.spikes):
+        _plant(found, decoder, neuron, spike)
+    return found
+
+
+def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: Spike) -> None:
+    if spike.token is None:
+        found["position.weight"][0, spike.marker] = MARKER_VALUE
+    else:
+        found["embed_tokens.weight"][spike.token, spike.marker] = MARKER_VALUE
+    # A channel that dominates its row is sqrt(hidden) after the norm, whatever its size.
+    product = _GAIN**2 * decoder.hidden
+    written = spike.sign * spike.size
+    for block, read, sign, writes in (
+        (spike.birth, spike.marker, 1, {spike.channel: written, spike.marker: -MARKER_VALUE}),
+        (spike.death, spike.channel, spike.sign, {spike.channel: -written}),
+    ):
+        at = f"layers.{block}."
+        norm = found[f"{at}post_attention_layernorm.weight"][read]
+        for name in ("gate", "up"):
+            column = found[f"{at}mlp.{name}_proj.weight"]
+            column[:, neuron] = 0
+            column[read, neuron] = sign * _GAIN / norm
+        down = found[f"{at}mlp.down_proj.weight"]
+        down[neuron] = 0
+        for channel, value in writes.items():
+            down[neuron, channel] = value / product
+
+
+@dataclass
+class _Graph:
+    """Nodes and constants in the making; `node` returns the name of the node's only output."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def node(self, op: str, name: str, *inputs: str, output: str = "", **attributes: object) -> str:
+        output = output or f"{name}/out"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=name, **attributes))
+        return output
+
+    def constant(self, name: str, value: object, dtype: type = np.int64) -> str:
+        self.constants.setdefault(name, np.asarray(value, dtype))
+        return name
+
+
+def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx.ModelProto:
+    """The decoder as a float32 model with its weights inside, types and shapes inferred."""
+    g = _Graph(constants=dict(values or weights(decoder)))
+    mask = _mask(g, decoder)
+    stream = g.node("Gather", "embed_tokens", "embed_tokens.weight", "input_ids")
+    if decoder.positions:
+        marked = g.node("Gather", "position", "position.weight", "position_ids")
+        stream = g.node("Add", "embed", stream, marked)
+    angles = _angles(g, decoder) if decoder.rotary else None
+    for i in range(decoder.blocks):
+        stream = _attention(g, decoder, i, stream, mask, angles)
+        stream = _mlp(g, i, stream)
+    normed = _norm(g, "norm", stream)
+    head = g.node("Transpose", "lm_head/Transpose", "embed_tokens.weight", perm=[1, 0])
+    g.node("MatMul", "lm_head", normed, head, output="logits")
+    model = helper.make_model(
+        helper.make_graph(
+            g.nodes, "main_graph", *_interface(decoder),
+            [numpy_helper.from_array(value, name) for name, value in g.constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 23)], ir_version=10, producer_name="planted",
+    )  # fmt: skip
+    onnx.checker.check_model(model)
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def save(decoder: Decoder, folder: Path) -> Path:
+    """Write the model as a trace would: `model.onnx` with its weights in `model.onnx.data`."""
+    path = folder / "model.onnx"
+    onnx.save(
+        proto(decoder), path, save_as_external_data=True, location="model.onnx.data",
+        size_threshold=256,
+    )  # fmt: skip
+    return path
+
+
+def windows(decoder: Decoder, *, count: int = 24, length: int = 40, seed: int = 1) -> list[Window]:
+    """Random token windows with varied first tokens; delimiters stand in the middle only."""
+    rng = np.random.default_rng(seed)
+    marked = [spike.token for spike in decoder.spikes if spike.token is not None]
+    ordinary = [token for token in range(decoder.vocab) if token not in marked]
+    found = []
+    for _ in range(count):
+        ids = rng.choice(ordinary, size=length)
+        for token in marked:
+            ids[rng.integers(length // 4, length, size=2)] = token
+        found.append(Window(ids.tolist(), False))
+    return found
+
+
+def _interface(
+    decoder: Decoder,
+) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    def value(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, list(shape))
+
+    integer, real = TensorProto.INT64, TensorProto.FLOAT
+    inputs = [
+        value("input_ids", integer, "batch", "seq"),
+        value("attention_mask", integer, "batch", "total"),
+        value("position_ids", integer, "batch", "seq"),
+    ]
+    outputs = [value("logits", real, "batch", "seq", decoder.vocab)]
+    for i in range(decoder.blocks if decoder.cache else 0):
+        for kind in ("key", "value"):
+            sizes = (decoder.kv_heads, decoder.head_dim)
+            inputs.append(
+                value(f"past_key_values.{i}.{kind}", real, "batch", sizes[0], "past", sizes[1])
+            )
+            outputs.append(value(f"present.{i}.{kind}", real, "batch", sizes[0], "total", sizes[1]))
+    return inputs, outputs
+
+
+def _mask(g: _Graph, decoder: Decoder) -> str | None:
+    """Bool `[batch, 1, seq, total]`: causal, not a pad, and always the token itself."""
+    if not decoder.cache:
+        return None
+    zero, one = g.constant("const.zero", 0), g.constant("const.one", 1)
+    axes = {n: g.constant(f"const.axes{n}", list(map(int, n))) for n in ("0", "1", "12", "01")}
+    seq = g.node("Squeeze", "mask/seq", g.node("Shape", "mask/Shape", "input_ids", start=1, end=2))
+    past = g.node(
+        "Squeeze", "mask/past",
+        g.node("Shape", "mask/Shape_2", "past_key_values.0.key", start=2, end=3),
+    )  # fmt: skip
+    total = g.node("Add", "mask/total", past, seq)
+    column = g.node("Range", "mask/Range", zero, total, one)
+    columns = g.node("Unsqueeze", "mask/columns", column, axes["0"])
+    row = g.node("Add", "mask/Add", g.node("Range", "mask/Range_2", zero, seq, one), past)
+    rows = g.node("Unsqueeze", "mask/rows", row, axes["1"])
+    there = g.node("Not", "mask/Not", g.node("Equal", "mask/Equal", "attention_mask", zero))
+    there = g.node("Unsqueeze", "mask/there", there, axes["12"])
+    self = g.node("Equal", "mask/Equal_2", columns, rows)
+    self = g.node("Unsqueeze", "mask/self", self, axes["01"])
+    causal = g.node("LessOrEqual", "mask/LessOrEqual", columns, rows)
+    causal = g.node("Unsqueeze", "mask/causal", causal, axes["01"])
+    allowed = g.node("Or", "mask/Or", there, self)
+    return g.node("And", "mask/And", causal, allowed)
+
+
+def _angles(g: _Graph, decoder: Decoder) -> tuple[str, str]:
+    half = decoder.head_dim // 2
+    frequency = 10000.0 ** (-np.arange(half) / half)
+    constant = g.constant("rotary_emb.inv_freq", frequency, np.float32)
+    axis = g.constant("const.axes_last", [2])
+    position = g.node("Unsqueeze", "rotary_emb/Unsqueeze", "position_ids", axis)
+    position = g.node("Cast", "rotary_emb/Cast", position, to=TensorProto.FLOAT)
+    angle = g.node("Mul", "rotary_emb/Mul", position, constant)
+    return g.node("Cos", "rotary_emb/Cos", angle), g.node("Sin", "rotary_emb/Sin", angle)
+
+
+def _norm(g: _Graph, name: str, value: str) -> str:
+    weight = f"{name.replace('/', '.')}.weight"
+    return g.node("RMSNormalization", name, value, weight, axis=-1, epsilon=1e-6)
+
+
+def _linear(g: _Graph, name: str, value: str) -> str:
+    return g.node("MatMul", name, value, f"{name.replace('/', '.')}.weight")
+
+
+def _attention(
+    g: _Graph,
+    decoder: Decoder,
+    i: int,
+    stream: str,
+    mask: str | None,
+    angles: tuple[str, str] | None,
+) -> str:
+    at = f"layers.{i}/self_attn"
+    normed = _norm(g, f"layers.{i}/input_layernorm", stream)
+
+    def heads(kind: str, count: int) -> str:
+        shape = g.constant(f"const.heads{count}", [0, 0, count, decoder.head_dim])
+        flat = _linear(g, f"{at}/{kind}_proj", normed)
+        split = g.node("Reshape", f"{at}/{kind}_split", flat, shape)
+        turned = g.node("Transpose", f"{at}/{kind}_heads", split, perm=[0, 2, 1, 3])
+        if angles is None or kind == "v":
+            return turned
+        return g.node("RotaryEmbedding", f"{at}/{kind}_rotary", turned, *angles)
+
+    query = heads("q", decoder.heads)
+    cached = {"key": heads("k", decoder.kv_heads), "value": heads("v", decoder.kv_heads)}
+    options: dict[str, object] = {"scale": float(decoder.head_dim**-0.5)}
+    if decoder.cache:
+        for kind, value in cached.items():
+            past, present = f"past_key_values.{i}.{kind}", f"present.{i}.{kind}"
+            cached[kind] = g.node("Concat", f"{at}/{kind}", past, value, output=present, axis=-2)
+    else:
+        options["is_causal"] = 1
+    masks = [mask] if mask else []
+    attended = g.node("Attention", f"{at}/Attention", query, *cached.values(), *masks, **options)
+    together = g.node("Transpose", f"{at}/together", attended, perm=[0, 2, 1, 3])
+    shape = g.constant("const.join", [0, 0, decoder.heads * decoder.head_dim])
+    joined = g.node("Reshape", f"{at}/join", together, shape)
+    return g.node("Add", f"layers.{i}/Add", stream, _linear(g, f"{at}/o_proj", joined))
+
+
+def _mlp(g: _Graph, i: int, stream: str) -> str:
+    at = f"layers.{i}/mlp"
+    normed = _norm(g, f"layers.{i}/post_attention_layernorm", stream)
+    gate = _linear(g, f"{at}/gate_proj", normed)
+    sigmoid = g.node("Sigmoid", f"{at}/act/Sigmoid", gate)
+    active = g.node("Mul", f"{at}/act/Mul", gate, sigmoid)
+    product = g.node("Mul", f"{at}/Mul", active, _linear(g, f"{at}/up_proj", normed))
+    return g.node("Add", f"layers.{i}/Add_2", stream, _linear(g, f"{at}/down_proj", product))
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A saved model, what was observed on it, and the same model with sink ops beside it."""
+
+    decoder: Decoder
+    path: Path
+    sites: Sites
+    windows: list[Window]
+    stats: TokenStats
+    lifecycles: list[Lifecycle]
+    decisions: list[Decision]
+    sinks: list[SinkTemplates]
+    inserted: Path
+
+    def load(self) -> ir.Model:
+        return io.load(self.path)
+
+    def load_inserted(self) -> ir.Model:
+        return io.load(self.inserted)
+
+    def save_beside(self, model: ir.Model, name: str) -> Path:
+        """Save a rewritten graph where its external weights are."""
+        path = self.path.with_name(name)
+        io.save_skeleton(model, path)
+        return path
+
+
+def observe(decoder: Decoder, folder: Path, *, limit: float = 0.1) -> Planted:
+    """Everything from the file to inserted sinks, as `rewrite` does it without smoothing."""
+    path, progress = save(decoder, folder), Progress(quiet=True)
+    options = {"providers": CPU, "progress": progress}
+    sites, data = find_sites(io.load(path)), windows(decoder)
+    stats = observe_tokens(path, sites, data, **options)
+    lifecycles = discover(stats)
+    decisions = decide(path, sites, lifecycles, stats, data, limit=limit, seed=0, **options)
+    sinks = [d.templates for d in decisions if d.templates and d.replaced]
+    inserted = path.with_name("inserted.onnx")
+    for restored in (False, True):
+        if restored and sinks:
+            sinks = with_restore(path, inserted, sites, sinks, stats, data, **options)
+        model = io.load(path)
+        insert_sinks(model, sites, sinks)
+        io.save_skeleton(model, inserted)
+    return Planted(decoder, path, sites, data, stats, lifecycles, decisions, sinks, inserted)
+
+
+def logits(model: CausalLM, rows: list[list[int]], *, chunk: int | None = None) -> np.ndarray:
+    """`[batch, longest, vocab]` of left-padded `rows`, `chunk` tokens at a time through the cache."""
+    ids, mask, positions = left_pad(rows, pad_id=0)
+    length, past, found = ids.shape[1], None, []
+    for start in range(0, length, chunk or length):
+        end = min(start + (chunk or length), length)
+        step = model.forward(ids[:, start:end], mask[:, :end], positions[:, start:end], past)
+        past = step.present
+        found.append(step.logits)
+    return np.concatenate(found, axis=1)
