@@ -372,7 +372,10 @@ def observe(decoder: Decoder, folder: Path, *, limit: float = 0.1) -> Planted:
 
 
 def logits(model: CausalLM, rows: list[list[int]], *, chunk: int | None = None) -> np.ndarray:
-    """`[batch, longest, vocab]` of left-padded `rows`, `chunk` tokens at a time through the cache."""
+    """`[batch, longest, vocab]` of left-padded `rows`, `chunk` tokens at a time through the cache.
+
+    All at once if `chunk` is None.
+    """
     ids, mask, positions = left_pad(rows, pad_id=0)
     length, past, found = ids.shape[1], None, []
     for start in range(0, length, chunk or length):
