@@ -1,0 +1,84 @@
+"""Which lifecycles are replaced, and what the clamped residual gets back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iq_export.progress import Progress
+from iq_export.sinks.calibrate import decide
+from iq_export.sinks.templates import collect_rows
+from tests import planted
+from tests.planted import CPU, Planted
+
+QUIET = {"providers": CPU, "progress": Progress(quiet=True)}
+
+
+def test_lifecycle_above_the_limit_is_kept_as_it_is(tmp_path: Path) -> None:
+    data = planted.observe(planted.Decoder(), tmp_path, limit=1e-4)
+    (decision,) = data.decisions
+    assert not decision.replaced
+    assert "above the limit" in decision.reason
+    assert "K=" in decision.reason
+    assert data.sinks == []
+    assert not any(node.domain == "iq" for node in data.load_inserted().graph)
+
+
+def test_replaced_lifecycle_says_how_constant_it_is(spiky: Planted) -> None:
+    (decision,) = spiky.decisions
+    assert decision.replaced
+    assert "within the limit of 10%" in decision.reason
+
+
+def test_spike_that_no_norm_reads_is_left(spiky: Planted) -> None:
+    (life,) = spiky.lifecycles
+    stillborn = replace(life, end=life.birth, death=None)
+    (decision,) = decide(
+        spiky.path, spiky.sites, [stillborn], spiky.stats, spiky.windows,
+        limit=0.1, seed=0, **QUIET,
+    )  # fmt: skip
+    assert not decision.replaced
+    assert decision.templates is None
+    assert "no norm reads it" in decision.reason
+
+
+def test_threshold_separates_sinks_from_other_tokens(delimited: Planted) -> None:
+    (sinks,) = delimited.sinks
+    life = sinks.lifecycle
+    peaks = delimited.stats.down_max[life.birth]
+    assert peaks[life.members].min() > sinks.threshold
+    assert np.delete(peaks, life.members).max() < sinks.threshold
+
+
+def test_restore_gives_back_what_the_clamp_took(delimited: Planted) -> None:
+    """After the last block the sink rows' residual is that of the untouched graph."""
+    (sinks,) = delimited.sinks
+    residual = delimited.sites.blocks[sinks.lifecycle.end].mlp.residual
+    assert sinks.restore.shape == (sinks.count, 64)
+    assert np.abs(sinks.restore).max() > 1
+    untouched, restored = (
+        collect_rows(path, {name: 64}, delimited.stats, sinks.lifecycle.members,
+                     delimited.windows, **QUIET)[name]
+        for path, name in ((delimited.path, residual),
+                           (delimited.inserted, f"{residual}.SinkRestore"))
+    )  # fmt: skip
+    for template in range(sinks.count):
+        mine = sinks.assignment == template
+        np.testing.assert_allclose(
+            restored[mine].mean(0), untouched[mine].mean(0), rtol=1e-3, atol=1e-2
+        )
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_spike_is_never_written(spiky: Planted, block: int) -> None:
+    residual = spiky.sites.blocks[block].mlp.residual
+    members = spiky.lifecycles[0].members
+    before, after = (
+        np.abs(collect_rows(path, {residual: 64}, spiky.stats, members, spiky.windows, **QUIET)
+               [residual][:, spiky.decoder.spikes[0].channel]).max()
+        for path in (spiky.path, spiky.inserted)
+    )  # fmt: skip
+    assert before > 100 * after

@@ -1,0 +1,188 @@
+"""Births and deaths are read from statistics; most cases are drawn by hand, one is a real graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from iq_export.calibrate.token_stats import TokenStats
+from iq_export.sinks.lifecycle import Lifecycle, discover, threshold_between
+from tests.planted import DELIMITER, Planted
+
+BLOCKS, WINDOWS, LENGTH = 8, 20, 10
+TOKENS = WINDOWS * LENGTH
+FIRST = np.arange(0, TOKENS, LENGTH)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A spike to draw: the down-projection input peaks at `birth` and `death`, the residual carries
+    `size` on `channel` from `birth` until the block before `death`."""
+
+    birth: int
+    death: int | None
+    members: np.ndarray
+    channel: int = 3
+    size: float = 1000.0
+    peak: float = 500.0
+
+
+def stats_with(*spikes: Drawn) -> TokenStats:
+    """Quiet tokens (down-projection input 1, residual 3 on channel 0) with spikes drawn in."""
+    rng = np.random.default_rng(0)
+    shape = (BLOCKS, TOKENS)
+    down = rng.uniform(0.8, 1.2, shape).astype(np.float32)
+    residual = rng.uniform(2.5, 3.5, shape).astype(np.float32)
+    channel = np.zeros(shape, np.int32)
+    for spike in spikes:
+        end = BLOCKS if spike.death is None else spike.death
+        down[spike.birth, spike.members] = spike.peak
+        if spike.death is not None:
+            down[spike.death, spike.members] = spike.peak
+        residual[spike.birth : end, spike.members] = spike.size
+        channel[spike.birth : end, spike.members] = spike.channel
+    return TokenStats(
+        down_max=down,
+        residual_max=residual,
+        residual_channel=channel,
+        window=np.repeat(np.arange(WINDOWS), LENGTH),
+        position=np.tile(np.arange(LENGTH), WINDOWS),
+        token=np.arange(TOKENS) % 17,
+    )
+
+
+def only(found: list[Lifecycle]) -> Lifecycle:
+    assert len(found) == 1
+    return found[0]
+
+
+def test_birth_death_end_channel_and_threshold() -> None:
+    life = only(discover(stats_with(Drawn(birth=2, death=6, members=FIRST))))
+    assert (life.birth, life.death, life.end, life.channel) == (2, 6, 6, 3)
+    np.testing.assert_array_equal(life.members, FIRST)
+    assert life.down_peak == 500
+    assert life.down_median == pytest.approx(1, abs=0.1)
+    assert life.residual_peak == 1000
+    assert life.threshold == pytest.approx(np.sqrt(500 * 1.2), rel=0.01)
+    assert list(life.insert_blocks) == [3, 4, 5, 6]
+    assert life.clamp_blocks == (2, 6)
+    assert life.force_first
+    assert life.first_rate == 1
+
+
+def test_no_spikes_no_lifecycles() -> None:
+    assert discover(stats_with()) == []
+
+
+def test_alpha_decides_what_spikes() -> None:
+    stats = stats_with(Drawn(2, 6, FIRST, peak=50))
+    assert discover(stats) == []
+    assert only(discover(stats, alpha=16)).birth == 2
+
+
+def test_all_tokens_spiking_is_no_lifecycle() -> None:
+    """Then the median token is a spike itself."""
+    assert discover(stats_with(Drawn(2, 6, np.arange(TOKENS)))) == []
+
+
+def test_large_input_that_writes_nothing_is_no_birth() -> None:
+    """A death alone: the residual of its tokens does not grow."""
+    stats = stats_with()
+    stats.down_max[4, FIRST] = 500
+    assert discover(stats) == []
+
+
+def test_birth_at_the_first_block() -> None:
+    life = only(discover(stats_with(Drawn(0, 5, FIRST))))
+    assert (life.birth, life.death) == (0, 5)
+
+
+def test_spike_that_nobody_cancels() -> None:
+    life = only(discover(stats_with(Drawn(3, None, FIRST))))
+    assert life.death is None
+    assert life.end == BLOCKS - 1
+
+
+def test_gradual_death_ends_where_the_tokens_are_calm() -> None:
+    """Cancelled in two steps: the larger is the death, the later the end."""
+    stats = stats_with(Drawn(1, 4, FIRST))
+    stats.residual_max[4:6, FIRST] = 100
+    stats.residual_channel[4:6, FIRST] = 3
+    life = only(discover(stats))
+    assert (life.death, life.end) == (4, 6)
+
+
+def test_two_lifecycles_one_after_the_other_on_one_channel() -> None:
+    found = discover(stats_with(Drawn(0, 2, FIRST), Drawn(4, 7, FIRST)))
+    assert [(life.birth, life.death, life.end) for life in found] == [(0, 2, 2), (4, 7, 7)]
+    assert {life.channel for life in found} == {3}
+
+
+def test_two_lifecycles_at_once_on_two_channels() -> None:
+    later = FIRST + 5
+    found = discover(stats_with(Drawn(1, 4, FIRST), Drawn(2, 6, later, channel=9)))
+    assert [(life.birth, life.death, life.channel) for life in found] == [(1, 4, 3), (2, 6, 9)]
+    np.testing.assert_array_equal(found[1].members, later)
+
+
+def test_growth_of_a_living_spike_is_no_second_birth() -> None:
+    """Born small and tripled by the next block, as in SmolLM2's blocks 1 and 2."""
+    stats = stats_with(Drawn(1, 6, FIRST, size=300))
+    stats.down_max[2, FIRST] = 500
+    stats.residual_max[2:6, FIRST] = 1000
+    assert only(discover(stats)).birth == 1
+
+
+def test_rare_first_tokens_do_not_force_position_0() -> None:
+    life = only(discover(stats_with(Drawn(2, 6, FIRST[: WINDOWS // 2]))))
+    assert life.first_rate == 0.5
+    assert not life.force_first
+
+
+def test_sinks_are_clamped_only_where_they_stretch_the_range() -> None:
+    stats = stats_with(Drawn(2, 6, FIRST))
+    stats.down_max[4, FIRST] = 1.3  # no more than other tokens have
+    stats.down_max[5, FIRST] = 3.0
+    assert only(discover(stats)).clamp_blocks == (2, 5, 6)
+
+
+def test_common_tokens_count_first_and_later_places() -> None:
+    stats = stats_with(Drawn(2, 6, np.sort(np.concatenate([FIRST, FIRST + 4]))))
+    stats.token[FIRST], stats.token[FIRST + 4] = 1, 2
+    stats.token[FIRST[0] + 4] = 1
+    life = only(discover(stats))
+    assert life.common_tokens(stats) == [(1, 20, 1), (2, 0, 19)]
+    assert life.common_tokens(stats, most=1) == [(1, 20, 1)]
+
+
+def test_threshold_lies_between_sinks_and_others() -> None:
+    members = np.array([1])
+    assert threshold_between(np.float32([4, 100, 1]), members) == pytest.approx(20)
+    # Where they overlap no constant separates them: every sink is still found.
+    assert threshold_between(np.float32([4, 3, 1]), members) == pytest.approx(3)
+    assert threshold_between(np.float32([7]), np.array([0])) > 0
+
+
+def test_planted_lifecycle_is_found(spiky: Planted) -> None:
+    (spike,) = spiky.decoder.spikes
+    life = only(spiky.lifecycles)
+    assert (life.birth, life.death, life.channel) == (spike.birth, spike.death, spike.channel)
+    np.testing.assert_array_equal(life.members, np.flatnonzero(spiky.stats.position == 0))
+    assert life.residual_peak == pytest.approx(spike.size, rel=0.01)
+    assert life.force_first
+
+
+def test_planted_delimiters_are_members_wherever_they_stand(delimited: Planted) -> None:
+    life = only(delimited.lifecycles)
+    stats = delimited.stats
+    expected = (stats.position == 0) | (stats.token == DELIMITER)
+    np.testing.assert_array_equal(life.members, np.flatnonzero(expected))
+    token, first, later = life.common_tokens(stats, most=1)[0]
+    assert (token, first) == (DELIMITER, 0)
+    assert later > 20
+
+
+def test_model_without_spikes(calm: Planted) -> None:
+    assert calm.lifecycles == []
