@@ -132,6 +132,8 @@ def load_model(source: ModelSource) -> LoadedModel:
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if gguf:
         options["gguf_file"] = source.path.name
+    # Never a pickle (pytorch_model.bin): reading one can run code.
+    weights = {} if gguf else {"use_safetensors": True}
     with _quiet_transformers(), _readable(source):
         tokenizer = (
             transformers.AutoTokenizer.from_pretrained(source.tokenizer)
@@ -141,7 +143,7 @@ def load_model(source: ModelSource) -> LoadedModel:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         _check_config(config, source)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="float32", output_loading_info=True, **options
+            folder, config=config, dtype="float32", output_loading_info=True, **options, **weights
         )
     model, info = loaded
     missing = sorted(info["missing_keys"])

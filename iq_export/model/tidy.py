@@ -32,6 +32,7 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _share_constants(model.graph)
     _store_weights_transposed(model.graph)
+    _settle_reshapes(model.graph)
     common.CommonSubexpressionEliminationPass(size_limit=_CSE_LIMIT)(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
@@ -162,6 +163,41 @@ def _store_weights_transposed(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
         del graph.initializers[weight.name]
         graph.initializers.add(stored)
+
+
+def _settle_reshapes(graph: ir.Graph) -> None:
+    """Give a Reshape constant sizes (0 = as the input) where each axis is fixed or kept.
+
+    A size of -1 leaves TensorRT to work out the number of heads, which it cannot behind an op with
+    two dynamic inputs; and the Concat of sizes goes.
+    """
+    for node in graph:
+        if node.op_type != "Reshape":
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None:
+            continue
+        sizes = [
+            size if isinstance(size, int)
+            else 0 if axis < len(before) and str(before[axis]) == str(size)
+            else None
+            for axis, size in enumerate(after)
+        ]  # fmt: skip
+        if None in sizes or sizes == list(after):
+            continue
+        name = f"shape_{'_'.join(map(str, sizes))}"
+        value = graph.initializers.get(name)
+        if value is None:
+            tensor = ir.tensor(np.array(sizes, np.int64), name=name)
+            value = ir.Value(
+                name=name,
+                const_value=tensor,
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape([len(sizes)]),
+            )
+            graph.register_initializer(value)
+        node.replace_input_with(1, value)
+        node.attributes.pop("allowzero", None)
 
 
 def _lazy_transpose(source: ir.TensorProtocol) -> ir.LazyTensor:

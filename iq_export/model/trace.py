@@ -115,7 +115,8 @@ def trace(
     progress = progress or Progress(quiet=True)
     _check_opset(opset)
     begin = time.perf_counter()
-    source = materialize(source)
+    with progress.step("fetch model"):
+        source = materialize(source)
     sha256 = fingerprint(source)
     key = _cache_key(source, sha256, opset)
     try:

@@ -146,8 +146,14 @@ def test_missing_weights_are_not_made_up(llama: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"first is 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         load_model(resolve(str(llama)))
-    path.unlink()
-    with pytest.raises(ModelError, match="cannot be loaded") as error:
+
+
+def test_pickles_are_not_read(llama: Path) -> None:
+    import torch
+
+    (llama / "model.safetensors").unlink()
+    torch.save({}, llama / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"model\.safetensors") as error:
         load_model(resolve(str(llama)))
     one_sentence(error)
 

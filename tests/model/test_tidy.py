@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
-from iq_export.model.tidy import SCOPES, module_scope, settle_axes, tidy
+from iq_export.model.tidy import SCOPES, _settle_reshapes, module_scope, settle_axes, tidy
 from iq_export.run.ort import CausalLM, left_pad
 
 VOCAB, HIDDEN = 11, 4
@@ -188,3 +189,36 @@ def test_module_scope() -> None:
     outside = ir.node("Shape", [])
     outside.metadata_props[SCOPES] = str(["_empty_nn_module_stack_from_metadata_hook", "sym"])
     assert module_scope(outside) == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sizes"),
+    (
+        (("batch", "seq", 8), ("batch", "seq", 2, 4), [0, 0, 2, 4]),
+        (("batch", "seq", 2, 4), ("batch", "seq", 8), [0, 0, 8]),
+        # An axis that is neither fixed nor where it was: the computed sizes stay.
+        (("batch", "seq", 8), ("seq", "batch", 8), None),
+        (("batch", "seq"), ("batch*seq",), None),
+    ),
+)
+def test_reshapes_get_constant_sizes(
+    before: tuple[int | str, ...], after: tuple[int | str, ...], sizes: list[int] | None
+) -> None:
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", type=kind, shape=dims(*before))
+    computed = ir.Value(name="sizes", type=ir.TensorType(ir.DataType.INT64), shape=dims(len(after)))
+    reshape = ir.node("Reshape", [x, computed], {"allowzero": 1})
+    reshape.outputs[0].name, reshape.outputs[0].type = "y", kind
+    reshape.outputs[0].shape = dims(*after)
+    graph = ir.Graph(
+        [x, computed], reshape.outputs, nodes=[reshape], opset_imports={"": 23}, name="main"
+    )
+    _settle_reshapes(graph)
+    if sizes is None:
+        assert reshape.inputs[1] is computed
+    else:
+        constant = reshape.inputs[1]
+        assert constant is not None and constant.const_value is not None
+        assert constant.const_value.numpy().tolist() == sizes
+        # With allowzero a 0 would mean an empty axis instead of "as the input".
+        assert "allowzero" not in reshape.attributes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +158,16 @@ def test_sampling_has_the_right_frequencies() -> None:
     tokens = list(generate(model, [0], max_new_tokens=4000, temperature=1.0))
     found = np.bincount(tokens, minlength=4) / len(tokens)
     np.testing.assert_allclose(found, weights, atol=0.03)
+
+
+def test_running_needs_the_light_install_only() -> None:
+    """Neither torch nor transformers nor onnx: a device has none of them."""
+    code = (
+        "import sys, iq_export.cli.run, iq_export.run.generate, iq_export.run.ort\n"
+        "print({'torch', 'transformers', 'onnx', 'onnx_ir'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
