@@ -61,7 +61,7 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--samples", type=options.positive, default=16, help="windows (default 16)")
     group.add_argument(
-        "--length", type=options.positive, default=512, help="tokens per window (default 512)"
+        "--length", type=options.window_length, default=512, help="tokens per window (default 512)"
     )
     group.add_argument(
         "--max-relative-deviation", type=float, default=0.10, metavar="X",

@@ -39,7 +39,9 @@ def add_parser(subparsers: Any) -> None:
         help="UTF-8 text that was not used for calibration (default: builtin's held-out part)",
     )  # fmt: skip
     parser.add_argument("--windows", type=options.positive, default=16, help="default 16")
-    parser.add_argument("--length", type=options.positive, default=512, help="tokens; default 512")
+    parser.add_argument(
+        "--length", type=options.window_length, default=512, help="tokens; default 512"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the places of the windows")
     parser.add_argument(
         "--work", type=Path, metavar="DIR",

@@ -63,6 +63,14 @@ def positive(text: str) -> int:
     return value
 
 
+def window_length(text: str) -> int:
+    """argparse type: tokens of a window, at least 2, since the first is never predicted."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 2 tokens")
+    return value
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(json_safe(document), indent=2, ensure_ascii=False))

@@ -33,7 +33,6 @@ def refused(
         (("--recipe", "w4a16", "--target", "rtx-turing"), 2, "rtx-turing"),
         (("--calibration", "no-such-file.txt"), 4, "does not exist"),
         (("--opset", "17"), 2, "opset"),
-        (("--samples", "4", "--length", "1"), 2, "length"),
     ],
 )
 def test_wrong_options(

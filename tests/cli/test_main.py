@@ -81,7 +81,11 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         outcome(monkeypatch, ZeroDivisionError())
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["compile"], ["eval", "x", "--windows", "0"]])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["nonsense"], ["compile"], ["compile", "m", "o", "--length", "1"],
+     ["compile", "m", "o", "--samples", "0"], ["eval", "x", "--windows", "0"]],
+)  # fmt: skip
 def test_wrong_usage_is_exit_code_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
