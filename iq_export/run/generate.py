@@ -171,7 +171,7 @@ def _load_core(folder: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"There is no tokenizer.json in {folder}.")
     try:
-        return Core.from_str(path.read_text(encoding="utf-8"))
+        core = Core.from_str(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
         raise ModelError(f"{path} is damaged: {error}") from error
     except Exception as error:
@@ -179,6 +179,10 @@ def _load_core(folder: Path) -> Any:
         if type(error) is not Exception:
             raise
         raise ModelError(f"{path} is damaged: {error}") from error
+    # Left over from training: texts are cut into windows here, and batches padded by `left_pad`.
+    core.no_truncation()
+    core.no_padding()
+    return core
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -68,9 +68,9 @@ class CausalLM:
         if first.type not in _NUMPY_TYPES:
             raise GraphError(f"{self.path.name}: cache input '{first.name}' has type {first.type}.")
         self.kv_dtype = np.dtype(_NUMPY_TYPES[first.type])
-        self.kv_heads, self.head_dim = int(first.shape[1]), int(first.shape[3])
+        self.kv_heads, self.head_dim = _fixed(first, 1), _fixed(first, 3)
         logits = next(value for value in self._session.get_outputs() if value.name == "logits")
-        self.vocab_size = int(logits.shape[2])
+        self.vocab_size = _fixed(logits, 2)
 
     def empty_past(self, batch: int) -> list[NDArray[Any]]:
         """An empty cache for `batch` sequences: what a prefill starts from."""
@@ -169,6 +169,16 @@ def _past_inputs(inputs: Mapping[str, Any], path: Path) -> list[str]:
     if lacking:
         raise GraphError(f"{path.name} has no input '{lacking[0]}': it was exported without cache.")
     return names
+
+
+def _fixed(value: Any, axis: int) -> int:
+    """The size of an axis that must not be dynamic."""
+    size = value.shape[axis] if axis < len(value.shape) else None
+    if not isinstance(size, int):
+        raise GraphError(
+            f"Axis {axis} of '{value.name}' must have a fixed size; its shape is {value.shape}."
+        )
+    return size
 
 
 def _ort_errors() -> tuple[type[Exception], ...]:

@@ -47,6 +47,21 @@ def test_encode_with_and_without_bos(assets: Path) -> None:
     assert tokenizer.decode([256, *plain, 257]) == "ab"
 
 
+def test_nothing_is_cut_or_padded(assets: Path) -> None:
+    """Whatever the file says: such settings are left over from training."""
+    path = assets / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<s>",
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    assert len(Tokenizer(assets).encode("abcd", add_bos=False)) == 4
+
+
 def test_no_bos_to_add(assets: Path) -> None:
     (assets / "tokenizer_config.json").write_text("{}")
     tokenizer = Tokenizer(assets)

@@ -74,6 +74,17 @@ def test_a_missing_input_or_output_is_named(name: str, counting: Maker, tmp_path
         CausalLM(path)
 
 
+@pytest.mark.parametrize("axis", (1, 3))
+def test_sizes_that_are_not_fixed(axis: int, counting: Maker) -> None:
+    path = counting()
+    model = onnx.load(path)
+    cache = next(v for v in model.graph.input if v.name == "past_key_values.0.key")
+    cache.type.tensor_type.shape.dim[axis].dim_param = "unknown"
+    onnx.save(model, path)
+    with pytest.raises(GraphError, match=rf"Axis {axis} of 'past_key_values\.0\.key'"):
+        CausalLM(path)
+
+
 def test_an_unknown_extra_output_is_named(counting: Maker) -> None:
     with pytest.raises(GraphError, match="no output 'nothing'"):
         CausalLM(counting(), extra_outputs=["nothing"])
