@@ -14,3 +14,16 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def own_constant(graph: ir.Graph, node: ir.Node, position: int) -> ir.Value:
+    """The initializer at input `position` of `node`, copied first if other nodes read it too."""
+    value = node.inputs[position]
+    if len(value.uses()) == 1:
+        return value
+    name = f"{value.name}.of.{node.name}"
+    tensor = value.const_value
+    copy = ir.Value(name=name, const_value=tensor, type=value.type, shape=value.shape)
+    graph.register_initializer(copy)
+    node.replace_input_with(position, copy)
+    return copy

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.graph.edit import constant
+from iq_export.graph.edit import constant, own_constant
 from iq_export.graph.sites import Linear
 
 
@@ -35,8 +35,8 @@ def rotate(model: ir.Model, rotations: Mapping[str, tuple[Linear, int]]) -> bool
     nodes = {node.name: node for node in graph}
     for name, (linear, block) in rotations.items():
         node = nodes[name]
-        value, weight = node.inputs[0], node.inputs[1]
-        assert value is not None and weight is not None
+        value, weight = node.inputs[0], own_constant(graph, node, 1)
+        assert value is not None
         matrix_name = f"iq.hadamard.{block}"
         matrix = graph.initializers.get(matrix_name)
         if matrix is None:
