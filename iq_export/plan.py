@@ -110,12 +110,13 @@ def _quantizer_record(quantizer: Quantizer) -> dict[str, Any]:
     before, after = quantizer.before, quantizer.after
     return {
         "name": quantizer.name,
+        "linears": list(quantizer.linears),
         "scale": quantizer.scale,
         "clip": quantizer.clip,
         "output_error": quantizer.output_error,
         "absmax_before": before.absmax,
         "absmax_after": after.absmax,
         "absmax_semantic": after.absmax_semantic,
-        "p999_before": before.histogram_all.quantile(_QUANTILE),
-        "p999_after": after.histogram_all.quantile(_QUANTILE),
+        "p999_before": before.histogram.quantile(_QUANTILE),
+        "p999_after": after.histogram.quantile(_QUANTILE),
     }

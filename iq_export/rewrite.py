@@ -66,6 +66,7 @@ class Quantizer:
     """
 
     name: str
+    linears: tuple[str, ...]  # the products' nodes
     scale: float
     clip: float
     output_error: float
@@ -158,7 +159,7 @@ def rewrite(
         blocks=blocks,
         before=before,
         observed_before=_per_block(stats, columns),
-        observed_after=_per_block(after, after.window < len(observed)),
+        observed_after=_observed_after(after, quantizers, sites),
         recall=recall,
         sink_nodes=sum(node.domain == "iq" for node in quantized.graph),
         traced=traced,
@@ -281,7 +282,9 @@ def _quantizers(
         weights = [model.graph.initializers[linear.weight].const_value.numpy() for linear in linears]
         clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights)
         scale = clip * tensor.absmax_semantic / INT8_MAX
-        found[name] = Quantizer(name, scale, clip, error, before[linears[0].input], tensor)
+        nodes_behind = tuple(linear.node for linear in linears)
+        source = before[linears[0].input]
+        found[name] = Quantizer(name, nodes_behind, scale, clip, error, source, tensor)
     return found
 
 
@@ -292,7 +295,7 @@ def _int4_blocks(sites: Sites) -> dict[str, int]:
 def _recall(
     inserted: Path, quantized: Path, lifecycles: int, data: Calibration, progress: Progress
 ) -> float | None:
-    """R = |S_quant and S_fp| / |S_fp| over all calibration windows; None without sinks.
+    """R = |S_quant and S_fp| / |S_fp| over the probes and a few windows; None without sinks.
 
     Raises GraphError if it is below LEAST_RECALL: the ranges would hide the sinks from detection.
     """
@@ -300,8 +303,9 @@ def _recall(
         return None
     names = [index_name(number) for number in range(lifecycles)]
     found, both = 0, 0
+    sample = [*data.probes, *data.windows[:_OBSERVED_WINDOWS]]
     pairs = [
-        tapped_runs(path, [names], data.all, providers=data.providers, progress=progress)
+        tapped_runs(path, [names], sample, providers=data.providers, progress=progress)
         for path in (inserted, quantized)
     ]
     for (_, exact), (_, rounded) in zip(*pairs, strict=True):
@@ -316,6 +320,18 @@ def _recall(
             "use, or with more samples."
         )
     return recall
+
+
+def _observed_after(
+    stats: TokenStats, quantizers: dict[str, Quantizer], sites: Sites
+) -> dict[str, list[float]]:
+    """As `_per_block`, with the down-projections' inputs as their quantizers see them."""
+    observed = _per_block(stats, stats.window < _OBSERVED_WINDOWS)
+    after = {q.linears: q.after.absmax for q in quantizers.values()}
+    downs = [after.get((block.mlp.output.node,)) for block in sites.blocks]
+    if None not in downs:
+        observed["down_proj_max_per_block"] = downs
+    return observed
 
 
 def _per_block(stats: TokenStats, columns: np.ndarray) -> dict[str, list[float]]:

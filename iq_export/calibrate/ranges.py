@@ -65,23 +65,21 @@ class MagnitudeHistogram:
 class TensorStats:
     """Statistics of one activation `[tokens, features]`.
 
-    `absmax`: over all tokens. `absmax_semantic`, `histogram`, `channel_absmax` (`[features]`):
-    over semantic tokens only. `histogram_all`: over all tokens. `rows`: a bounded random sample
-    of semantic tokens, float32 `[sampled, features]`.
+    `absmax` and `histogram`: over all tokens. `absmax_semantic`, `channel_absmax` (`[features]`)
+    and `rows`, a bounded random sample, float32 `[sampled, features]`: semantic tokens only.
     """
 
     absmax: float
     absmax_semantic: float
     channel_absmax: np.ndarray
     histogram: MagnitudeHistogram
-    histogram_all: MagnitudeHistogram
     rows: np.ndarray
 
     @classmethod
     def empty(cls, features: int) -> TensorStats:
         zeros = np.zeros(features, np.float32)
         rows = np.zeros((0, features), np.float32)
-        return cls(0.0, 0.0, zeros, MagnitudeHistogram(), MagnitudeHistogram(), rows)
+        return cls(0.0, 0.0, zeros, MagnitudeHistogram(), rows)
 
     def add(self, value: np.ndarray, sinks: np.ndarray, sample: np.ndarray) -> None:
         """Account for one window: `value` `[seq, features]`, `sinks` bool `[seq]`; the semantic
@@ -93,8 +91,7 @@ class TensorStats:
             np.maximum(self.channel_absmax, semantic.max(0), out=self.channel_absmax)
             self.absmax_semantic = float(self.channel_absmax.max())
         self.rows = np.concatenate([self.rows, value[sample[~sinks[sample]]]])
-        self.histogram.add(semantic)
-        self.histogram_all.add(magnitude)
+        self.histogram.add(magnitude)
 
 
 def observe_ranges(

@@ -59,10 +59,13 @@ def decide(
             providers=providers, progress=progress,
         )  # fmt: skip
         detection = rows.pop(down.input)
-        peaks = _peaks(model_path, down.input, windows, providers, progress)
-        threshold = threshold_between(peaks, lifecycle.members)
-        fitted = fitting.fit(lifecycle, detection, rows, threshold, limit=limit, seed=seed)
+        fitted = fitting.fit(
+            lifecycle, detection, rows, lifecycle.threshold, limit=limit, seed=seed
+        )
         replaced = fitted.is_constant(limit)
+        if replaced:  # smoothing has moved the magnitudes that tell sinks from other tokens
+            peaks = _peaks(model_path, down.input, windows, providers, progress)
+            fitted.threshold = threshold_between(peaks, lifecycle.members)
         reason = (
             f"mean relative deviation {fitted.mean_deviation:.1%} with K={fitted.count}, "
             f"{'within' if replaced else 'above'} the limit of {limit:.0%}"

@@ -78,15 +78,20 @@ def collect_rows(
 
     `names` maps value names to their features per token.
     """
-    groups = group_by_bytes(names, max(len(window.ids) for window in windows))
+    reach = {  # a row of a causal model needs no later token: cut the windows behind the last one
+        number: int(stats.position[members[stats.window[members] == number]].max()) + 1
+        for number in np.unique(stats.window[members]).tolist()
+    }
+    short = [Window(windows[number].ids[:end], windows[number].bos) for number, end in reach.items()]
+    groups = group_by_bytes(names, max(reach.values()))
     rows = {name: np.zeros((members.size, width), np.float32) for name, width in names.items()}
-    for number, values in tapped_runs(
-        model_path, groups, windows, providers=providers, progress=progress
+    numbers = list(reach)
+    for order, values in tapped_runs(
+        model_path, groups, short, providers=providers, progress=progress
     ):
-        inside = np.flatnonzero(stats.window[members] == number)
-        if inside.size:
-            for name, value in values.items():
-                rows[name][inside] = value[stats.position[members[inside]]]
+        inside = np.flatnonzero(stats.window[members] == numbers[order])
+        for name, value in values.items():
+            rows[name][inside] = value[stats.position[members[inside]]]
     return rows
 
 
