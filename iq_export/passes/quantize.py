@@ -115,15 +115,18 @@ def _weight_dequantize(
     scales: np.ndarray,
     attributes: dict[str, int],
 ) -> ir.Value:
-    stored = ir.Value(
-        name=codes.name, const_value=codes, type=ir.TensorType(codes.dtype), shape=codes.shape
-    )
-    graph.register_initializer(stored)
-    scale_value = constant(graph, f"{weight.name}.scale", scales)
+    stored = graph.initializers.get(codes.name)
+    if stored is None:  # else another product has the same weight
+        stored = ir.Value(
+            name=codes.name, const_value=codes, type=ir.TensorType(codes.dtype), shape=codes.shape
+        )
+        graph.register_initializer(stored)
+        constant(graph, f"{weight.name}.scale", scales)
+    scale_value = graph.initializers[f"{weight.name}.scale"]
     dq = ir.node(
         "DequantizeLinear", [stored, scale_value], attributes, name=f"{node.name}/dequantize_weight"
     )
-    dq.outputs[0].name = f"{weight.name}.dequantized"
+    dq.outputs[0].name = f"{dq.name}/out"
     dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, codes.shape
     graph.insert_before(node, dq)
     return dq.outputs[0]

@@ -1,0 +1,170 @@
+"""Half precision: what becomes half, what stays, and which constants are refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnxruntime import InferenceSession
+
+from iq_export.errors import GraphError
+from iq_export.graph import io
+from iq_export.graph.edit import constant
+from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.passes.to_half import to_half
+from iq_export.run.ort import CausalLM
+from tests.planted import Planted, logits
+
+HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
+
+
+def halved(data: Planted, *, inserted: bool = True) -> ir.Model:
+    model = data.load_inserted() if inserted else data.load()
+    assert to_half(model)
+    return model
+
+
+def values(model: ir.Model) -> dict[str, ir.Value]:
+    return {value.name: value for node in model.graph for value in node.outputs}
+
+
+def test_inputs_and_outputs(spiky: Planted) -> None:
+    model = halved(spiky)
+    types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+    assert types.pop("input_ids") == types.pop("position_ids") == INT64
+    assert types.pop("attention_mask") == INT64
+    assert set(types.values()) == {HALF}
+    assert "logits" in types
+    assert "present.3.value" in types
+
+
+def test_rotary_angles_stay_float32(spiky: Planted) -> None:
+    """Position 2049 is not representable in half: angles are cast after cosine and sine."""
+    model = halved(spiky)
+    found = values(model)
+    for name in ("rotary_emb/Cast/out", "rotary_emb/Mul/out", "rotary_emb/Cos/out"):
+        assert found[name].dtype == FLOAT
+    assert model.graph.initializers["rotary_emb.inv_freq"].dtype == FLOAT
+    rotary = [node for node in model.graph if node.op_type == "RotaryEmbedding"]
+    assert len(rotary) == 8
+    for node in rotary:
+        assert [value.producer().op_type for value in node.inputs[1:]] == ["Cast", "Cast"]
+        assert {value.dtype for value in node.inputs} == {HALF}
+    assert sum(node.op_type == "Cast" for node in model.graph) == 3  # one per angle tensor, and ids
+
+
+def test_weights_are_half(spiky: Planted) -> None:
+    constants = halved(spiky).graph.initializers
+    wide = {name for name, value in constants.items() if value.dtype == FLOAT}
+    assert wide == {"rotary_emb.inv_freq"}
+
+
+def test_templates_stay_attributes(spiky: Planted) -> None:
+    """A function body casts them; a kernel reads them as float32."""
+    nodes = [node for node in halved(spiky).graph if node.domain == "iq"]
+    assert nodes
+    assert all(isinstance(node.attributes["templates"].value[0], float) for node in nodes)
+
+
+def test_function_close_to_the_float_graph(spiky: Planted) -> None:
+    """With left pads. (ONNX Runtime on a CPU computes in float32 between half tensors.)"""
+    io.save(halved(spiky), spiky.path.with_name("half.onnx"))
+    rows = [window.ids for window in spiky.windows[:3]] + [[3], [4, 5]]
+    exact, found = (
+        logits(CausalLM(path), rows) for path in (spiky.inserted, spiky.path.with_name("half.onnx"))
+    )
+    assert np.isfinite(found).all()
+    assert np.abs(found - exact).max() < 0.02 * np.ptp(exact)
+
+
+def quantized(data: Planted, scale: float) -> ir.Model:
+    model = data.load()
+    down = data.sites.blocks[2].mlp.output
+    quantize(model, QuantizePlan((down,), 8, {down.input: scale}))
+    return model
+
+
+def test_scales_become_half(calm: Planted) -> None:
+    model = quantized(calm, 0.1)
+    to_half(model)
+    found = {n: v.dtype for n, v in model.graph.initializers.items() if n.endswith(".scale")}
+    assert found == {
+        "layers.2/mlp/Mul/out.scale": HALF,
+        "layers.2.mlp.down_proj.weight.scale": HALF,
+    }
+    kept = {v.dtype for n, v in model.graph.initializers.items() if n.endswith("int8")}
+    assert kept == {ir.DataType.INT8}
+    assert values(model)["layers.2/mlp/Mul/out.int8"].dtype == ir.DataType.INT8
+    io.save(model, calm.path.with_name("half.onnx"))
+    InferenceSession(calm.path.with_name("half.onnx"))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 5.9e-5, 1e-9, 0.0])
+def test_scale_underflow_is_caught_by_name(calm: Planted, scale: float) -> None:
+    with pytest.raises(GraphError, match=r"Scale 'layers\.2/mlp/Mul/out\.scale' is .*below half"):
+        to_half(quantized(calm, scale))
+
+
+def test_smallest_scale_that_half_holds(calm: Planted) -> None:
+    assert to_half(quantized(calm, float(np.finfo(np.float16).smallest_normal)))
+
+
+def test_scale_overflow_is_caught_by_name(calm: Planted) -> None:
+    with pytest.raises(GraphError, match=r"layers\.2/mlp/Mul/out\.scale"):
+        to_half(quantized(calm, 1e5))
+
+
+def test_one_bad_weight_scale_is_caught(calm: Planted) -> None:
+    model = calm.load()
+    down = calm.sites.blocks[0].mlp.output
+    value = model.graph.initializers[down.weight]
+    weight = value.const_value.numpy().copy()
+    weight[:, 7] *= 1e-6
+    value.const_value = ir.tensor(weight, name=value.name)
+    quantize(model, QuantizePlan((down,), 8, {}))
+    with pytest.raises(GraphError, match=r"down_proj\.weight\.scale"):
+        to_half(model)
+
+
+def test_constant_overflow_is_caught_by_name(calm: Planted) -> None:
+    """When it is written, at the latest: weights are converted one at a time."""
+    model = calm.load()
+    value = model.graph.initializers["layers.1.mlp.up_proj.weight"]
+    weight = value.const_value.numpy().copy()
+    weight[0, 0] = 70000
+    value.const_value = ir.tensor(weight, name=value.name)
+    with pytest.raises(GraphError, match=r"'layers\.1\.mlp\.up_proj\.weight' reaches 7e\+04"):
+        to_half(model)
+        io.save(model, calm.path.with_name("half.onnx"))
+
+
+def test_constant_read_by_half_and_float_values(calm: Planted) -> None:
+    """Each gets its own type; the float32 copy stays what it was."""
+    model = calm.load()
+    graph = model.graph
+    two = constant(graph, "two", np.full(1, 2, np.float32))
+    nodes = {node.name: node for node in graph}
+    angle = nodes["rotary_emb/Mul"].outputs[0]
+    doubled = ir.node("Mul", [angle, two], name="angles/doubled")
+    doubled.outputs[0].name, doubled.outputs[0].dtype = "doubled", FLOAT
+    graph.insert_after(angle.producer(), doubled)
+    nodes["rotary_emb/Cos"].replace_input_with(0, doubled.outputs[0])
+    normed = nodes["norm"].outputs[0]
+    scaled = ir.node("Mul", [normed, two], name="norm/doubled")
+    scaled.outputs[0].name, scaled.outputs[0].dtype = "norm.doubled", FLOAT
+    graph.insert_after(nodes["norm"], scaled)
+    nodes["lm_head"].replace_input_with(0, scaled.outputs[0])
+    to_half(model)
+    assert doubled.inputs[1].dtype == FLOAT
+    assert scaled.inputs[1].dtype == HALF
+    io.save(model, calm.path.with_name("half.onnx"))
+    InferenceSession(calm.path.with_name("half.onnx"))
+
+
+def test_output_that_depends_on_no_weight_is_refused() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (int64[n] x) => (float[n] y) { [cast] y = Cast <to = 1> (x) }
+    """
+    with pytest.raises(GraphError, match="Output 'y' does not depend on any weight"):
+        to_half(ir.from_onnx_text(text))
