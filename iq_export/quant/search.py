@@ -102,5 +102,7 @@ def _rounded_weight(weight: np.ndarray) -> np.ndarray:
 def _output_error(
     rows: np.ndarray, scale: float, weight: np.ndarray, exact: np.ndarray
 ) -> float:
+    if scale == 0:  # a tensor of zeros: nothing to round
+        return float((exact**2).sum())
     rounded = np.clip(np.round(rows * np.float32(1 / scale)), -128, 127) * np.float32(scale)
     return float(((rounded @ weight - exact) ** 2).sum())

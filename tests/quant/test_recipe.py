@@ -1,0 +1,50 @@
+"""Recipes are data: the two that ship, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from iq_export.errors import UsageError
+from iq_export.quant import recipe as recipes
+from iq_export.quant.recipe import Recipe, load_recipe
+
+
+def test_w8a8() -> None:
+    assert load_recipe("w8a8") == Recipe(
+        "w8a8", weight_bits=8, activation_bits=8, smoothing=True, rotation=64, sinks="always"
+    )
+
+
+def test_w4a16() -> None:
+    found = load_recipe("w4a16")
+    assert (found.weight_bits, found.activation_bits) == (4, 16)
+    assert found.sinks == "for-half"
+
+
+@pytest.mark.parametrize(("name", "near"), [("w8a", "w8a8"), ("W4A16", "w4a16")])
+def test_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{near}'"):
+        load_recipe(name)
+
+
+def test_unknown_name_lists_all() -> None:
+    with pytest.raises(UsageError, match=r"known recipes: w4a16, w8a8\."):
+        load_recipe("fp8-dynamic-xyz")
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight_bits": 3}, {"activation_bits": 4}, {"sinks": "sometimes"}]
+)
+def test_values_out_of_range(change: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="Recipe 'w8a8'"):
+        replace(load_recipe("w8a8"), **change)
+
+
+def test_file_with_other_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("weight_bits: 8\nweights: 4\n")
+    monkeypatch.setattr(recipes, "recipe_folder", lambda: tmp_path)
+    with pytest.raises(UsageError, match="must have exactly the keys"):
+        load_recipe("mine")

@@ -1,0 +1,123 @@
+"""Weight rounding: bounds that hold for any weight, and the layouts TensorRT takes."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iq_export.errors import UsageError
+from iq_export.quant.weights import int4_block_size, int4_blocked, int8_per_channel, int8_scales
+
+fast = settings(max_examples=50, deadline=None)
+
+
+@st.composite
+def weights(draw: st.DrawFn, rows: int | None = None) -> np.ndarray:
+    """Columns of different magnitudes, some of them zero, some skewed to one sign."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    shape = (rows or draw(st.integers(1, 12)), draw(st.integers(1, 6)))
+    weight = rng.normal(size=shape) + draw(st.sampled_from([0, -1, 2]))
+    weight *= 10.0 ** rng.integers(-4, 3, size=shape[1])
+    weight *= rng.random(shape[1]) < 0.9
+    return weight.astype(np.float32)
+
+
+@fast
+@given(weights())
+def test_int8_is_off_by_half_a_step_at_most(weight: np.ndarray) -> None:
+    codes, scale = int8_per_channel(weight)
+    assert codes.dtype == np.int8
+    assert scale.dtype == np.float32
+    assert (scale > 0).all()
+    assert codes.min() >= -127
+    assert (np.abs(codes * scale - weight) <= 0.5 * scale * (1 + 1e-4)).all()
+    top = np.abs(weight).max(0)
+    assert (np.abs(codes).max(0)[top > 0] == 127).all()
+    np.testing.assert_array_equal(scale, int8_scales(weight))
+
+
+def test_int8_column_of_zeros() -> None:
+    codes, scale = int8_per_channel(np.zeros((4, 2), np.float32))
+    assert not codes.any()
+    assert scale.tolist() == [1, 1]
+
+
+def test_int8_of_exact_weights() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.integers(-127, 128, size=(16, 4)).astype(np.int8)
+    exact[0] = 127
+    codes, scale = int8_per_channel(exact.astype(np.float32) * 0.25)
+    np.testing.assert_array_equal(codes, exact)
+    np.testing.assert_array_equal(scale, np.float32(0.25))
+
+
+@fast
+@given(weights(rows=16), st.sampled_from([4, 8, 16]))
+def test_int4_stays_within_its_blocks(weight: np.ndarray, block: int) -> None:
+    codes, scale = int4_blocked(weight, block)
+    assert codes.dtype == ml_dtypes.int4
+    assert codes.shape == weight.shape
+    assert scale.shape == (16 // block, weight.shape[1])
+    assert scale.dtype == np.float32
+    assert (scale > 0).all()
+    spread = np.repeat(scale, block, axis=0)
+    rounded = codes.astype(np.float32) * spread
+    # Codes are the nearest ones for their scale: half a step, or clipped at the ends.
+    inside = (weight >= -8 * spread) & (weight <= 7 * spread)
+    assert (np.abs(rounded - weight)[inside] <= 0.5 * spread[inside] * (1 + 1e-4)).all()
+
+
+@fast
+@given(weights(rows=16), st.integers(0, 99))
+def test_int4_is_never_worse_than_absmax(weight: np.ndarray, seed: int) -> None:
+    """Neither plainly nor by the importance that was asked for."""
+    blocks = weight.reshape(2, 8, -1)
+    top = np.abs(blocks).max(1, keepdims=True)
+    step = np.where(top > 0, top / 7, 1).astype(np.float32)
+    nearest = (np.clip(np.round(blocks / step), -8, 7) * step).reshape(weight.shape)
+    drawn = np.random.default_rng(seed).uniform(0.1, 10, size=16).astype(np.float32)
+    for importance in (None, drawn):
+        codes, scale = int4_blocked(weight, 8, importance)
+        rounded = codes.astype(np.float32) * np.repeat(scale, 8, axis=0)
+        cost = 1 if importance is None else importance[:, None]
+        ours, plain = ((cost * (x - weight) ** 2).sum() for x in (rounded, nearest))
+        assert ours <= plain * (1 + 1e-4) + 1e-30
+
+
+def test_int4_importance_moves_the_scale() -> None:
+    """One outlier that no activation meets is clipped for the sake of the others."""
+    weight = np.full((8, 1), 0.6, np.float32)
+    weight[::2] = 1
+    weight[3] = 9
+    importance = np.ones(8, np.float32)
+    _, plain = int4_blocked(weight, 8, importance)
+    importance[3] = 1e-6
+    _, weighed = int4_blocked(weight, 8, importance)
+    assert weighed < plain
+
+
+def test_int4_uses_the_eighth_negative_code() -> None:
+    weight = np.float32([[-8], [7], [3], [1]])
+    codes, scale = int4_blocked(weight, 4)
+    np.testing.assert_array_equal(codes.astype(np.float32) * scale, weight)
+    assert codes.min() == -8
+
+
+def test_int4_of_zeros() -> None:
+    codes, scale = int4_blocked(np.zeros((4, 2), np.float32), 4)
+    assert not codes.astype(int).any()
+    assert (scale > 0).all()
+
+
+@pytest.mark.parametrize(("features", "block"), [(128, 128), (576, 64), (1536, 128), (64, 64)])
+def test_block_is_the_largest_that_divides(features: int, block: int) -> None:
+    assert int4_block_size("w", features) == block
+
+
+@pytest.mark.parametrize("features", [1, 63, 96, 100])
+def test_block_that_does_not_divide_is_refused_by_name(features: int) -> None:
+    with pytest.raises(UsageError, match=rf"'layers\.1\.w' has {features} input features"):
+        int4_block_size("layers.1.w", features)
