@@ -185,11 +185,11 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
-def save(decoder: Decoder, folder: Path) -> Path:
+def save(decoder: Decoder, folder: Path, values: dict[str, np.ndarray] | None = None) -> Path:
     """Write the model as a trace would: `model.onnx` with its weights in `model.onnx.data`."""
     path = folder / "model.onnx"
     onnx.save(
-        proto(decoder), path, save_as_external_data=True, location="model.onnx.data",
+        proto(decoder, values), path, save_as_external_data=True, location="model.onnx.data",
         size_threshold=256,
     )  # fmt: skip
     return path

@@ -1,0 +1,247 @@
+"""All stages on the planted models: what is decided, measured and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime import InferenceSession
+
+from iq_export.errors import GraphError, UsageError
+from iq_export.graph import io
+from iq_export.progress import Progress
+from iq_export.quant.recipe import load_recipe
+from iq_export.rewrite import Calibration, Rewrite, overflows_half, rewrite, round_to_nearest
+from iq_export.run.ort import CausalLM
+from tests import planted
+from tests.planted import CPU, Decoder, Planted, logits
+
+Run = Callable[..., Rewrite]
+
+
+def calibration(decoder: Decoder) -> Calibration:
+    data = planted.windows(decoder, count=10)
+    return Calibration(
+        windows=data[:4], probes=data[4:], alpha=64.0, max_relative_deviation=0.1, seed=0,
+        providers=CPU,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`run(decoder, recipe=, dtype=)`: the rewrite, made once for the same arguments."""
+    made: dict[object, Rewrite] = {}
+
+    def get(decoder: Decoder, recipe: str = "w8a8", dtype: str = "fp32") -> Rewrite:
+        key = (decoder, recipe, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("rewrite")
+            traced = planted.save(decoder, folder)
+            work = folder / "work"
+            work.mkdir()
+            made[key] = rewrite(
+                traced, work, load_recipe(recipe), dtype, calibration(decoder),
+                Progress(quiet=True),
+            )  # fmt: skip
+        return made[key]
+
+    return get
+
+
+SPIKY, CALM = Decoder(), planted.NO_SPIKES
+ROWS = [window.ids for window in planted.windows(SPIKY, count=4, seed=9)]
+
+
+def error(path: Path, reference: Path) -> float:
+    """Relative squared error of the logits at semantic rows (all but position 0)."""
+    exact, found = (logits(CausalLM(p), ROWS)[:, 1:] for p in (reference, path))
+    return float(((found - exact) ** 2).sum() / (exact**2).sum())
+
+
+def test_w8a8(run: Run) -> None:
+    done = run(SPIKY)
+    (decision,) = done.decisions
+    assert decision.replaced
+    assert done.sink_nodes == 8
+    assert done.recall == 1
+    assert len(done.quantizers) == 16
+    assert {path.name for path in done.quantized.parent.iterdir()} == {
+        "prepared.onnx", "prepared.onnx.data", "inserted.onnx",
+        "quantized.onnx", "quantized.onnx.data",
+    }  # fmt: skip
+
+
+def test_insertion_alone_changes_next_to_nothing(run: Run) -> None:
+    done = run(SPIKY)
+    assert error(done.inserted, done.traced) < 1e-5
+
+
+def test_w8a8_beats_round_to_nearest(run: Run) -> None:
+    done = run(SPIKY)
+    baseline = done.quantized.with_name("nearest.onnx")
+    round_to_nearest(done, baseline, "fp32")
+    ours, nearest = error(done.quantized, done.traced), error(baseline, done.traced)
+    assert ours < 0.03
+    assert nearest > 2 * ours
+
+
+def test_down_projection_ranges_shrink(run: Run) -> None:
+    """The bar of the project: at least 20 times at the birth and the death."""
+    done = run(SPIKY)
+    found = {q.linears: q for q in done.quantizers.values()}
+    for block in (SPIKY.spikes[0].birth, SPIKY.spikes[0].death):
+        quantizer = found[(f"layers.{block}/mlp/down_proj",)]
+        assert quantizer.before.absmax > 20 * quantizer.after.absmax
+    assert max(done.observed_before["down_proj_max_per_block"]) > 500
+    assert max(done.observed_after["down_proj_max_per_block"]) < 20
+    assert max(done.observed_before["residual_max_per_block"]) > 900
+    assert max(done.observed_after["residual_max_per_block"]) < 300
+
+
+def test_scales_are_clipped_semantic_ranges(run: Run) -> None:
+    for quantizer in run(SPIKY).quantizers.values():
+        assert 0 < quantizer.clip <= 1
+        semantic = quantizer.after.absmax_semantic
+        assert quantizer.scale == pytest.approx(quantizer.clip * semantic / 127)
+
+
+def test_quantized_graph_is_chunk_invariant(run: Run) -> None:
+    model = CausalLM(run(SPIKY).quantized)
+    once, chunked = logits(model, ROWS), logits(model, ROWS, chunk=7)
+    # Rounding may fall to the other side where sums differ in the last digit.
+    assert np.mean(np.abs(chunked - once) > 1e-2) < 0.01
+
+
+def test_half(run: Run) -> None:
+    done = run(SPIKY, dtype="fp16")
+    InferenceSession(str(done.quantized))
+    assert CausalLM(done.quantized).kv_dtype == np.float16
+    assert error(done.quantized, done.traced) < 0.03
+
+
+def test_model_without_spikes_gets_no_sink_ops(run: Run) -> None:
+    done = run(CALM)
+    assert done.decisions == []
+    assert done.sinks == []
+    assert done.sink_nodes == 0
+    assert done.recall is None
+    model = io.load(done.quantized)
+    assert not model.functions
+    assert "iq" not in model.opset_imports
+    assert error(done.quantized, done.traced) < 0.01
+
+
+def test_w4a16_leaves_spikes_that_half_can_hold(run: Run) -> None:
+    done = run(SPIKY, "w4a16", "fp16")
+    assert done.decisions[0].replaced
+    assert done.sinks == []
+    assert done.sink_nodes == 0
+    assert done.quantizers == {}
+    assert set(done.blocks.values()) == {64, 128}
+    InferenceSession(str(done.quantized))
+    assert error(done.quantized, done.traced) < 0.2
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_w4a16_takes_away_spikes_that_half_cannot_hold(run: Run, dtype: str) -> None:
+    huge = replace(SPIKY, spikes=(replace(SPIKY.spikes[0], size=60_000.0),))
+    done = run(huge, "w4a16", dtype)
+    assert (done.sink_nodes > 0) == (dtype == "fp16")
+
+
+def test_spikes_within_a_factor_of_two_count_as_overflow(spiky: Planted) -> None:
+    (life,) = spiky.lifecycles
+    assert not overflows_half(life)
+    assert not overflows_half(replace(life, residual_peak=32_000.0))
+    assert overflows_half(replace(life, residual_peak=33_000.0))
+    assert overflows_half(replace(life, down_peak=33_000.0))
+
+
+@pytest.mark.parametrize(
+    "smoothing",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=GraphError,
+                reason="smoothing and clipping look at other tokens only, also before the birth, "
+                "and hide a sink from its detection; the factor should be rejected instead",
+            ),
+        ),
+    ],
+)
+def test_two_kinds_of_sinks(tmp_path: Path, smoothing: bool) -> None:
+    """Delimiters are found by their magnitude alone, behind quantizers made for other tokens."""
+    decoder, recipe = planted.WITH_DELIMITER, load_recipe("w8a8")
+    traced = planted.save(decoder, tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    recipe = replace(recipe, smoothing=smoothing)
+    done = rewrite(traced, work, recipe, "fp32", calibration(decoder), Progress(quiet=True))
+    assert [sinks.count for sinks in done.sinks] == [2]
+    assert done.recall > 0.95
+    rows = [window.ids for window in planted.windows(decoder, count=4, seed=9)]
+    semantic = np.array(rows) != planted.DELIMITER
+    semantic[:, 0] = False
+    exact, found = (logits(CausalLM(p), rows)[semantic] for p in (done.traced, done.quantized))
+    assert ((found - exact) ** 2).sum() / (exact**2).sum() < 0.05
+
+
+def test_same_input_same_files(run: Run, tmp_path: Path) -> None:
+    done = run(CALM)
+    again = rewrite(
+        done.traced, tmp_path, load_recipe("w8a8"), "fp32", calibration(CALM), Progress(quiet=True)
+    )
+    for name in ("quantized.onnx", "quantized.onnx.data"):
+        assert (
+            again.quantized.with_name(name).read_bytes()
+            == done.quantized.with_name(name).read_bytes()
+        )
+
+
+def test_tensor_that_is_always_zero_is_refused_by_name(tmp_path: Path) -> None:
+    decoder = replace(CALM, blocks=2)
+    values = planted.weights(decoder)
+    values["layers.1.mlp.up_proj.weight"][:] = 0
+    traced = planted.save(decoder, tmp_path, values)
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(GraphError, match=r"'layers\.1/mlp/.*' is zero for every calibration token"):
+        rewrite(
+            traced, work, load_recipe("w8a8"), "fp32", calibration(decoder), Progress(quiet=True)
+        )
+
+
+def test_width_that_no_int4_block_divides_is_refused_by_name(tmp_path: Path) -> None:
+    decoder = replace(CALM, blocks=1, features=96)
+    traced = planted.save(decoder, tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(UsageError, match=r"down_proj\.weight' has 96 input features"):
+        rewrite(
+            traced, work, load_recipe("w4a16"), "fp16", calibration(decoder), Progress(quiet=True)
+        )
+
+
+def test_refused_blocks_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    decoder = replace(CALM, blocks=3)
+    model = planted.proto(decoder)
+    norm = "layers.1/post_attention_layernorm"
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[0] == f"{norm}/out":
+            node.input[0] = "layers.1/Add/out"
+    model.graph.node.remove(next(node for node in model.graph.node if node.name == norm))
+    traced = tmp_path / "model.onnx"
+    onnx.save(model, traced)
+    work = tmp_path / "work"
+    work.mkdir()
+    done = rewrite(traced, work, load_recipe("w8a8"), "fp32", calibration(decoder), Progress())
+    assert "left as it is: node layers.1/Add_2 (Add)" in capsys.readouterr().err
+    assert [block.attention.norm[:8] for block in done.sites.blocks] == ["layers.0", "layers.2"]
+    InferenceSession(str(done.quantized))
