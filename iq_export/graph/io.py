@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from iq_export.errors import GraphError
 from iq_export.sinks import ops as sink_ops
@@ -20,7 +21,7 @@ def load(path: Path) -> ir.Model:
         return ir.load(path)
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist.") from error
-    except (ValueError, OSError, onnx.checker.ValidationError) as error:
+    except (ValueError, OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise GraphError(f"{path} is not a readable ONNX model: {error}") from error
 
 

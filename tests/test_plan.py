@@ -1,0 +1,85 @@
+"""`plan.json` and `sinks.safetensors` say what was decided, as plain data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from iq_export.plan import plan_record, save_templates
+from iq_export.progress import Progress
+from iq_export.quant.recipe import load_recipe
+from iq_export.rewrite import Calibration, Rewrite, rewrite
+from tests import planted
+from tests.planted import CPU
+
+
+class Words:
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Rewrite:
+    folder = tmp_path_factory.mktemp("plan")
+    decoder = planted.WITH_DELIMITER
+    data = planted.windows(decoder, count=12)
+    calibration = Calibration(data[:4], data[4:], 64.0, 0.1, 0, CPU)
+    recipe = replace(load_recipe("w8a8"), smoothing=False)
+    traced = planted.save(decoder, folder)
+    (folder / "work").mkdir()
+    return rewrite(traced, folder / "work", recipe, "fp32", calibration, Progress(quiet=True))
+
+
+def test_plan_is_json(done: Rewrite) -> None:
+    record = plan_record(done, Words())
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_lifecycles(done: Rewrite) -> None:
+    (record,) = plan_record(done, Words())["lifecycles"]
+    assert (record["birth"], record["death"], record["end"], record["channel"]) == (1, 3, 3, 5)
+    assert record["replaced"] is True
+    assert record["templates"] == 2
+    assert len(record["template_spread"]) == 2
+    assert sum(record["template_tokens"]) == record["tokens"]
+    assert record["deviation"] == max(record["deviation_per_norm"].values()) < 0.02
+    assert record["common_tokens"][0]["token"] == f"w{planted.DELIMITER}"
+    assert record["position_0_forced"] is True
+
+
+def test_kept_lifecycle_says_why(done: Rewrite) -> None:
+    """Replaceable, but the recipe left it: nothing of it is in the graph."""
+    (record,) = plan_record(replace(done, sinks=[]), Words())["lifecycles"]
+    assert record["replaced"] is False
+    assert record["reason"].endswith("half precision holds the spike, so this recipe leaves it")
+
+
+def test_sites_and_quantizers(done: Rewrite) -> None:
+    record = plan_record(done, Words())
+    assert [(s["block"], s["branch"]) for s in record["sites"]] == [
+        (block, branch) for block in range(4) for branch in ("attention", "mlp")
+    ]
+    assert len(record["quantizers"]) == 16
+    for quantizer in record["quantizers"]:
+        assert quantizer["scale"] == pytest.approx(
+            quantizer["clip"] * quantizer["absmax_semantic"] / 127
+        )
+        assert 0 < quantizer["p999_after"] <= quantizer["absmax_after"] * 1.001
+    assert record["recall"] == done.recall
+    assert set(record["observations"]) == {"residual_max_per_block", "down_proj_max_per_block"}
+    assert all(len(x["before"]) == 4 for x in record["observations"].values())
+
+
+def test_templates_file(done: Rewrite, tmp_path: Path) -> None:
+    save_templates(done, tmp_path / "sinks.safetensors")
+    found = load_file(tmp_path / "sinks.safetensors")
+    (sinks,) = done.sinks
+    assert set(found) == {"0.detection", "0.restore"} | {f"0.insert.{name}" for name in sinks.norms}
+    np.testing.assert_array_equal(found["0.restore"], sinks.restore)
+    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    assert {array.shape[0] for array in found.values()} == {2}
