@@ -106,16 +106,17 @@ def _insert_one(
         linear = sites.blocks[block].mlp.output
         zeros = np.zeros((sinks.count, linear.in_features), np.float32)
         op = _op("SinkClampInsert", [values[linear.input], index], zeros, f"{prefix}/clamp.{block}")
-        _interpose(graph, values[linear.input], op, after=detect if block == life.birth else None)
+        clamped = values[linear.input]
+        _interpose(graph, clamped, op, number, after=detect if block == life.birth else None)
     for name, templates in sinks.norms.items():
         op = _op("SinkClampInsert", [values[name], index], templates, f"{prefix}/insert.{name}")
-        _interpose(graph, values[name], op)
+        _interpose(graph, values[name], op, number)
     residual = values[sites.blocks[life.end].mlp.residual]
     restore = sinks.restore
     if not restore.size:
         restore = np.zeros((sinks.count, sites.hidden), np.float32)
     op = _op("SinkRestore", [residual, index], restore, f"{prefix}/restore.{life.end}")
-    _interpose(graph, residual, op)
+    _interpose(graph, residual, op, number)
 
 
 def _op(
@@ -136,11 +137,14 @@ def _op(
 
 
 def _interpose(
-    graph: ir.Graph, value: ir.Value, op: ir.Node, *, after: ir.Node | None = None
+    graph: ir.Graph, value: ir.Value, op: ir.Node, number: int, *, after: ir.Node | None = None
 ) -> None:
-    """Let every consumer of `value` but the sink ops read `op`'s output instead."""
+    """Let every consumer of `value` but the detections read `op`'s output instead.
+
+    Where another lifecycle passes the same site, its op is one of these consumers.
+    """
     new = op.outputs[0]
-    new.name = f"{value.name}.{op.op_type}"
+    new.name = f"{value.name}.{op.op_type}.{number}"
     new.dtype, new.shape = value.dtype, value.shape
     for consumer, position in list(value.uses()):
         if consumer is not op and consumer.op_type != "SinkDetect":

@@ -63,7 +63,7 @@ def test_restore_gives_back_what_the_clamp_took(delimited: Planted) -> None:
         collect_rows(path, {name: 64}, delimited.stats, sinks.lifecycle.members,
                      delimited.windows, **QUIET)[name]
         for path, name in ((delimited.path, residual),
-                           (delimited.inserted, f"{residual}.SinkRestore"))
+                           (delimited.inserted, f"{residual}.SinkRestore.0"))
     )  # fmt: skip
     for template in range(sinks.count):
         mine = sinks.assignment == template
