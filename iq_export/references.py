@@ -34,9 +34,14 @@ def _matmul_nbits(done: Rewrite, path: Path) -> None:
     model = onnx.load(done.traced)
     sizes = {linear.node: done.blocks[linear.weight] for linear in done.linears}
     for size in sorted(set(sizes.values())):
-        chosen = [name for name, block in sizes.items() if block == size]
+        # `nodes_to_include` would add to the products that it takes anyway.
+        others = [
+            node.name
+            for node in model.graph.node
+            if node.op_type == "MatMul" and sizes.get(node.name) != size
+        ]
         quantizer = MatMulNBitsQuantizer(
-            model, block_size=size, is_symmetric=True, nodes_to_include=chosen
+            model, block_size=size, is_symmetric=True, nodes_to_exclude=others
         )
         quantizer.process()
         model = quantizer.model.model
