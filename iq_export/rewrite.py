@@ -21,7 +21,7 @@ from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.sites import Linear, Sites, find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
-from iq_export.passes.insert_sinks import index_name, insert_sinks
+from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import HALF_MAX, to_half
@@ -143,6 +143,14 @@ def rewrite(
         if dtype == "fp16":
             to_half(quantized)
         io.save(quantized, work / QUANTIZED)
+        if quantizers and sinks:
+            # Rounding and clipping move the sink rows too, by a constant: restore that as well.
+            sinks = with_restore(
+                work / PREPARED, work / QUANTIZED, sites, sinks, stats, data.all, **options
+            )
+            quantized = io.load(work / QUANTIZED)
+            set_restore(quantized, sinks)
+            io.save_skeleton(quantized, work / QUANTIZED)
     with progress.step("Check the quantized graph"):
         recall = _recall(work / INSERTED, work / QUANTIZED, len(sinks), data, progress)
     observed = data.windows[:_OBSERVED_WINDOWS]

@@ -115,8 +115,21 @@ def _insert_one(
     restore = sinks.restore
     if not restore.size:
         restore = np.zeros((sinks.count, sites.hidden), np.float32)
-    op = _op("SinkRestore", [residual, index], restore, f"{prefix}/restore.{life.end}")
+    op = _op("SinkRestore", [residual, index], restore, _restore_name(number, sinks))
     _interpose(graph, residual, op, number)
+
+
+def set_restore(model: ir.Model, sinks: Sequence[SinkTemplates]) -> None:
+    """Write the `restore` vectors of `sinks` into the SinkRestore nodes of a rewritten graph."""
+    nodes = {node.name: node for node in model.graph}
+    for number, templates in enumerate(sinks):
+        node = nodes[_restore_name(number, templates)]
+        flat = templates.restore.ravel().tolist()
+        node.attributes["templates"] = ir.AttrFloat32s("templates", flat)
+
+
+def _restore_name(number: int, sinks: SinkTemplates) -> str:
+    return f"iq/sinks.{number}/restore.{sinks.lifecycle.end}"
 
 
 def _op(

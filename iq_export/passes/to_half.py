@@ -18,11 +18,11 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph.edit import constant
+from iq_export.sinks.ops import DOMAIN
 
 HALF_MAX = 65504.0
 HALF_SMALLEST_NORMAL = 6.1035e-05
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
-# Ops whose float inputs besides the first do not decide the type of the result.
 _FLOAT = ir.DataType.FLOAT
 _HALF = ir.DataType.FLOAT16
 
@@ -56,6 +56,7 @@ def _convert_node(
     computed = [value for value in floats if not value.is_initializer()]
     is_half = any(value in half for value in floats) or _reads_weight(node, floats, computed)
     if is_half:
+        _check_templates(node)
         for position, value in enumerate(node.inputs):
             if value is None:
                 continue
@@ -141,6 +142,18 @@ def _convert_constant(value: ir.Value, *, scale: bool) -> None:
 
     value.const_value = ir.LazyTensor(compute, dtype=_HALF, shape=old.shape, name=old.name)
     value.dtype = _HALF
+
+
+def _check_templates(node: ir.Node) -> None:
+    """Templates are written into half tensors; SinkDetect compares in float32."""
+    if node.domain != DOMAIN or node.op_type == "SinkDetect":
+        return
+    top = max(map(abs, node.attributes["templates"].as_floats()), default=0.0)
+    if top > HALF_MAX:
+        raise GraphError(
+            f"A template of {node.name!r} reaches {top:.4g}, beyond half precision's "
+            f"{HALF_MAX:g}; use --dtype fp32."
+        )
 
 
 def _check_scale(name: str, scale: np.ndarray) -> None:
