@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,7 +11,7 @@ from onnxruntime import InferenceSession
 
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.passes.insert_sinks import index_name, insert_sinks
+from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
 from iq_export.run.ort import CausalLM, left_pad
 from tests import planted
 from tests.planted import DELIMITER, Planted, logits
@@ -218,3 +220,13 @@ def test_templates_are_attributes(delimited: Planted) -> None:
     np.testing.assert_array_equal(
         np.float32(node.attributes["templates"].as_floats()), rows_.ravel()
     )
+
+
+def test_restore_is_set_on_a_rewritten_graph(delimited: Planted) -> None:
+    model = delimited.load_inserted()
+    (sinks,) = delimited.sinks
+    restore = np.arange(2 * 64, dtype=np.float32).reshape(2, 64)
+    set_restore(model, [replace(sinks, restore=restore)])
+    (node,) = sink_nodes(model, "SinkRestore")
+    assert node.attributes["templates"].as_floats() == tuple(restore.ravel())
+    assert list(node.attributes["template_shape"].as_ints()) == [2, 64]

@@ -168,3 +168,22 @@ def test_output_that_depends_on_no_weight_is_refused() -> None:
     """
     with pytest.raises(GraphError, match="Output 'y' does not depend on any weight"):
         to_half(ir.from_onnx_text(text))
+
+
+@pytest.mark.parametrize("kind", ["SinkClampInsert", "SinkRestore"])
+def test_template_overflow_is_caught_by_name(spiky: Planted, kind: str) -> None:
+    model = spiky.load_inserted()
+    node = next(node for node in model.graph if node.op_type == kind)
+    huge = [7e4, *node.attributes["templates"].as_floats()[1:]]
+    node.attributes["templates"] = ir.AttrFloat32s("templates", huge)
+    with pytest.raises(GraphError, match=rf"template of '{node.name}' reaches 7e\+04"):
+        to_half(model)
+
+
+def test_detection_template_may_overflow(spiky: Planted) -> None:
+    """It is compared in float32, and an overflowed row is clipped before."""
+    model = spiky.load_inserted()
+    node = next(node for node in model.graph if node.op_type == "SinkDetect")
+    huge = [7e4, *node.attributes["templates"].as_floats()[1:]]
+    node.attributes["templates"] = ir.AttrFloat32s("templates", huge)
+    assert to_half(model)
