@@ -89,17 +89,24 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
     Raises what `compile` would raise before its first step.
     """
     checked = _check(options)
-    size = checked.weight_bytes
-    known = size is not None
+    size = checked.weight_bytes or 0
+    known = checked.weight_bytes is not None
     return {
         "model": f"{checked.source.name} ({checked.source.kind})",
         "recipe": asdict(checked.recipe),
         "targets": [f"{t.name}: {why_not_here(t) or 'builds here'}" for t in checked.targets],
         "steps": [
-            "trace to ONNX (float32, KV cache)", "observe tokens", "observe ranges",
-            "smooth and rotate", "fit and insert sinks", "calibrate quantizers", "quantize",
-            "check the quantized graph", "build engines", "package",
-        ],  # fmt: skip
+            "trace to ONNX (float32, KV cache)",
+            "observe tokens",
+            "observe ranges",
+            "smooth and rotate",
+            "fit and insert sinks",
+            "calibrate quantizers",
+            "quantize",
+            "check the quantized graph",
+            "build engines",
+            "package",
+        ],
         "sites": "7 products per block of a gated transformer (q, k, v, o, gate, up, down)",
         "calibration": f"{options.samples} windows of {options.length} tokens, seed {options.seed}",
         "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class IqError(Exception):
-    """Base of all errors this package raises on purpose. `exit_code` is part of the CLI contract."""
+    """Base of all errors raised on purpose. `exit_code` is part of the CLI contract."""
 
     exit_code = 1
 

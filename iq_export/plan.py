@@ -64,11 +64,10 @@ def save_templates(done: Rewrite, path: Path) -> None:
         for name, rows in sinks.norms.items():
             tensors[f"{number}.insert.{name}"] = rows
     save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors makes it private; a bundle is shared like any other output
 
 
-def _lifecycle_record(
-    decision: Decision, done: Rewrite, tokenizer: _Decoder
-) -> dict[str, Any]:
+def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
     life, fitted = decision.lifecycle, decision.templates
     inserted = any(sinks.lifecycle is life for sinks in done.sinks)
     reason = decision.reason

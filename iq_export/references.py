@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,9 @@ def write_baseline(done: Rewrite, options: CompileOptions) -> tuple[str, Path]:
 
 def _matmul_nbits(done: Rewrite, path: Path) -> None:
     import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization import matmul_nbits_quantizer
 
+    logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.WARNING)  # a line per node
     model = onnx.load(done.traced)
     sizes = {linear.node: done.blocks[linear.weight] for linear in done.linears}
     for size in sorted(set(sizes.values())):
@@ -40,7 +42,7 @@ def _matmul_nbits(done: Rewrite, path: Path) -> None:
             for node in model.graph.node
             if node.op_type == "MatMul" and sizes.get(node.name) != size
         ]
-        quantizer = MatMulNBitsQuantizer(
+        quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
             model, block_size=size, is_symmetric=True, nodes_to_exclude=others
         )
         quantizer.process()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +39,13 @@ PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onn
 # Least share of the sinks that the quantized graph must still find (method.md step 8).
 LEAST_RECALL = 0.8
 _OBSERVED_WINDOWS = 4
+
+
+class _Run(TypedDict):
+    """How every observation runs."""
+
+    providers: tuple[str, ...]
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def rewrite(
     sites = find_sites(model)
     for refusal in sites.refused:
         progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
-    options = {"providers": data.providers, "progress": progress}
+    options = _Run(providers=data.providers, progress=progress)
 
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
@@ -287,7 +295,8 @@ def _quantizers(
                 f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
                 "calibration text that resembles the model's use."
             )
-        weights = [model.graph.initializers[linear.weight].const_value.numpy() for linear in linears]
+        constants = [model.graph.initializers[linear.weight].const_value for linear in linears]
+        weights = [tensor.numpy() for tensor in constants]
         clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights)
         scale = clip * tensor.absmax_semantic / INT8_MAX
         nodes_behind = tuple(linear.node for linear in linears)

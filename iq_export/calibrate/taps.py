@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -52,7 +51,9 @@ def tapped_runs(
             progress.update(done, total)
 
 
-def group_by_bytes(widths: dict[str, int], length: int, limit: int = GROUP_BYTES) -> list[list[str]]:
+def group_by_bytes(
+    widths: dict[str, int], length: int, limit: int = GROUP_BYTES
+) -> list[list[str]]:
     """Split value names (name -> features per token) into runs of at most `limit` bytes of fp32."""
     groups: list[list[str]] = [[]]
     size = 0

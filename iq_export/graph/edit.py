@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -10,7 +12,10 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register an initializer."""
     tensor = ir.tensor(array, name=name)
     value = ir.Value(
-        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+        name=name,
+        const_value=tensor,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape.numpy()),
     )
     graph.register_initializer(value)
     return value
@@ -27,3 +32,24 @@ def own_constant(graph: ir.Graph, node: ir.Node, position: int) -> ir.Value:
     graph.register_initializer(copy)
     node.replace_input_with(position, copy)
     return copy
+
+
+def recompute(
+    value: ir.Value,
+    change: Callable[[np.ndarray], np.ndarray],
+    *,
+    dtype: ir.DataType | None = None,
+) -> None:
+    """Let an initializer hold `change(itself)`, computed each time it is read or written.
+
+    Nothing is kept in memory. `dtype` is the result's type, the old one's if None.
+    """
+    old = value.const_value
+    kind = dtype or old.dtype
+
+    def compute() -> ir.Tensor:
+        return ir.Tensor(change(old.numpy()).astype(kind.numpy()), name=old.name)
+
+    shape = ir.Shape(old.shape.numpy())
+    value.const_value = ir.LazyTensor(compute, dtype=kind, shape=shape, name=old.name)
+    value.dtype = kind

@@ -1,4 +1,4 @@
-"""Load and save ONNX graphs as skeletons: weights stay in their external data file until written."""
+"""Load and save ONNX graphs as skeletons: weights stay in their data file until written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(path: Path) -> ir.Model:
 
 
 def save_skeleton(model: ir.Model, path: Path) -> None:
-    """Write the graph only. Its weights must be external tensors of files in the folder of `path`."""
+    """Write the graph only. Its weights must be external tensors in the folder of `path`."""
     ir.save(model, path)
 
 

@@ -174,9 +174,7 @@ def _branch(stream: ir.Value, add: ir.Node) -> Branch | Refusal:
     inside = _between(stream, output)
     norm = next((node for node in norms if node in inside), None)
     if norm is None:
-        return Refusal(
-            _label(output), f"its branch does not start at a norm of {stream.name!r}"
-        )
+        return Refusal(_label(output), f"its branch does not start at a norm of {stream.name!r}")
     normed = norm.outputs[0]
     inputs = [node for node in normed.consumers() if _is_linear(node)]
     if not inputs:
@@ -195,7 +193,7 @@ def _branch(stream: ir.Value, add: ir.Node) -> Branch | Refusal:
 
 
 def _producing_linear(value: ir.Value) -> ir.Node | None:
-    """The weighted MatMul behind `value`, through a bias, a post-norm, a scale or a layout change."""
+    """The weighted MatMul behind `value`, through a bias, post-norm, scale or layout change."""
     node = value.producer()
     while node is not None and not _is_linear(node):
         if node.op_type in NORM_OPS or node.op_type in _LAYOUT_OPS:
@@ -240,7 +238,7 @@ def _is_attention(node: ir.Node) -> bool:
 
 
 def _linear(node: ir.Node) -> Linear:
-    rows, columns = (int(size) for size in node.inputs[1].shape)
+    rows, columns = node.inputs[1].shape.numpy()
     return Linear(
         node=node.name,
         input=node.inputs[0].name,

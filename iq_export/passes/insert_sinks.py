@@ -163,5 +163,3 @@ def _interpose(
         if consumer is not op and consumer.op_type != "SinkDetect":
             consumer.replace_input_with(position, new)
     graph.insert_after(after or value.producer(), op)
-
-

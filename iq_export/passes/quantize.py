@@ -85,11 +85,10 @@ def _activation_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value
 
 def _int8_weight(graph: ir.Graph, weight: ir.Value, node: ir.Node) -> ir.Value:
     source = weight.const_value
-    assert source is not None and source.shape is not None
     codes = ir.LazyTensor(
         lambda: ir.Tensor(int8_per_channel(source.numpy())[0]),
         dtype=ir.DataType.INT8,
-        shape=source.shape,
+        shape=ir.Shape(source.shape.numpy()),
         name=f"{weight.name}.int8",
     )
     scales = int8_scales(source.numpy())
@@ -100,7 +99,6 @@ def _int4_weight(
     graph: ir.Graph, weight: ir.Value, node: ir.Node, block: int, importance: np.ndarray | None
 ) -> ir.Value:
     source = weight.const_value
-    assert source is not None
     codes, scales = int4_blocked(source.numpy(), block, importance)
     tensor = ir.Tensor(codes, dtype=ir.DataType.INT4, name=f"{weight.name}.int4")
     attributes = {"axis": 0, "block_size": block}
@@ -118,7 +116,10 @@ def _weight_dequantize(
     stored = graph.initializers.get(codes.name)
     if stored is None:  # else another product has the same weight
         stored = ir.Value(
-            name=codes.name, const_value=codes, type=ir.TensorType(codes.dtype), shape=codes.shape
+            name=codes.name,
+            const_value=codes,
+            type=ir.TensorType(codes.dtype),
+            shape=ir.Shape(codes.shape.numpy()),
         )
         graph.register_initializer(stored)
         constant(graph, f"{weight.name}.scale", scales)
@@ -127,6 +128,6 @@ def _weight_dequantize(
         "DequantizeLinear", [stored, scale_value], attributes, name=f"{node.name}/dequantize_weight"
     )
     dq.outputs[0].name = f"{dq.name}/out"
-    dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, codes.shape
+    dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, stored.shape
     graph.insert_before(node, dq)
     return dq.outputs[0]

@@ -1,4 +1,4 @@
-"""Rotate the down-projection input by a block Hadamard matrix, its transpose folded into the weight.
+"""Rotate the down-projection input by a block Hadamard matrix, its transpose in the weight.
 
 `x W = (x H)(H^T W)` for an orthogonal H. The rotated activation has no channel that stands out, so
 a per-tensor int8 range wastes little (QuaRot's online rotation; method.md step 10). As standard ops
@@ -11,11 +11,12 @@ detected and clamped on unrotated values.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.graph.edit import constant, own_constant
+from iq_export.graph.edit import constant, own_constant, recompute
 from iq_export.graph.sites import Linear
 
 
@@ -53,7 +54,7 @@ def rotate(model: ir.Model, rotations: Mapping[str, tuple[Linear, int]]) -> bool
         joined.outputs[0].shape = value.shape
         graph.insert_before(node, [apart, turned, joined])
         node.replace_input_with(0, joined.outputs[0])
-        _rotate_rows(weight, block)
+        recompute(weight, partial(rotate_rows, block=block))
     return bool(rotations)
 
 
@@ -68,17 +69,6 @@ def rotate_columns(rows: np.ndarray, block: int) -> np.ndarray:
     """`x H` block by block: `[tokens, features]` -> `[tokens, features]`."""
     tokens, features = rows.shape
     return (rows.reshape(tokens, features // block, block) @ hadamard(block)).reshape(rows.shape)
-
-
-def _rotate_rows(weight: ir.Value, block: int) -> None:
-    old = weight.const_value
-    assert old is not None
-    weight.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(rotate_rows(old.numpy(), block), name=old.name),
-        dtype=old.dtype,
-        shape=old.shape,
-        name=old.name,
-    )
 
 
 def _shape(graph: ir.Graph, name: str, sizes: list[int]) -> ir.Value:

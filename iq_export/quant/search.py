@@ -50,7 +50,7 @@ def choose_smoothing(
     *,
     rotation: int | None = None,
 ) -> SmoothingChoice:
-    """Try all candidates on sampled semantic `rows` `[tokens, in]` and `weights` `[in, out]` each."""
+    """Try all candidates on sampled semantic `rows` `[tokens, in]`; `weights`: `[in, out]` each."""
     weight = np.concatenate(list(weights), axis=1)
     rms = np.sqrt((rows**2).mean(0))
     weight_rows = np.abs(weight).max(1)
@@ -59,8 +59,11 @@ def choose_smoothing(
     results: dict[str, tuple[float, np.ndarray]] = {}
     for name, candidate in _CANDIDATES.items():
         factors = _normalised(
-            candidate(np.maximum(channel_absmax, 1e-5), np.maximum(rms, 1e-6),
-                      np.maximum(weight_rows, 1e-5))
+            candidate(
+                np.maximum(channel_absmax, 1e-5),
+                np.maximum(rms, 1e-6),
+                np.maximum(weight_rows, 1e-5),
+            )
         )
         smooth, scaled = rows / factors, weight * factors[:, None]
         if rotation:
@@ -99,9 +102,7 @@ def _rounded_weight(weight: np.ndarray) -> np.ndarray:
     return codes * scale
 
 
-def _output_error(
-    rows: np.ndarray, scale: float, weight: np.ndarray, exact: np.ndarray
-) -> float:
+def _output_error(rows: np.ndarray, scale: float, weight: np.ndarray, exact: np.ndarray) -> float:
     if scale == 0:  # a tensor of zeros: nothing to round
         return float((exact**2).sum())
     rounded = np.clip(np.round(rows * np.float32(1 / scale)), -128, 127) * np.float32(scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.ranges import TensorStats
@@ -34,7 +35,7 @@ def find_smoothing(
         for value in node.outputs
     }
 
-    def weight(name: str):  # one weight in memory at a time
+    def weight(name: str) -> np.ndarray:  # one weight in memory at a time
         return model.graph.initializers[name].const_value.numpy()
 
     def branch_choice(branch: Branch) -> SmoothingChoice | None:

@@ -24,7 +24,12 @@ def int8_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def int8_scales(weight: np.ndarray) -> np.ndarray:
     """float32 `[out]`; a column of zeros gets scale 1 so that it stays exactly zero."""
     top = np.abs(weight).max(axis=0).astype(np.float32)
-    return np.where(top > 0, top / np.float32(127), np.float32(1))
+    return _as_shipped(np.where(top > 0, top / np.float32(127), np.float32(1)))
+
+
+def _as_shipped(scale: np.ndarray) -> np.ndarray:
+    """Scales ship in half: round the weights by the very scale that will multiply them."""
+    return scale.astype(np.float16).astype(np.float32) if scale.min() > 1e-7 else scale
 
 
 def int4_block_size(name: str, in_features: int) -> int:
@@ -62,7 +67,7 @@ def int4_blocked(
     best = base
     for full in (np.float32(1), np.float32(8) / 7):
         for clip in _INT4_CLIPS:
-            scale = base * np.float32(clip) * full
+            scale = _as_shipped(base * np.float32(clip) * full)
             error = (cost * (blocks - _round4(blocks, scale)) ** 2).sum(axis=1)
             better = error < best_error
             best_error = np.where(better, error, best_error)

@@ -56,9 +56,7 @@ class Lifecycle:
     def common_tokens(self, stats: TokenStats, most: int = 5) -> list[tuple[int, int, int]]:
         """The most frequent members: `(token id, times at position 0, times elsewhere)`."""
         counts: Counter[int] = Counter(stats.token[self.members].tolist())
-        first = Counter(
-            stats.token[i].item() for i in self.members if stats.position[i] == 0
-        )
+        first = Counter(stats.token[i].item() for i in self.members if stats.position[i] == 0)
         return [(t, first[t], n - first[t]) for t, n in counts.most_common(most)]
 
 

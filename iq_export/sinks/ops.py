@@ -5,7 +5,7 @@ TensorRT plugin's kernels are tested against them. The constants of an op (templ
 attributes, so a plugin receives them as fields and a body through `Constant(value_floats=@attr)`.
 
 `index` is int32 `[batch, seq]`: 0 for a semantic token, k + 1 for a sink matched to template k.
-The frozen sink set of a lifecycle is this one tensor, shared by all later blocks (method.md step 2).
+The frozen sink set of a lifecycle is this one tensor, shared by all its later blocks.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,9 @@ def collect_rows(
         number: int(stats.position[members[stats.window[members] == number]].max()) + 1
         for number in np.unique(stats.window[members]).tolist()
     }
-    short = [Window(windows[number].ids[:end], windows[number].bos) for number, end in reach.items()]
+    short = [
+        replace(windows[number], ids=windows[number].ids[:end]) for number, end in reach.items()
+    ]
     groups = group_by_bytes(names, max(reach.values()))
     rows = {name: np.zeros((members.size, width), np.float32) for name, width in names.items()}
     numbers = list(reach)
