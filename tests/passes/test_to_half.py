@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnxruntime import InferenceSession
@@ -13,6 +16,7 @@ from iq_export.graph.edit import constant
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.to_half import to_half
 from iq_export.run.ort import CausalLM
+from tests import planted
 from tests.planted import Planted, logits
 
 HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
@@ -187,3 +191,17 @@ def test_detection_template_may_overflow(spiky: Planted) -> None:
     huge = [7e4, *node.attributes["templates"].as_floats()[1:]]
     node.attributes["templates"] = ir.AttrFloat32s("templates", huge)
     assert to_half(model)
+
+
+def test_graph_that_states_no_inner_types(tmp_path: Path) -> None:
+    """As exporters write them: types of inputs, outputs and weights only."""
+    model = planted.proto(planted.NO_SPIKES)
+    model.graph.ClearField("value_info")
+    onnx.save(model, tmp_path / "untyped.onnx")
+    half = io.load(tmp_path / "untyped.onnx")
+    to_half(half)
+    io.save(half, tmp_path / "half.onnx")
+    exact, found = (
+        logits(CausalLM(tmp_path / name), [[1, 2, 3]]) for name in ("untyped.onnx", "half.onnx")
+    )
+    np.testing.assert_allclose(found, exact, atol=0.02 * np.ptp(exact))
