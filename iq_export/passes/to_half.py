@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.errors import GraphError
-from iq_export.graph.edit import constant
+from iq_export.graph.edit import constant, recompute
 from iq_export.sinks.ops import DOMAIN
 
 HALF_MAX = 65504.0
@@ -66,10 +66,10 @@ def _convert_node(
                 node.replace_input_with(position, casts[value])
             elif value.is_initializer() and value.dtype == _FLOAT:
                 if any(user in wide for user in _outputs_of_users(value)):
-                    value = _copy(graph, value)
-                    node.replace_input_with(position, value)
-                _convert_constant(value, scale=_is_scale(node, position))
-                half.add(value)
+                    node.replace_input_with(position, _copy(graph, value))
+                own = node.inputs[position]
+                _convert_constant(own, scale=_is_scale(node, position))
+                half.add(own)
         if node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(_HALF))
     elif node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
@@ -97,8 +97,18 @@ def _reads_weight(node: ir.Node, floats: list[ir.Value], computed: list[ir.Value
 
 def _gives_integer(node: ir.Node) -> bool:
     return node.op_type in {
-        "SinkDetect", "Shape", "ArgMin", "ArgMax", "Greater", "Less", "Equal", "QuantizeLinear",
-        "GreaterOrEqual", "LessOrEqual", "IsNaN", "IsInf",
+        "SinkDetect",
+        "Shape",
+        "ArgMin",
+        "ArgMax",
+        "Greater",
+        "Less",
+        "Equal",
+        "QuantizeLinear",
+        "GreaterOrEqual",
+        "LessOrEqual",
+        "IsNaN",
+        "IsInf",
     } or (node.op_type == "Cast" and node.attributes["to"].as_int() not in (_FLOAT, _HALF))
 
 
@@ -121,28 +131,23 @@ def _cast(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 
 def _copy(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    assert value.const_value is not None
     return constant(graph, f"{value.name}.half", value.const_value.numpy())
 
 
 def _convert_constant(value: ir.Value, *, scale: bool) -> None:
-    old = value.const_value
-    assert old is not None
     if scale:
-        _check_scale(str(value.name), old.numpy())
+        _check_scale(str(value.name), value.const_value.numpy())
 
-    def compute() -> ir.Tensor:
-        array = old.numpy()
+    def half(array: np.ndarray) -> np.ndarray:
         top = float(np.abs(array).max(initial=0))
         if top > HALF_MAX:
             raise GraphError(
                 f"Constant {value.name!r} reaches {top:.4g}, beyond half precision's {HALF_MAX:g}; "
                 "use --dtype fp32."
             )
-        return ir.Tensor(array.astype(np.float16), name=old.name)
+        return array.astype(np.float16)
 
-    value.const_value = ir.LazyTensor(compute, dtype=_HALF, shape=old.shape, name=old.name)
-    value.dtype = _HALF
+    recompute(value, half, dtype=_HALF)
 
 
 def _check_templates(node: ir.Node) -> None:
