@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 MODEL := smollm2-135m
 DEMO := build/demo/$(MODEL)
-PROMPT := Give me three tips for a good night's sleep.
+PROMPT := What is the capital of France? Answer in one sentence.
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint clean
