@@ -232,8 +232,12 @@ def _write_license(files: tuple[Path, ...], source: ModelSource, assets: Path) -
 
 
 def _adopt_onnx(source: ModelSource, folder: Path) -> None:
-    """Take an ONNX file as it is into the folder's layout; weights are streamed."""
+    """Take an ONNX file into the folder's layout, constants lifted, types inferred.
+
+    Weights are streamed.
+    """
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
     from iq_export.model.load import license_files
 
@@ -241,6 +245,9 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     graph = _read_onnx(source.path)
     _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
+    # Later passes take a constant for an initializer, and types from the values.
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    common.ShapeInferencePass()(graph)
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
     for name in _TOKENIZER_FILES:
         if (source.tokenizer / name).is_file():

@@ -1,0 +1,67 @@
+"""ONNX files as other exporters write them: constants as nodes, inner values without types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime import InferenceSession
+
+from iq_export.model.load import resolve
+from iq_export.model.trace import trace
+from iq_export.progress import Progress
+from iq_export.quant.recipe import load_recipe
+from iq_export.rewrite import Calibration, rewrite
+from iq_export.run.ort import CausalLM
+from tests import planted
+from tests.planted import CPU, logits
+
+DECODER = planted.Decoder()
+
+
+def plain_file(folder: Path) -> Path:
+    """The planted model with every small constant as a node and no types of inner values."""
+    model = planted.proto(DECODER)
+    model.graph.ClearField("value_info")
+    for tensor in [t for t in model.graph.initializer if np.prod(t.dims) <= 64]:
+        model.graph.initializer.remove(tensor)
+        node = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        model.graph.node.insert(0, node)
+    onnx.save(model, folder / "plain.onnx")
+    return folder / "plain.onnx"
+
+
+def test_plain_file_compiles(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = plain_file(tmp_path)
+    adopted = trace(resolve(str(path), tokenizer=tokenizer_folder), tmp_path / "traced")
+    graph = onnx.load(adopted.model, load_external_data=False).graph
+    assert not any(node.op_type == "Constant" for node in graph.node)
+    assert {value.name for value in graph.value_info} >= {"layers.2/mlp/Mul/out"}
+    rows = [[1, 2, 3, 4]]
+    exact = logits(CausalLM(path), rows)
+    np.testing.assert_allclose(logits(CausalLM(adopted.model), rows), exact, atol=1e-4)
+    data = planted.windows(DECODER, count=4)
+    work = tmp_path / "work"
+    work.mkdir()
+    done = rewrite(
+        adopted.model, work, load_recipe("w8a8"), "fp16",
+        Calibration(data[:2], data[2:], 64.0, 0.1, 0, CPU), Progress(quiet=True),
+    )  # fmt: skip
+    assert done.sink_nodes == 8
+    InferenceSession(str(done.quantized))
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    import tokenizers
+    import transformers
+
+    folder = tmp_path / "tokenizer"
+    words = {f"w{i}": i for i in range(DECODER.vocab)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="w0", bos_token="w1"
+    ).save_pretrained(folder)
+    return folder
