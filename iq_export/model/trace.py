@@ -232,7 +232,7 @@ def _write_license(files: tuple[Path, ...], source: ModelSource, assets: Path) -
 
 
 def _adopt_onnx(source: ModelSource, folder: Path) -> None:
-    """Take an ONNX file into the folder's layout, constants lifted, types inferred.
+    """Take an ONNX file into the folder's layout, with names, constants and types in place.
 
     Weights are streamed.
     """
@@ -245,9 +245,10 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     graph = _read_onnx(source.path)
     _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
-    # Later passes take a constant for an initializer, and types from the values.
+    # Later passes find nodes by name, constants among the initializers, and types at the values.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.ShapeInferencePass()(graph)
+    common.NameFixPass()(graph)
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
     for name in _TOKENIZER_FILES:
         if (source.tokenizer / name).is_file():

@@ -1,4 +1,4 @@
-"""ONNX files as other exporters write them: constants as nodes, inner values without types."""
+"""ONNX files as other exporters write them: no node names, constants as nodes, no inner types."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ DECODER = planted.Decoder()
 
 
 def plain_file(folder: Path) -> Path:
-    """The planted model with every small constant as a node and no types of inner values."""
+    """The planted model with neither node names nor types of inner values, and every small constant
+    as a node."""
     model = planted.proto(DECODER)
+    for node in model.graph.node:
+        node.ClearField("name")
     model.graph.ClearField("value_info")
     for tensor in [t for t in model.graph.initializer if np.prod(t.dims) <= 64]:
         model.graph.initializer.remove(tensor)
-        node = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
-        model.graph.node.insert(0, node)
+        constant = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        model.graph.node.insert(0, constant)
     onnx.save(model, folder / "plain.onnx")
     return folder / "plain.onnx"
 
@@ -38,6 +41,7 @@ def test_plain_file_compiles(tmp_path: Path, tokenizer_folder: Path) -> None:
     adopted = trace(resolve(str(path), tokenizer=tokenizer_folder), tmp_path / "traced")
     graph = onnx.load(adopted.model, load_external_data=False).graph
     assert not any(node.op_type == "Constant" for node in graph.node)
+    assert all(node.name for node in graph.node)
     assert {value.name for value in graph.value_info} >= {"layers.2/mlp/Mul/out"}
     rows = [[1, 2, 3, 4]]
     exact = logits(CausalLM(path), rows)
