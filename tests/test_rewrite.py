@@ -174,21 +174,7 @@ def test_spikes_within_a_factor_of_two_count_as_overflow(spiky: Planted) -> None
     assert overflows_half(replace(life, down_peak=33_000.0))
 
 
-@pytest.mark.parametrize(
-    "smoothing",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=GraphError,
-                reason="smoothing and clipping look at other tokens only, also before the birth, "
-                "and hide a sink from its detection; the factor should be rejected instead",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("smoothing", [False, True])
 def test_two_kinds_of_sinks(tmp_path: Path, smoothing: bool) -> None:
     """Delimiters are found by their magnitude alone, behind quantizers made for other tokens."""
     decoder, recipe = planted.WITH_DELIMITER, load_recipe("w8a8")

@@ -110,7 +110,9 @@ def test_same_seed_same_sample(spiky: Planted) -> None:
 def test_sinks_may_be_read_from_the_graph(spiky: Planted) -> None:
     index = "iq.sinks.0.index"
 
-    def sinks(_: int, values: dict[str, np.ndarray]) -> np.ndarray:
+    def sinks(name: str, number: int, values: dict[str, np.ndarray]) -> np.ndarray:
+        assert name == NAME
+        assert number in range(4)
         return values[index] > 0
 
     found = observe_ranges(

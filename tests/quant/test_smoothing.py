@@ -17,7 +17,7 @@ from tests.planted import CPU, Planted
 def stats(calm: Planted) -> dict[str, TensorStats]:
     widths = {linear.input: linear.in_features for linear in calm.sites.linears}
     return observe_ranges(
-        calm.path, widths, calm.windows[:2], lambda n, v: np.zeros(40, bool),
+        calm.path, widths, calm.windows[:2], lambda *_: np.zeros(40, bool),
         providers=CPU, progress=Progress(quiet=True), seed=0,
     )  # fmt: skip
 
