@@ -6,8 +6,8 @@ reused: traced -> prepared (smoothed, rotated) -> inserted (sink ops) -> quantiz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -39,6 +39,8 @@ PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onn
 # Least share of the sinks that the quantized graph must still find (method.md step 8).
 LEAST_RECALL = 0.8
 _OBSERVED_WINDOWS = 4
+# Rows sampled per tensor: a search compares errors, GPTQ needs about as many as input channels.
+_SEARCH_TOKENS, _GPTQ_TOKENS = 512, 2048
 
 
 class _Run(TypedDict):
@@ -121,7 +123,9 @@ def rewrite(
         stats = observe_tokens(traced, sites, data.all, **options)
         lifecycles = discover(stats, alpha=data.alpha)
     with progress.step("Observe ranges"):
-        before = _ranges_before(traced, sites, lifecycles, stats, data, progress)
+        before = _ranges_before(
+            traced, sites, lifecycles, stats, data, progress, recipe.weight_bits
+        )
     with progress.step("Smooth and rotate"):
         smoothing = _prepare(model, work / PREPARED, sites, before, recipe)
     with progress.step("Fit and insert sinks"):
@@ -141,26 +145,29 @@ def rewrite(
     quantizers: dict[str, Quantizer] = {}
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
-            quantizers = _quantizers(work / INSERTED, sites, before, len(sinks), data, progress)
+            quantizers = _quantizers(work / INSERTED, sites, before, sinks, data, progress)
+    blocks = _int4_blocks(sites) if recipe.weight_bits == 4 else {}
     with progress.step("Quantize"):
-        blocks = _int4_blocks(sites) if recipe.weight_bits == 4 else {}
-        quantized = quantized_graph(
-            work / INSERTED, sites, recipe.weight_bits,
-            {name: q.scale for name, q in quantizers.items()}, blocks, before,
-        )  # fmt: skip
-        if dtype == "fp16":
-            to_half(quantized)
-        io.save(quantized, work / QUANTIZED)
+        _write_quantized(work, sites, recipe, dtype, quantizers, blocks, before)
+    with progress.step("Check the quantized graph"):
+        recall = _recall(work, len(sinks), data, progress)
+        if recall is not None and recall < LEAST_RECALL:
+            progress.note(
+                f"the clipped ranges hide {1 - recall:.0%} of the sinks: their clipping factors "
+                "up to the birth are rejected"
+            )
+            quantizers = _unclipped(quantizers, sites, sinks)
+            _write_quantized(work, sites, recipe, dtype, quantizers, blocks, before)
+            recall = _recall(work, len(sinks), data, progress)
+        _require_recall(recall)
+        quantized = io.load(work / QUANTIZED)
         if quantizers and sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
             sinks = with_restore(
                 work / PREPARED, work / QUANTIZED, sites, sinks, stats, data.all, **options
             )
-            quantized = io.load(work / QUANTIZED)
             set_restore(quantized, sinks)
             io.save_skeleton(quantized, work / QUANTIZED)
-    with progress.step("Check the quantized graph"):
-        recall = _recall(work / INSERTED, work / QUANTIZED, len(sinks), data, progress)
     observed = data.windows[:_OBSERVED_WINDOWS]
     after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
     columns = stats.window < len(observed)
@@ -198,13 +205,9 @@ def quantized_graph(
     stats: dict[str, TensorStats],
 ) -> ir.Model:
     """The float32 graph `source` with Q/DQ; weights are rounded when it is saved."""
-    importance = {
-        linear.weight: (stats[linear.input].rows ** 2).mean(0)
-        for linear in sites.linears
-        if weight_bits == 4
-    }
+    rows = {x.weight: stats[x.input].rows for x in sites.linears} if weight_bits == 4 else {}
     model = io.load(source)
-    plan = QuantizePlan(tuple(sites.linears), weight_bits, activations, blocks, importance)
+    plan = QuantizePlan(tuple(sites.linears), weight_bits, activations, blocks, rows)
     quantize(model, plan)
     return model
 
@@ -227,15 +230,20 @@ def _ranges_before(
     stats: TokenStats,
     data: Calibration,
     progress: Progress,
+    weight_bits: int,
 ) -> dict[str, TensorStats]:
-    """Statistics of every product's input; tokens of any lifecycle are not semantic."""
-    spiking = np.zeros(stats.token.size, bool)
+    """Statistics of every product's input; where a lifecycle lives its tokens are not semantic."""
+    spiking = {linear.input: np.zeros(stats.token.size, bool) for linear in sites.linears}
     for lifecycle in lifecycles:
-        spiking[lifecycle.members] = True
+        scope = lifecycle.scope(sites)
+        for linear in sites.linears:
+            if linear.node in scope:
+                spiking[linear.input][lifecycle.members] = True
     widths = {linear.input: linear.in_features for linear in sites.linears}
     return observe_ranges(
-        traced, widths, data.windows, lambda number, _: spiking[stats.window == number],
+        traced, widths, data.windows, lambda name, n, _: spiking[name][stats.window == n],
         providers=data.providers, progress=progress, seed=data.seed,
+        sample_tokens=_GPTQ_TOKENS if weight_bits == 4 else _SEARCH_TOKENS,
     )  # fmt: skip
 
 
@@ -264,7 +272,7 @@ def _quantizers(
     inserted: Path,
     sites: Sites,
     before: dict[str, TensorStats],
-    lifecycles: int,
+    sinks: Sequence[SinkTemplates],
     data: Calibration,
     progress: Progress,
 ) -> dict[str, Quantizer]:
@@ -275,17 +283,18 @@ def _quantizers(
     for linear in sites.linears:
         readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
     widths = {name: linears[0].in_features for name, linears in readers.items()}
-    indices = [index_name(number) for number in range(lifecycles)]
+    scopes = {index_name(n): s.lifecycle.scope(sites) for n, s in enumerate(sinks)}
 
-    def sinks(_: int, values: dict[str, np.ndarray]) -> np.ndarray:
-        return np.any([values[name] > 0 for name in indices], axis=0)
-
-    def none(_: int, values: dict[str, np.ndarray]) -> np.ndarray:
-        return np.zeros(next(iter(values.values())).shape[0], bool)
+    def rows(name: str, number: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        found = np.zeros(len(data.windows[number].ids), bool)
+        for index, scope in scopes.items():
+            if readers[name][0].node in scope:
+                found |= values[index] > 0
+        return found
 
     stats = observe_ranges(
-        inserted, widths, data.windows, sinks if indices else none,
-        always=indices, providers=data.providers, progress=progress, seed=data.seed,
+        inserted, widths, data.windows, rows,
+        always=list(scopes), providers=data.providers, progress=progress, seed=data.seed,
     )  # fmt: skip
     found = {}
     for name, linears in readers.items():
@@ -309,13 +318,50 @@ def _int4_blocks(sites: Sites) -> dict[str, int]:
     return {x.weight: int4_block_size(x.weight, x.in_features) for x in sites.linears}
 
 
-def _recall(
-    inserted: Path, quantized: Path, lifecycles: int, data: Calibration, progress: Progress
-) -> float | None:
-    """R = |S_quant and S_fp| / |S_fp| over the probes and a few windows; None without sinks.
+def _write_quantized(
+    work: Path,
+    sites: Sites,
+    recipe: Recipe,
+    dtype: str,
+    quantizers: dict[str, Quantizer],
+    blocks: dict[str, int],
+    stats: dict[str, TensorStats],
+) -> None:
+    scales = {name: q.scale for name, q in quantizers.items()}
+    model = quantized_graph(work / INSERTED, sites, recipe.weight_bits, scales, blocks, stats)
+    if dtype == "fp16":
+        to_half(model)
+    io.save(model, work / QUANTIZED)
 
-    Raises GraphError if it is below LEAST_RECALL: the ranges would hide the sinks from detection.
-    """
+
+def _unclipped(
+    quantizers: dict[str, Quantizer], sites: Sites, sinks: Sequence[SinkTemplates]
+) -> dict[str, Quantizer]:
+    """The absmax of all tokens for the quantizers that a detection lies behind."""
+    last = max(templates.lifecycle.birth for templates in sinks)
+    early = {
+        linear.node
+        for block in sites.blocks[: last + 1]
+        for branch in (block.attention, block.mlp)
+        for linear in branch.linears
+    }
+    return {
+        name: replace(q, scale=q.after.absmax / INT8_MAX, clip=1.0) if early & set(q.linears) else q
+        for name, q in quantizers.items()
+    }
+
+
+def _require_recall(recall: float | None) -> None:
+    if recall is not None and recall < LEAST_RECALL:
+        raise GraphError(
+            f"The quantized graph finds {recall:.0%} of the sinks, less than {LEAST_RECALL:.0%}: "
+            "its ranges hide them from detection. Calibrate on text nearer to the model's use, or "
+            "with more samples."
+        )
+
+
+def _recall(work: Path, lifecycles: int, data: Calibration, progress: Progress) -> float | None:
+    """R = |S_quant and S_fp| / |S_fp| over the probes and a few windows; None without sinks."""
     if not lifecycles:
         return None
     names = [index_name(number) for number in range(lifecycles)]
@@ -323,20 +369,13 @@ def _recall(
     sample = [*data.probes, *data.windows[:_OBSERVED_WINDOWS]]
     pairs = [
         tapped_runs(path, [names], sample, providers=data.providers, progress=progress)
-        for path in (inserted, quantized)
+        for path in (work / INSERTED, work / QUANTIZED)
     ]
     for (_, exact), (_, rounded) in zip(*pairs, strict=True):
         for name in names:
             found += int((exact[name] > 0).sum())
             both += int(((exact[name] > 0) & (rounded[name] > 0)).sum())
-    recall = both / max(found, 1)
-    if recall < LEAST_RECALL:
-        raise GraphError(
-            f"The quantized graph finds {recall:.0%} of the sinks, less than {LEAST_RECALL:.0%}: "
-            "its ranges clip them away before detection. Calibrate on text nearer to the model's "
-            "use, or with more samples."
-        )
-    return recall
+    return both / max(found, 1)
 
 
 def _observed_after(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,7 @@ from iq_export.calibrate.taps import group_by_bytes, tapped_runs
 from iq_export.progress import Progress
 
 _BINS = 1 << 15
-# The sample of rows: at most this many tokens, and at most this much memory over all tensors.
-_SAMPLE_TOKENS = 512
+# The samples of all tensors together take at most this much memory.
 _SAMPLE_BYTES = 1 << 29
 
 
@@ -98,29 +97,29 @@ def observe_ranges(
     model_path: Path,
     widths: dict[str, int],
     windows: Sequence[Window],
-    sinks: Callable[[int, dict[str, np.ndarray]], np.ndarray],
+    sinks: Callable[[str, int, Mapping[str, np.ndarray]], np.ndarray],
     *,
     always: Sequence[str] = (),
     providers: Sequence[str],
     progress: Progress,
     seed: int,
+    sample_tokens: int = 512,
 ) -> dict[str, TensorStats]:
     """Statistics of the values in `widths` (name -> features) over `windows`.
 
-    `sinks(window number, values)` returns the bool `[seq]` mask of rows to leave out; `values`
-    holds the tensors named in `always`.
+    `sinks(name, window number, values)` returns the bool `[seq]` mask of rows to leave out of that
+    tensor; `values` holds the tensors named in `always`. At most `sample_tokens` rows are sampled.
     """
     stats = {name: TensorStats.empty(width) for name, width in widths.items()}
     groups = group_by_bytes(widths, max(len(window.ids) for window in windows))
     budget = _SAMPLE_BYTES // (4 * sum(widths.values()))
-    per_window = max(1, min(_SAMPLE_TOKENS, budget) // len(windows))
+    per_window = max(1, min(sample_tokens, budget) // len(windows))
     for number, values in tapped_runs(
         model_path, groups, windows, always=always, providers=providers, progress=progress
     ):
-        rows = sinks(number, values)
         rng = np.random.default_rng([seed, number])
-        sample = np.sort(rng.permutation(rows.size)[:per_window])
+        sample = np.sort(rng.permutation(len(windows[number].ids))[:per_window])
         for name, value in values.items():
             if name in stats:
-                stats[name].add(value, rows, sample)
+                stats[name].add(value, sinks(name, number, values), sample)
     return stats

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iq_export.calibrate.token_stats import TokenStats
+from iq_export.graph.sites import Sites
 
 # A birth at least doubles the residual's largest value of its tokens; a death never does.
 _BIRTH_GROWTH = 2.0
@@ -52,6 +53,13 @@ class Lifecycle:
     def insert_blocks(self) -> range:
         """Blocks whose norms read a residual that carries the spike."""
         return range(self.birth + 1, self.end + 1)
+
+    def scope(self, sites: Sites) -> set[str]:
+        """Node names of the products whose inputs may carry the spike."""
+        birth = sites.blocks[self.birth].mlp.output
+        later = [sites.blocks[block] for block in self.insert_blocks]
+        branches = [branch for block in later for branch in (block.attention, block.mlp)]
+        return {birth.node, *(linear.node for b in branches for linear in b.linears)}
 
     def common_tokens(self, stats: TokenStats, most: int = 5) -> list[tuple[int, int, int]]:
         """The most frequent members: `(token id, times at position 0, times elsewhere)`."""
