@@ -7,6 +7,7 @@ import platform
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -70,6 +71,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     """
     progress = progress or Progress(quiet=True)
     progress.total = progress.total or _STEPS
+    begin = time.perf_counter()
     checked = _check(options)
     with _work_folder(options) as work:
         traced, done = _calibrate_and_rewrite(options, checked.recipe, work, progress)
@@ -77,7 +79,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             _fill(folder, options, traced, done)
             sinks = done.sink_nodes
             engines, notes = _build(folder, options, checked, sinks, progress)
-            manifest = _manifest(folder, options, traced, done, engines, notes, progress)
+            timings = {**progress.timings, "total": time.perf_counter() - begin}
+            manifest = _manifest(folder, options, traced, done, engines, notes, timings)
             manifest.write(folder)
         _remember(work, options, done)
     return Bundle.open(options.out, verify=False)
@@ -309,7 +312,7 @@ def _manifest(
     done: Any,
     engines: dict[str, dict[str, Any]],
     notes: list[str],
-    progress: Progress,
+    timings: dict[str, float],
 ) -> Manifest:
     from iq_export.plan import lifecycle_records
     from iq_export.report.html import write_report
@@ -338,7 +341,7 @@ def _manifest(
         targets=list(dict.fromkeys(options.targets)),
         engines=engines,
         lifecycles=lifecycle_records(done, Tokenizer(traced.assets)),
-        timings=dict(progress.timings),
+        timings=timings,
         peak_rss_bytes=_peak_rss(),
         notes=notes,
     )

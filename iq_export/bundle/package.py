@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, record_files, sha256_file
+from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, record_files
+from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
 
 MODEL_NAME = "model.onnx"

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import FileRecord, sha256_file
-from iq_export.bundle.package import Bundle, disk_full_is_bundle_error, update_manifest
+from iq_export.bundle.manifest import FileRecord
+from iq_export.bundle.package import Bundle, disk_full_is_bundle_error
+from iq_export.checksum import sha256_file
 from iq_export.cli import options
 from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine
 from iq_export.engine.onnx_header import read_header
@@ -19,6 +20,7 @@ from iq_export.engine.targets import Target, check_opset, check_recipe, resolve_
 from iq_export.engine.trt import check_levers, why_not_here
 from iq_export.errors import EngineError, UsageError
 from iq_export.progress import Progress
+from iq_export.report.html import update_with_report
 
 _EPILOG = """examples:
   iq-export build OUT --target rtx-ada
@@ -146,7 +148,7 @@ def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineRep
         path.replace(bundle.folder / name)
     engines = {**bundle.manifest.engines, report.target: report.to_json()}
     targets = list(dict.fromkeys([*bundle.manifest.targets, report.target]))
-    return update_manifest(bundle, files=files, engines=engines, targets=targets)
+    return update_with_report(bundle, files=files, engines=engines, targets=targets)
 
 
 def _line(bundle: Bundle, report: EngineReport) -> str:

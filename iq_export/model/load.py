@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
-from iq_export.model.fetch import EMBEDDED_NAME, embedded_model, sha256_of
+from iq_export.model.fetch import EMBEDDED_NAME, embedded_model
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
 
@@ -114,7 +115,7 @@ def fingerprint(source: ModelSource) -> str:
     files = [file for root in (source.path, source.tokenizer) if root for file in _files(root)]
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{sha256_of(file)}\n".encode())
+        digest.update(f"{file.name}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
 
 

