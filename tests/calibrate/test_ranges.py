@@ -92,9 +92,21 @@ def test_planted_spike_is_left_out(spiky: Planted) -> None:
     assert stats.histogram.total == 24 * 40 * 128
 
 
+def test_rows_are_left_out_tensor_by_tensor(spiky: Planted) -> None:
+    found = observe_ranges(
+        spiky.path, {NAME: 128, "layers.0/mlp/Mul/out": 128}, spiky.windows[:2],
+        lambda name, *_: (np.arange(40) == 0) & (name == NAME),
+        providers=CPU, progress=Progress(quiet=True), seed=0,
+    )  # fmt: skip
+    assert found[NAME].absmax_semantic < found[NAME].absmax
+    other = found["layers.0/mlp/Mul/out"]
+    assert other.absmax_semantic == other.absmax
+
+
 def test_sample_is_bounded(spiky: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {NAME: 128, "embed/out": 64}
     assert 300 < len(observe(spiky, names)[NAME].rows) <= 512
+    assert 50 < len(observe(spiky, names, sample_tokens=96)[NAME].rows) <= 96
     monkeypatch.setattr(ranges, "_SAMPLE_BYTES", 100 * 4 * (128 + 64))
     assert {len(stats.rows) <= 100 for stats in observe(spiky, names).values()} == {True}
 

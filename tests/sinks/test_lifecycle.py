@@ -186,3 +186,11 @@ def test_planted_delimiters_are_members_wherever_they_stand(delimited: Planted) 
 
 def test_model_without_spikes(calm: Planted) -> None:
     assert calm.lifecycles == []
+
+
+def test_scope_is_where_the_spike_lives(spiky: Planted) -> None:
+    """From the down-projection of the birth to the end; what comes before and after is ordinary."""
+    scope = only(spiky.lifecycles).scope(spiky.sites)
+    inside = {linear.node for block in spiky.sites.blocks[2:4] for branch in
+              (block.attention, block.mlp) for linear in branch.linears}  # fmt: skip
+    assert scope == inside | {"layers.1/mlp/down_proj"}
