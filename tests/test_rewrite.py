@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -244,3 +245,33 @@ def test_refused_blocks_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "left as it is: node layers.1/Add_2 (Add)" in capsys.readouterr().err
     assert [block.attention.norm[:8] for block in done.sites.blocks] == ["layers.0", "layers.2"]
     InferenceSession(str(done.quantized))
+
+
+@pytest.mark.parametrize("rejecting", [True, False])
+def test_clips_that_hide_sinks_are_rejected(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rejecting: bool,
+) -> None:
+    """Method step 8; where even whole ranges do not help, the compile ends with a sentence."""
+    stages = importlib.import_module("iq_export.rewrite")
+    monkeypatch.setattr(stages, "choose_clip", lambda *_: (0.13, 0.0))
+    if not rejecting:
+        monkeypatch.setattr(stages, "_unclipped", lambda quantizers, *_: quantizers)
+    decoder = planted.WITH_DELIMITER
+    recipe = replace(load_recipe("w8a8"), smoothing=False)
+    traced = planted.save(decoder, tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    arguments = (traced, work, recipe, "fp32", calibration(decoder), Progress())
+    if rejecting:
+        done = rewrite(*arguments)
+        assert done.recall >= stages.LEAST_RECALL
+        clips = {q.linears[0]: q.clip for q in done.quantizers.values()}
+        assert clips["layers.1/mlp/gate_proj"] == 1
+        assert clips["layers.2/mlp/gate_proj"] == 0.13
+        assert "clipping factors up to the birth are rejected" in capsys.readouterr().err
+    else:
+        with pytest.raises(GraphError, match=r"finds \d+% of the sinks, less than 80%"):
+            rewrite(*arguments)
