@@ -20,7 +20,6 @@ EXTRAS = (
     "onnx",
     "onnx_ir",
     "onnxscript",
-    "onnx_graphsurgeon",
     "safetensors",
     "ml_dtypes",
     "gguf",
