@@ -11,13 +11,14 @@ DEMO := build/demo/$(MODEL)
 PROMPT := What is the capital of France? Answer in one sentence.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test test-heavy lint clean
 
 help:
-	@echo "make demo   compile $(MODEL) to W8A8, measure it, let it speak (starts from what is there)"
-	@echo "make test   the whole test suite"
-	@echo "make lint   ruff and mypy"
-	@echo "make clean  remove $(VENV) and build/"
+	@echo "make demo        compile $(MODEL) to W8A8, measure it, let it speak (starts from what is there)"
+	@echo "make test        the test suite"
+	@echo "make test-heavy  what it leaves out for its time: more engines of $(MODEL), and W4A16"
+	@echo "make lint        ruff and mypy"
+	@echo "make clean       remove $(VENV) and build/"
 
 venv: $(INSTALLED)
 
@@ -48,7 +49,11 @@ demo: build/demo/evaluated
 # TensorRT's headers let the plugin be compiled where nvcc is; without them its tests are skipped.
 test: $(INSTALLED)
 	-$(BIN)/python tools/fetch_trt_headers.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not heavy"
+
+test-heavy: $(INSTALLED)
+	-$(BIN)/python tools/fetch_trt_headers.py
+	$(BIN)/python -m pytest -m heavy
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
