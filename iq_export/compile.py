@@ -19,7 +19,7 @@ from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_fi
 from iq_export.bundle.package import Bundle, atomic_folder, check_output, require_space
 from iq_export.calibrate.data import Window, load_text, windows
 from iq_export.engine.build import build_engine
-from iq_export.engine.plugin import provide_plugin
+from iq_export.engine.plugin import MODES, provide_plugin
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import Target, check_opset, check_recipe, resolve_target
 from iq_export.engine.trt import why_not_here
@@ -30,7 +30,6 @@ from iq_export.quant.recipe import Recipe, load_recipe
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
 REFERENCES = "references.json"
-_STEPS = 11
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     get the engine. Raises a subclass of IqError for anything the user can mend.
     """
     progress = progress or Progress(quiet=True)
-    progress.total = progress.total or _STEPS
     begin = time.perf_counter()
     checked = _check(options)
+    progress.total = progress.total or len(_steps(checked))
     with _work_folder(options) as work:
         traced, done = _calibrate_and_rewrite(options, checked.recipe, work, progress)
         with atomic_folder(options.out, options.force) as folder:
@@ -98,18 +97,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
         "model": f"{checked.source.name} ({checked.source.kind})",
         "recipe": asdict(checked.recipe),
         "targets": [f"{t.name}: {why_not_here(t) or 'builds here'}" for t in checked.targets],
-        "steps": [
-            "trace to ONNX (float32, KV cache)",
-            "observe tokens",
-            "observe ranges",
-            "smooth and rotate",
-            "fit and insert sinks",
-            "calibrate quantizers",
-            "quantize",
-            "check the quantized graph",
-            "build engines",
-            "package",
-        ],
+        "steps": _steps(checked),
         "sites": "7 products per block of a gated transformer (q, k, v, o, gate, up, down)",
         "calibration": f"{options.samples} windows of {options.length} tokens, seed {options.seed}",
         "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
@@ -164,6 +152,8 @@ def _check(options: CompileOptions) -> _Checked:
     for target in targets:
         check_recipe(target, recipe.weight_bits)
         check_opset(target, options.opset)
+    if options.plugin not in MODES:
+        raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
     if options.dtype not in ("fp16", "fp32"):
         raise UsageError(f"unknown dtype '{options.dtype}': use fp16 or fp32.")
     if not 0 < options.max_relative_deviation < 1 or options.alpha <= 1:
@@ -177,6 +167,18 @@ def _check(options: CompileOptions) -> _Checked:
     if size is not None:
         require_space(options.out, _disk_need(size))
     return _Checked(source, recipe, targets, size)
+
+
+def _steps(checked: _Checked) -> list[str]:
+    """Names of the steps of a compile, as its progress prints them."""
+    steps = ["Trace", "Observe tokens", "Observe ranges", "Smooth and rotate"]
+    steps.append("Fit and insert sinks")
+    if checked.recipe.activation_bits == 8:
+        steps.append("Calibrate quantizers")
+    steps += ["Quantize", "Check the quantized graph"]
+    if any(why_not_here(target) is None for target in checked.targets):
+        steps.append("Build engines")
+    return steps
 
 
 def _weight_bytes(path: Path | None) -> int | None:

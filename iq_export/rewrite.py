@@ -28,19 +28,18 @@ from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe
-from iq_export.quant.search import INT8_MAX, choose_clip
+from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
 from iq_export.sinks.lifecycle import Lifecycle, discover
+from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.templates import SinkTemplates
 
 PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onnx"
 # Least share of the sinks that the quantized graph must still find (method.md step 8).
 LEAST_RECALL = 0.8
 _OBSERVED_WINDOWS = 4
-# Rows sampled per tensor: a search compares errors, GPTQ needs about as many as input channels.
-_SEARCH_TOKENS, _GPTQ_TOKENS = 512, 2048
 
 
 class _Run(TypedDict):
@@ -119,15 +118,17 @@ def rewrite(
         progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
     options = _Run(providers=data.providers, progress=progress)
 
+    blocks = _int4_blocks(sites) if recipe.weight_bits == 4 else {}
+
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
         lifecycles = discover(stats, alpha=data.alpha)
     with progress.step("Observe ranges"):
         before = _ranges_before(
-            traced, sites, lifecycles, stats, data, progress, recipe.weight_bits
+            traced, sites, lifecycles, stats, data, progress, mask=recipe.sinks == "always"
         )
     with progress.step("Smooth and rotate"):
-        smoothing = _prepare(model, work / PREPARED, sites, before, recipe)
+        smoothing = _prepare(model, work / PREPARED, sites, before, recipe, blocks)
     with progress.step("Fit and insert sinks"):
         decisions = decide(
             work / PREPARED, sites, lifecycles, stats, data.all,
@@ -137,18 +138,22 @@ def rewrite(
         if recipe.sinks == "for-half":
             sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
         _insert(work, sites, sinks)
-        if sinks:
-            sinks = with_restore(
-                work / PREPARED, work / INSERTED, sites, sinks, stats, data.all, **options
-            )
-            _insert(work, sites, sinks)
+        sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
     quantizers: dict[str, Quantizer] = {}
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
             quantizers = _quantizers(work / INSERTED, sites, before, sinks, data, progress)
-    blocks = _int4_blocks(sites) if recipe.weight_bits == 4 else {}
+    importance = _importance(sites, before, smoothing)
+
+    def write(quantizers: dict[str, Quantizer]) -> None:
+        scales = {name: q.scale for name, q in quantizers.items()}
+        model = quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+        if dtype == "fp16":
+            to_half(model)
+        io.save(model, work / QUANTIZED)
+
     with progress.step("Quantize"):
-        _write_quantized(work, sites, recipe, dtype, quantizers, blocks, before)
+        write(quantizers)
     with progress.step("Check the quantized graph"):
         recall = _recall(work, len(sinks), data, progress)
         if recall is not None and recall < LEAST_RECALL:
@@ -157,17 +162,14 @@ def rewrite(
                 "up to the birth are rejected"
             )
             quantizers = _unclipped(quantizers, sites, sinks)
-            _write_quantized(work, sites, recipe, dtype, quantizers, blocks, before)
+            write(quantizers)
             recall = _recall(work, len(sinks), data, progress)
         _require_recall(recall)
-        quantized = io.load(work / QUANTIZED)
         if quantizers and sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
-            sinks = with_restore(
-                work / PREPARED, work / QUANTIZED, sites, sinks, stats, data.all, **options
-            )
-            set_restore(quantized, sinks)
-            io.save_skeleton(quantized, work / QUANTIZED)
+            sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
+        for _ in tapped_runs(work / QUANTIZED, [["logits"]], data.windows[:1], **options):
+            pass  # raises if the shipped graph gives NaN or Inf
     observed = data.windows[:_OBSERVED_WINDOWS]
     after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
     columns = stats.window < len(observed)
@@ -184,7 +186,7 @@ def rewrite(
         observed_before=_per_block(stats, columns),
         observed_after=_observed_after(after, quantizers, sites),
         recall=recall,
-        sink_nodes=sum(node.domain == "iq" for node in quantized.graph),
+        sink_nodes=sum(node.domain == DOMAIN for node in io.load(work / QUANTIZED).graph),
         traced=traced,
         inserted=work / INSERTED,
         quantized=work / QUANTIZED,
@@ -199,15 +201,17 @@ def overflows_half(lifecycle: Lifecycle) -> bool:
 def quantized_graph(
     source: Path,
     sites: Sites,
-    weight_bits: int,
     activations: dict[str, float],
     blocks: dict[str, int],
-    stats: dict[str, TensorStats],
+    importance: dict[str, np.ndarray] | None = None,
 ) -> ir.Model:
-    """The float32 graph `source` with Q/DQ; weights are rounded when it is saved."""
-    rows = {x.weight: stats[x.input].rows for x in sites.linears} if weight_bits == 4 else {}
+    """The float32 graph `source` with Q/DQ; weights are rounded when it is saved.
+
+    `blocks` (weight name -> size) and `importance` are for int4 weights; without, int8.
+    """
+    bits = 4 if blocks else 8
     model = io.load(source)
-    plan = QuantizePlan(tuple(sites.linears), weight_bits, activations, blocks, rows)
+    plan = QuantizePlan(tuple(sites.linears), bits, activations, blocks, importance or {})
     quantize(model, plan)
     return model
 
@@ -217,7 +221,7 @@ def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:
     scales = {
         name: stats.absmax / INT8_MAX for name, stats in rewrite.before.items() if stats.absmax
     }
-    model = quantized_graph(rewrite.traced, rewrite.sites, 8, scales, {}, rewrite.before)
+    model = quantized_graph(rewrite.traced, rewrite.sites, scales, {})
     if dtype == "fp16":
         to_half(model)
     io.save(model, path)
@@ -230,11 +234,16 @@ def _ranges_before(
     stats: TokenStats,
     data: Calibration,
     progress: Progress,
-    weight_bits: int,
+    *,
+    mask: bool,
 ) -> dict[str, TensorStats]:
-    """Statistics of every product's input; where a lifecycle lives its tokens are not semantic."""
+    """Statistics of every product's input.
+
+    With `mask`, tokens of a lifecycle are not semantic where it lives; without, spikes will stay
+    and must be rounded well like all else.
+    """
     spiking = {linear.input: np.zeros(stats.token.size, bool) for linear in sites.linears}
-    for lifecycle in lifecycles:
+    for lifecycle in lifecycles if mask else ():
         scope = lifecycle.scope(sites)
         for linear in sites.linears:
             if linear.node in scope:
@@ -243,16 +252,22 @@ def _ranges_before(
     return observe_ranges(
         traced, widths, data.windows, lambda name, n, _: spiking[name][stats.window == n],
         providers=data.providers, progress=progress, seed=data.seed,
-        sample_tokens=_GPTQ_TOKENS if weight_bits == 4 else _SEARCH_TOKENS,
     )  # fmt: skip
 
 
 def _prepare(
-    model: ir.Model, path: Path, sites: Sites, stats: dict[str, TensorStats], recipe: Recipe
+    model: ir.Model,
+    path: Path,
+    sites: Sites,
+    stats: dict[str, TensorStats],
+    recipe: Recipe,
+    blocks: dict[str, int],
 ) -> Smoothing:
     smoothing = Smoothing({}, {})
     if recipe.smoothing:
-        smoothing = find_smoothing(model, sites, stats, rotation=recipe.rotation)
+        smoothing = find_smoothing(
+            model, sites, stats, rotation=recipe.rotation, int4_blocks=blocks
+        )
         fold_smoothing(model, sites, smoothing)
     if recipe.rotation:
         downs = [block.mlp.output for block in sites.blocks]
@@ -318,20 +333,39 @@ def _int4_blocks(sites: Sites) -> dict[str, int]:
     return {x.weight: int4_block_size(x.weight, x.in_features) for x in sites.linears}
 
 
-def _write_quantized(
+def _importance(
+    sites: Sites, stats: dict[str, TensorStats], smoothing: Smoothing
+) -> dict[str, np.ndarray]:
+    """Mean squared input per channel of every weight, as the smoothed graph sees it."""
+    return {
+        linear.weight: (unit_rows(stats[linear.input].rows) ** 2).mean(0)
+        / smoothing.factors(linear.input) ** 2
+        for linear in sites.linears
+    }
+
+
+def _restored(
     work: Path,
+    graph: str,
     sites: Sites,
-    recipe: Recipe,
-    dtype: str,
-    quantizers: dict[str, Quantizer],
-    blocks: dict[str, int],
-    stats: dict[str, TensorStats],
-) -> None:
-    scales = {name: q.scale for name, q in quantizers.items()}
-    model = quantized_graph(work / INSERTED, sites, recipe.weight_bits, scales, blocks, stats)
-    if dtype == "fp16":
-        to_half(model)
-    io.save(model, work / QUANTIZED)
+    sinks: Sequence[SinkTemplates],
+    stats: TokenStats,
+    data: Calibration,
+    options: _Run,
+) -> list[SinkTemplates]:
+    """Measure what each lifecycle must restore on the file `graph`, and write it there.
+
+    In order of their ends: a later life of the same tokens must find the earlier one restored.
+    """
+    measured = list(sinks)
+    for number in sorted(range(len(sinks)), key=lambda n: sinks[n].lifecycle.end):
+        (measured[number],) = with_restore(
+            work / PREPARED, work / graph, sites, [sinks[number]], stats, data.all, **options
+        )
+        model = io.load(work / graph)
+        set_restore(model, measured)
+        io.save_skeleton(model, work / graph)
+    return measured
 
 
 def _unclipped(
@@ -361,7 +395,7 @@ def _require_recall(recall: float | None) -> None:
 
 
 def _recall(work: Path, lifecycles: int, data: Calibration, progress: Progress) -> float | None:
-    """R = |S_quant and S_fp| / |S_fp| over the probes and a few windows; None without sinks."""
+    """R = |S_quant and S_fp| / |S_fp| over the probes and a few windows; None if they hold none."""
     if not lifecycles:
         return None
     names = [index_name(number) for number in range(lifecycles)]
@@ -375,7 +409,7 @@ def _recall(work: Path, lifecycles: int, data: Calibration, progress: Progress) 
         for name in names:
             found += int((exact[name] > 0).sum())
             both += int(((exact[name] > 0) & (rounded[name] > 0)).sum())
-    return both / max(found, 1)
+    return both / found if found else None
 
 
 def _observed_after(

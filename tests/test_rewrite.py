@@ -128,7 +128,7 @@ def test_quantized_graph_is_chunk_invariant(run: Run) -> None:
 def test_half(run: Run) -> None:
     done = run(SPIKY)
     scales = {name: quantizer.scale for name, quantizer in done.quantizers.items()}
-    model = quantized_graph(done.inserted, done.sites, 8, scales, {}, done.before)
+    model = quantized_graph(done.inserted, done.sites, scales, {})
     to_half(model)
     path = done.quantized.with_name("half.onnx")
     io.save(model, path)

@@ -118,7 +118,8 @@ def observe_ranges(
         model_path, groups, windows, always=always, providers=providers, progress=progress
     ):
         rng = np.random.default_rng([seed, number])
-        sample = np.sort(rng.permutation(len(windows[number].ids))[:per_window])
+        drawn = rng.permutation(np.arange(1, len(windows[number].ids)))[: per_window - 1]
+        sample = np.append(0, np.sort(drawn))  # position 0 always: most spikes stand there
         for name, value in values.items():
             if name in stats:
                 stats[name].add(value, sinks(name, number, values), sample)

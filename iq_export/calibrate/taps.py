@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.progress import Progress
+from iq_export.run.ort import open_session, ort_errors
 
 GROUP_BYTES = 1 << 30
 
@@ -45,7 +46,12 @@ def tapped_runs(
         names = list(dict.fromkeys([*always, *group]))
         session = _tapped_session(model_path, names, providers)
         for number, window in enumerate(windows):
-            values = dict(zip(names, session.run(names, _feeds(session, window)), strict=True))
+            try:
+                found = session.run(names, _feeds(session, window))
+            except ort_errors() as error:
+                reason = str(error).splitlines()[0]
+                raise GraphError(f"{model_path.name} fails in ONNX Runtime: {reason}") from error
+            values = dict(zip(names, found, strict=True))
             yield number, {name: _checked(name, v, number) for name, v in values.items()}
             done += 1
             progress.update(done, total)
@@ -67,9 +73,7 @@ def group_by_bytes(
     return groups
 
 
-def _tapped_session(
-    model_path: Path, names: Sequence[str], providers: Sequence[str]
-) -> ort.InferenceSession:
+def _tapped_session(model_path: Path, names: Sequence[str], providers: Sequence[str]) -> Any:
     model = io.load(model_path)
     values = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.outputs[:] = [values[name] for name in names]
@@ -77,12 +81,10 @@ def _tapped_session(
     # Beside the model, because external data may only be referenced from its own folder.
     with NamedTemporaryFile(dir=model_path.parent, prefix=".taps-", suffix=".onnx") as file:
         io.save_skeleton(model, Path(file.name))
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        return ort.InferenceSession(file.name, options, providers=list(providers))
+        return open_session(Path(file.name), providers)
 
 
-def _feeds(session: ort.InferenceSession, window: Window) -> dict[str, np.ndarray]:
+def _feeds(session: Any, window: Window) -> dict[str, np.ndarray]:
     ids = np.asarray(window.ids, np.int64)[None]
     known = {
         "input_ids": ids,

@@ -245,6 +245,7 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     graph = _read_onnx(source.path)
     _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
+    _check_types(graph, source.path)
     # Later passes find nodes by name, constants among the initializers, and types at the values.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.ShapeInferencePass()(graph)
@@ -280,6 +281,24 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
         if size is None or size < end:
             found = "is not there" if size is None else f"has {size} bytes of at least {end}"
             raise ModelError(f"The weight '{name}' of {path} is incomplete: {file.name} {found}.")
+
+
+def _check_types(model: ir.Model, path: Path) -> None:
+    """The passes start from a float32 graph of the one supported opset."""
+    import onnx_ir as ir
+
+    opset = model.opset_imports.get("")
+    if opset != OPSET:
+        raise GraphError(
+            f"{path} has opset {opset}; only opset {OPSET} is supported, whose single Attention "
+            "and RMSNormalization ops are recognised. Export it again with opset_version=23."
+        )
+    for value in model.graph.inputs:
+        if value.dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
+            raise GraphError(
+                f"Input '{value.name}' of {path} is {value.dtype.name.lower()}; export the model "
+                "in float32, it is converted to half precision by --dtype fp16."
+            )
 
 
 def _check_interface(model: ir.Model, path: Path) -> None:

@@ -124,6 +124,8 @@ def set_restore(model: ir.Model, sinks: Sequence[SinkTemplates]) -> None:
     nodes = {node.name: node for node in model.graph}
     for number, templates in enumerate(sinks):
         node = nodes[_restore_name(number, templates)]
+        if not templates.restore.size:
+            continue  # not measured yet: it adds zero
         flat = templates.restore.ravel().tolist()
         node.attributes["templates"] = ir.AttrFloat32s("templates", flat)
 

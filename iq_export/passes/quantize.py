@@ -30,14 +30,14 @@ _ZERO_POINT = "iq.zero_point.int8"
 class QuantizePlan:
     """What to quantize. `activations`: value name -> scale. `weight_bits`: 8 or 4.
 
-    `blocks`: weight name -> int4 block size. `rows`: weight name -> sampled inputs `[tokens, in]`.
+    `blocks`: weight name -> int4 block size. `importance`: weight name -> float32 `[in]`.
     """
 
     linears: tuple[Linear, ...]
     weight_bits: int
     activations: Mapping[str, float] = field(default_factory=dict)
     blocks: Mapping[str, int] = field(default_factory=dict)
-    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
@@ -60,7 +60,7 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
             new = _int8_weight(graph, weight, node)
         else:
             block = plan.blocks[linear.weight]
-            new = _int4_weight(graph, weight, node, block, plan.rows.get(linear.weight))
+            new = _int4_weight(graph, weight, node, block, plan.importance.get(linear.weight))
         node.replace_input_with(1, new)
     RemoveUnusedNodesPass()(model)  # the float weights
     return bool(plan.linears)
@@ -96,10 +96,10 @@ def _int8_weight(graph: ir.Graph, weight: ir.Value, node: ir.Node) -> ir.Value:
 
 
 def _int4_weight(
-    graph: ir.Graph, weight: ir.Value, node: ir.Node, block: int, rows: np.ndarray | None
+    graph: ir.Graph, weight: ir.Value, node: ir.Node, block: int, importance: np.ndarray | None
 ) -> ir.Value:
     source = weight.const_value
-    codes, scales = int4_blocked(source.numpy(), block, rows)
+    codes, scales = int4_blocked(source.numpy(), block, importance)
     tensor = ir.Tensor(codes, dtype=ir.DataType.INT4, name=f"{weight.name}.int4")
     attributes = {"axis": 0, "block_size": block}
     return _weight_dequantize(graph, weight, node, tensor, scales, attributes)

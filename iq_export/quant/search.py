@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iq_export.passes.rotate import rotate_columns, rotate_rows
-from iq_export.quant.weights import int8_per_channel
+from iq_export.quant.weights import int4_rounded, int8_per_channel
 
 INT8_MAX = 127
 # Beyond this a factor would only move the outlier, and half-precision weights lose digits.
@@ -49,9 +49,16 @@ def choose_smoothing(
     weights: Sequence[np.ndarray],
     *,
     rotation: int | None = None,
+    int4_block: int | None = None,
 ) -> SmoothingChoice:
-    """Try all candidates on sampled semantic `rows` `[tokens, in]`; `weights`: `[in, out]` each."""
+    """Try all candidates on sampled semantic `rows` `[tokens, in]`; `weights`: `[in, out]` each.
+
+    With `int4_block` the weights are rounded to int4 in such blocks and the activation is not
+    (the idea of AWQ, arXiv 2306.00978), else both are rounded to int8.
+    """
     weight = np.concatenate(list(weights), axis=1)
+    if int4_block:
+        rows = unit_rows(rows)
     rms = np.sqrt((rows**2).mean(0))
     weight_rows = np.abs(weight).max(1)
     exact = rows @ weight
@@ -68,11 +75,13 @@ def choose_smoothing(
         smooth, scaled = rows / factors, weight * factors[:, None]
         if rotation:
             smooth, scaled = rotate_columns(smooth, rotation), rotate_rows(scaled, rotation)
-        rounded = _rounded_weight(scaled)
-        top = float(np.abs(smooth).max())
-        error = min(
-            _output_error(smooth, top * clip / INT8_MAX, rounded, exact) for clip in _COARSE_CLIPS
-        )
+        if int4_block:
+            error = _int4_error(smooth, scaled, exact, int4_block)
+        else:
+            rounded = _rounded_weight(scaled)
+            top = float(np.abs(smooth).max())
+            steps = [top * clip / INT8_MAX for clip in _COARSE_CLIPS]
+            error = min(_output_error(smooth, step, rounded, exact) for step in steps)
         results[name] = (error / energy, factors)
     best = min(results, key=lambda name: results[name][0])
     return SmoothingChoice(best, results[best][1], results[best][0], results["none"][0])
@@ -91,6 +100,11 @@ def choose_clip(
     return CLIPS[best], errors[best] / energy
 
 
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1: a norm follows, so every token counts by its relative error, spikes too."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
 def _normalised(factors: np.ndarray) -> np.ndarray:
     """Geometric mean 1, bounded: the tensor keeps its magnitude on the whole."""
     factors = factors / np.exp(np.log(factors).mean())
@@ -100,6 +114,11 @@ def _normalised(factors: np.ndarray) -> np.ndarray:
 def _rounded_weight(weight: np.ndarray) -> np.ndarray:
     codes, scale = int8_per_channel(weight)
     return codes * scale
+
+
+def _int4_error(rows: np.ndarray, weight: np.ndarray, exact: np.ndarray, block: int) -> float:
+    rounded = int4_rounded(weight, block, (rows**2).mean(0))
+    return float(((rows @ rounded - exact) ** 2).sum())
 
 
 def _output_error(rows: np.ndarray, scale: float, weight: np.ndarray, exact: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +23,25 @@ class Smoothing:
     norms: dict[str, SmoothingChoice]
     paths: dict[str, SmoothingChoice]
 
+    def factors(self, name: str) -> np.ndarray | float:
+        """What the value `name` is divided by: `[features]`, or 1 where nothing was folded."""
+        choice = self.norms.get(name) or self.paths.get(name)
+        return 1.0 if choice is None else choice.factors
+
 
 def find_smoothing(
-    model: ir.Model, sites: Sites, stats: dict[str, TensorStats], *, rotation: int | None
+    model: ir.Model,
+    sites: Sites,
+    stats: dict[str, TensorStats],
+    *,
+    rotation: int | None,
+    int4_blocks: Mapping[str, int] | None = None,
 ) -> Smoothing:
     """Choose for every norm whose output only the branch's products read, and every up-projection
     that reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
-    the down-projection input, None for no rotation."""
+    the down-projection input, None for no rotation; `int4_blocks` the block size of each weight if
+    weights are rounded to int4, None if weights and activations are rounded to int8."""
+    sizes = int4_blocks or {}
     readers = {
         value.name: {node.name for node in value.consumers()}
         for node in model.graph
@@ -43,7 +56,8 @@ def find_smoothing(
             return None
         found = stats[branch.norm_output]
         weights = [weight(linear.weight) for linear in branch.inputs]
-        return choose_smoothing(found.rows, found.channel_absmax, weights)
+        block = sizes.get(branch.inputs[0].weight)
+        return choose_smoothing(found.rows, found.channel_absmax, weights, int4_block=block)
 
     norms: dict[str, SmoothingChoice] = {}
     paths: dict[str, SmoothingChoice] = {}
@@ -55,7 +69,12 @@ def find_smoothing(
         if block.mlp.linear_path is not None:
             down = block.mlp.output
             found = stats[down.input]
+            turned = rotation if rotation and down.in_features % rotation == 0 else None
             paths[down.input] = choose_smoothing(
-                found.rows, found.channel_absmax, [weight(down.weight)], rotation=rotation
+                found.rows,
+                found.channel_absmax,
+                [weight(down.weight)],
+                rotation=turned,
+                int4_block=sizes.get(down.weight),
             )
     return Smoothing(norms, paths)

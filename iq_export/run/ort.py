@@ -49,7 +49,7 @@ class CausalLM:
         threads: int | None = None,
     ) -> None:
         self.path = Path(path)
-        self._session = _open_session(self.path, providers, threads)
+        self._session = open_session(self.path, providers, threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = [value.name for value in self._session.get_outputs()]
         self._past = _past_inputs(inputs, self.path)
@@ -115,7 +115,7 @@ class CausalLM:
     def _run(self, names: list[str], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         try:
             values = self._session.run(names, dict(feeds))
-        except _ort_errors() as error:
+        except ort_errors() as error:
             raise GraphError(f"{self.path.name} fails in ONNX Runtime: {_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
@@ -138,7 +138,9 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids, Ids]
     return ids, mask, positions
 
 
-def _open_session(path: Path, providers: Sequence[str], threads: int | None) -> Any:
+def open_session(path: Path, providers: Sequence[str], threads: int | None = None) -> Any:
+    """A session with all optimizers on. Raises GraphError if the file cannot be loaded, EngineError
+    if this ONNX Runtime lacks a provider (it would fall back to the CPU by itself)."""
     import onnxruntime
 
     if not path.is_file():
@@ -155,7 +157,7 @@ def _open_session(path: Path, providers: Sequence[str], threads: int | None) -> 
         options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except _ort_errors() as error:
+    except ort_errors() as error:
         raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
 
 
@@ -181,7 +183,7 @@ def _fixed(value: Any, axis: int) -> int:
     return size
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
+def ort_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = (

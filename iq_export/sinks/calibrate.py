@@ -63,13 +63,16 @@ def decide(
             lifecycle, detection, rows, lifecycle.threshold, limit=limit, seed=seed
         )
         replaced = fitted.is_constant(limit)
-        if replaced:  # smoothing has moved the magnitudes that tell sinks from other tokens
-            peaks = _peaks(model_path, down.input, windows, providers, progress)
-            fitted.threshold = threshold_between(peaks, lifecycle.members)
         reason = (
             f"mean relative deviation {fitted.mean_deviation:.1%} with K={fitted.count}, "
             f"{'within' if replaced else 'above'} the limit of {limit:.0%}"
         )
+        if replaced:  # smoothing has moved the magnitudes that tell sinks from other tokens
+            peaks = _peaks(model_path, down.input, windows, providers, progress)
+            fitted = replace(fitted, threshold=threshold_between(peaks, lifecycle.members))
+            if np.delete(peaks, lifecycle.members).max(initial=0) >= fitted.threshold:
+                replaced = False
+                reason += "; but other tokens reach the sinks' magnitude, so it cannot be detected"
         decisions.append(Decision(lifecycle, fitted, replaced, reason))
     return decisions
 

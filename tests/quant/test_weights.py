@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iq_export.errors import UsageError
-from iq_export.quant.weights import int4_block_size, int4_blocked, int8_per_channel, int8_scales
+from iq_export.quant.weights import (
+    int4_block_size,
+    int4_blocked,
+    int4_rounded,
+    int8_per_channel,
+    int8_scales,
+)
 
 fast = settings(max_examples=50, deadline=None)
 
@@ -36,7 +42,7 @@ def test_int8_is_off_by_half_a_step_at_most(weight: np.ndarray) -> None:
     # The scale is rounded to half, which moves 127 steps by 0.06 of one.
     assert (np.abs(codes * scale - weight) <= 0.57 * scale).all()
     top = np.abs(weight).max(0)
-    assert (np.abs(codes).max(0)[top > 0] == 127).all()
+    assert (np.abs(codes).max(0)[top > 127 * 2**-14] == 127).all()
     np.testing.assert_array_equal(scale, int8_scales(weight))
 
 
@@ -90,45 +96,23 @@ def test_int4_is_never_worse_than_absmax(weight: np.ndarray) -> None:
     assert (np.sqrt(ours) <= np.sqrt(plain) + 0.01 * step + 1e-30).all()
 
 
-def test_int4_with_inputs_loses_less_of_the_output() -> None:
-    """Correlated inputs: an error in one channel is made good in others."""
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(64, 64)) * (rng.random((64, 64)) < 0.2) + np.eye(64)
-    rows = (rng.normal(size=(500, 64)) @ mixing).astype(np.float32)
-    weight = rng.normal(size=(64, 8)).astype(np.float32)
-
-    def output_error(rounded: np.ndarray) -> float:
-        return float(((rows @ (rounded - weight)) ** 2).sum())
-
-    found = []
-    for sample in (None, rows):
-        codes, scale = int4_blocked(weight, 32, sample)
-        found.append(output_error(codes.astype(np.float32) * np.repeat(scale, 32, axis=0)))
-    plain, compensated = found
-    assert plain <= output_error(to_nearest(weight, 32))
-    assert compensated < 0.7 * plain
-
-
-def test_int4_outlier_that_no_input_meets_is_clipped() -> None:
-    rng = np.random.default_rng(0)
+def test_int4_importance_moves_the_scale() -> None:
+    """One outlier that no activation meets is clipped for the sake of the others."""
     weight = np.full((8, 1), 0.6, np.float32)
     weight[::2] = 1
     weight[3] = 9
-    rows = rng.normal(size=(100, 8)).astype(np.float32)
-    _, met = int4_blocked(weight, 8, rows)
-    rows[:, 3] *= 1e-3
-    _, unmet = int4_blocked(weight, 8, rows)
-    assert unmet < met
+    importance = np.ones(8, np.float32)
+    _, plain = int4_blocked(weight, 8, importance)
+    importance[3] = 1e-6
+    _, weighed = int4_blocked(weight, 8, importance)
+    assert weighed < plain
 
 
-def test_int4_with_fewer_inputs_than_channels() -> None:
-    """The Hessian is singular but for its damping; a silent channel costs nothing."""
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(3, 16)).astype(np.float32)
-    rows[:, 5] = 0
-    codes, scale = int4_blocked(rng.normal(size=(16, 4)).astype(np.float32), 8, rows)
-    assert np.isfinite(scale).all()
-    assert codes.shape == (16, 4)
+def test_int4_rounded_is_what_dequantizing_gives() -> None:
+    weight = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+    codes, scale = int4_blocked(weight, 8)
+    expected = codes.astype(np.float32) * np.repeat(scale, 8, axis=0)
+    np.testing.assert_array_equal(int4_rounded(weight, 8), expected)
 
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 1e7])
@@ -137,7 +121,7 @@ def test_scales_ship_as_they_are_rounded(magnitude: float) -> None:
     weight = np.float32([[0.3], [1], [-0.7]]) * np.float32(magnitude)
     codes, scale = int8_per_channel(weight)
     assert np.abs(codes * scale - weight).max() <= 0.57 * scale
-    exact = np.float32(magnitude) / np.float32(127)
+    exact = max(np.float32(magnitude) / np.float32(127), np.float32(2**-14))
     shipped = np.float32(np.float16(exact)) if magnitude == 1 else exact
     assert scale == pytest.approx(shipped, rel=1e-6)
 
