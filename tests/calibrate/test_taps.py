@@ -13,7 +13,7 @@ import pytest
 from iq_export.calibrate import taps
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.taps import group_by_bytes, tapped_runs
-from iq_export.errors import GraphError
+from iq_export.errors import EngineError, GraphError
 from iq_export.graph import io
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
@@ -137,3 +137,12 @@ def test_default_budget_holds_a_gigabyte() -> None:
         for group in group_by_bytes(widths, 512)
     )
     assert len(group_by_bytes(widths, 512)) == 2
+
+
+def test_provider_that_is_missing_is_no_silent_fallback(calm: Planted) -> None:
+    runs = tapped_runs(
+        calm.path, [["logits"]], calm.windows[:1],
+        providers=("NoSuchExecutionProvider",), progress=Progress(quiet=True),
+    )  # fmt: skip
+    with pytest.raises(EngineError, match="NoSuchExecutionProvider"):
+        next(iter(runs))

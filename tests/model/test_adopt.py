@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 
+from iq_export.errors import GraphError
 from iq_export.model.load import resolve
 from iq_export.model.trace import trace
 from iq_export.progress import Progress
@@ -69,3 +70,22 @@ def tokenizer_folder(tmp_path: Path) -> Path:
         tokenizer_object=core, unk_token="w0", bos_token="w1"
     ).save_pretrained(folder)
     return folder
+
+
+def test_half_file_is_refused_by_its_input(tmp_path: Path, tokenizer_folder: Path) -> None:
+    model = planted.proto(DECODER)
+    (past,) = [v for v in model.graph.input if v.name == "past_key_values.1.key"]
+    past.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    onnx.save(model, tmp_path / "half.onnx")
+    source = resolve(str(tmp_path / "half.onnx"), tokenizer=tokenizer_folder)
+    with pytest.raises(GraphError, match=r"'past_key_values\.1\.key'.* is float16"):
+        trace(source, tmp_path / "traced")
+
+
+def test_other_opset_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    model = planted.proto(DECODER)
+    model.opset_import[0].version = 21
+    onnx.save(model, tmp_path / "old.onnx")
+    source = resolve(str(tmp_path / "old.onnx"), tokenizer=tokenizer_folder)
+    with pytest.raises(GraphError, match="has opset 21; only opset 23"):
+        trace(source, tmp_path / "traced")

@@ -60,3 +60,13 @@ def test_ungated_mlp_has_no_path(calm: Planted, stats: dict[str, TensorStats]) -
                            rotation=None)  # fmt: skip
     assert "relu.out" not in found.paths
     assert len(found.paths) == 3
+
+
+def test_rotation_that_does_not_divide_is_left_out(
+    calm: Planted, stats: dict[str, TensorStats]
+) -> None:
+    """As `rewrite` leaves out the rotation itself: 128 input features, no block of 48."""
+    plain = find_smoothing(calm.load(), calm.sites, stats, rotation=None)
+    found = find_smoothing(calm.load(), calm.sites, stats, rotation=48)
+    for name, choice in plain.paths.items():
+        np.testing.assert_array_equal(found.paths[name].factors, choice.factors)

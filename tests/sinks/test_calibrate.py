@@ -82,3 +82,16 @@ def test_the_spike_is_never_written(spiky: Planted, block: int) -> None:
         for path in (spiky.path, spiky.inserted)
     )  # fmt: skip
     assert before > 100 * after
+
+
+def test_sinks_that_others_reach_are_not_replaced(spiky: Planted) -> None:
+    """A threshold must tell them apart: here one member is made to look like a semantic token."""
+    life = spiky.sinks[0].lifecycle
+    others = np.setdiff1d(np.arange(spiky.stats.token.size), life.members)
+    mixed = replace(life, members=np.append(life.members[:-1], others[0]))
+    (decision,) = decide(
+        spiky.path, spiky.sites, [mixed], spiky.stats, spiky.windows,
+        limit=10.0, seed=0, providers=CPU, progress=Progress(quiet=True),
+    )  # fmt: skip
+    assert not decision.replaced
+    assert "cannot be detected" in decision.reason
