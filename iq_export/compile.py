@@ -26,6 +26,7 @@ from iq_export.engine.trt import why_not_here
 from iq_export.errors import BundleError, UsageError
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
+from iq_export.run.ort import PROVIDERS
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
@@ -152,6 +153,8 @@ def _check(options: CompileOptions) -> _Checked:
     for target in targets:
         check_recipe(target, recipe.weight_bits)
         check_opset(target, options.opset)
+    if options.device not in PROVIDERS:
+        raise UsageError(f"unknown device '{options.device}': use {', '.join(PROVIDERS)}.")
     if options.plugin not in MODES:
         raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
     if options.dtype not in ("fp16", "fp32"):
@@ -249,17 +252,11 @@ def _calibrate_and_rewrite(
         alpha=options.alpha,
         max_relative_deviation=options.max_relative_deviation,
         seed=options.seed,
-        providers=_providers(options.device),
+        providers=PROVIDERS[options.device],
     )
     stages = work / f"{options.recipe}-{options.dtype}"
     stages.mkdir(exist_ok=True)
     return traced, rewrite(traced.model, stages, recipe, options.dtype, data, progress)
-
-
-def _providers(device: str) -> tuple[str, ...]:
-    if device == "cuda":
-        return ("CUDAExecutionProvider", "CPUExecutionProvider")
-    return ("CPUExecutionProvider",)
 
 
 def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None:

@@ -9,11 +9,7 @@ from typing import Any
 
 from iq_export.bundle.manifest import json_safe
 from iq_export.progress import Progress
-
-_PROVIDERS = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
-}
+from iq_export.run.ort import PROVIDERS
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +36,14 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse._ActionsContainer) -> None:
     """`--device`: where ONNX Runtime runs."""
     parser.add_argument(
-        "--device", choices=tuple(_PROVIDERS), default="cpu",
+        "--device", choices=tuple(PROVIDERS), default="cpu",
         help="where ONNX Runtime runs (cuda needs the extra 'gpu'; default cpu)",
     )  # fmt: skip
 
 
 def providers(device: str) -> tuple[str, ...]:
     """The ONNX Runtime providers for `device`; `run.ort` refuses what is not installed."""
-    return _PROVIDERS[device]
+    return PROVIDERS[device]
 
 
 def progress(args: argparse.Namespace, total: int | None = None) -> Progress:

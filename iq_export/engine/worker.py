@@ -204,6 +204,11 @@ def _write(path: Path, plan: Any) -> tuple[int, str]:
 
 def _peak_rss_bytes() -> int:
     """This process's peak resident memory; 0 where the system does not say (Windows)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent had before the exec
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:

@@ -1,4 +1,4 @@
-"""Place QuantizeLinear/DequantizeLinear pairs (../docs: TensorRT rules on placement).
+"""Place QuantizeLinear/DequantizeLinear pairs (placement as TensorRT fuses it).
 
 - One pair per activation tensor, shared by all products that read it, straight in front of them;
   SinkClampInsert stands before it, never between DequantizeLinear and MatMul.

@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 
 from iq_export.errors import EngineError, GraphError
 
+# What `--device` means; each must be there, or `open_session` refuses.
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
 
