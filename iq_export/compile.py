@@ -31,6 +31,8 @@ from iq_export.run.ort import PROVIDERS
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
 REFERENCES = "references.json"
+# Float32 bytes per byte of a 4-bit GGUF file, rounded up.
+_GGUF_FACTOR = 8
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class _Checked:
 
 def _check(options: CompileOptions) -> _Checked:
     """Refuse in a second what would fail after minutes."""
+    from iq_export.model.fetch import EMBEDDED_GGUF_BYTES, EMBEDDED_NAME
     from iq_export.model.load import resolve
 
     recipe = load_recipe(options.recipe)
@@ -166,7 +169,8 @@ def _check(options: CompileOptions) -> _Checked:
     source = resolve(
         options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code
     )
-    size = _weight_bytes(source.path)
+    embedded = source.name == EMBEDDED_NAME and source.path is None
+    size = _GGUF_FACTOR * EMBEDDED_GGUF_BYTES if embedded else _weight_bytes(source.path)
     if size is not None:
         require_space(options.out, _disk_need(size))
     return _Checked(source, recipe, targets, size)
@@ -191,7 +195,7 @@ def _weight_bytes(path: Path | None) -> int | None:
     files = [path] if path.is_file() else list(path.glob("*.safetensors"))
     if path.suffix == ".onnx":
         files += path.parent.glob(f"{path.name}*data")
-    factor = 8 if path.suffix == ".gguf" else 2 if path.is_dir() else 1
+    factor = _GGUF_FACTOR if path.suffix == ".gguf" else 2 if path.is_dir() else 1
     return factor * sum(file.stat().st_size for file in files)
 
 

