@@ -87,25 +87,39 @@ def with_restore(
     *,
     providers: Sequence[str],
     progress: Progress,
+    most: int | None = None,
 ) -> list[SinkTemplates]:
     """Measure what the clamped residual lacks after the last block of each lifecycle.
 
-    `clamped` is the rewritten graph whose SinkRestore still adds zero.
+    `clamped` is the rewritten graph; what its SinkRestore adds does not matter. At most `most`
+    sinks per template are looked at, spread over the calibration, all if None.
     """
     measured = []
     for templates in sinks:
         life = templates.lifecycle
         residual = sites.blocks[life.end].mlp.residual
+        chosen = _spread_over(templates.assignment, templates.count, most)
+        members, labels = life.members[chosen], templates.assignment[chosen]
         full, lacking = (
             collect_rows(
-                path, {residual: sites.hidden}, stats, life.members, windows,
+                path, {residual: sites.hidden}, stats, members, windows,
                 providers=providers, progress=progress,
             )[residual]
             for path in (untouched, clamped)
         )  # fmt: skip
-        difference = fitting.means(full - lacking, templates.assignment, templates.count)
+        difference = fitting.means(full - lacking, labels, templates.count)
         measured.append(replace(templates, restore=difference))
     return measured
+
+
+def _spread_over(labels: np.ndarray, count: int, most: int | None) -> np.ndarray:
+    """Indices of at most `most` members of every template, evenly spaced."""
+    chosen = []
+    for template in range(count):
+        mine = np.flatnonzero(labels == template)
+        picks = np.linspace(0, mine.size - 1, min(most or mine.size, mine.size))
+        chosen.append(mine[picks.round().astype(int)])
+    return np.sort(np.concatenate(chosen))
 
 
 def _peaks(
