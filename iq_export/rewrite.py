@@ -145,7 +145,7 @@ def rewrite(
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
             quantizers = _quantizers(work / INSERTED, sites, before, sinks, data, progress)
-    importance = _importance(sites, before, smoothing)
+    importance = _importance(sites, before, smoothing) if blocks else None
 
     def write(quantizers: dict[str, Quantizer]) -> None:
         scales = {name: q.scale for name, q in quantizers.items()}

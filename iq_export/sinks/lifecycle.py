@@ -46,7 +46,6 @@ class Lifecycle:
     down_peak: float
     down_median: float
     residual_peak: float
-    semantic_peak: float
     first_rate: float
 
     @property
@@ -153,7 +152,6 @@ def _follow(stats: TokenStats, birth: int, members: np.ndarray, channel: int) ->
         down_peak=float(member_max[birth]),
         down_median=float(np.median(stats.down_max[birth])),
         residual_peak=float(carried[birth : end + 1].max()),
-        semantic_peak=float(semantic_max[birth]),
         first_rate=first_rate,
     )
 

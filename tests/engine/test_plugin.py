@@ -68,32 +68,24 @@ class TestPluginForm:
                 model, tmp_path / "a.plan", resolve_target("rtx-ampere"), SMALL, plugin=plugin.path
             )
 
-    def test_a_table_of_another_width_is_refused_by_the_plugin(
-        self, sink_model, plugin: PluginBuild, tmp_path: Path
+    @pytest.mark.parametrize(
+        ("shape", "reason"),
+        [
+            ([4, 4], "last axis of x is not as long as a template"),
+            ([3, 8], "16 values, which is not template_shape 3 x 8"),
+        ],
+    )
+    def test_a_table_that_does_not_fit_is_refused_by_the_plugin(
+        self, sink_model, plugin: PluginBuild, tmp_path: Path, shape: list[int], reason: str
     ) -> None:  # type: ignore[no-untyped-def]
         onnx = pytest.importorskip("onnx")
         path = sink_model()
         model = onnx.load(path)
         for attribute in model.graph.node[1].attribute:
             if attribute.name == "template_shape":
-                attribute.ints[:] = [4, 4]
+                attribute.ints[:] = shape
         onnx.save(model, path)
-        with pytest.raises(EngineError, match="last axis of x is not as long as a template"):
-            build_engine(
-                path, tmp_path / "a.plan", resolve_target("rtx-ampere"), SMALL, plugin=plugin.path
-            )
-
-    def test_a_damaged_table_is_refused_by_the_plugin(
-        self, sink_model, plugin: PluginBuild, tmp_path: Path
-    ) -> None:  # type: ignore[no-untyped-def]
-        onnx = pytest.importorskip("onnx")
-        path = sink_model()
-        model = onnx.load(path)
-        for attribute in model.graph.node[1].attribute:
-            if attribute.name == "template_shape":
-                attribute.ints[:] = [3, 8]
-        onnx.save(model, path)
-        with pytest.raises(EngineError, match="16 values, which is not template_shape 3 x 8"):
+        with pytest.raises(EngineError, match=reason):
             build_engine(
                 path, tmp_path / "a.plan", resolve_target("rtx-ampere"), SMALL, plugin=plugin.path
             )

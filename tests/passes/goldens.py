@@ -52,7 +52,7 @@ def _insert_sinks(model: ir.Model) -> None:
     life = Lifecycle(
         birth=0, death=1, end=1, channel=2, threshold=8.0, force_first=True, clamp_blocks=(0, 1),
         members=np.arange(2), down_peak=64.0, down_median=1.0, residual_peak=100.0,
-        semantic_peak=1.0, first_rate=1.0,
+        first_rate=1.0,
     )  # fmt: skip
     sinks = SinkTemplates(
         lifecycle=life,

@@ -25,7 +25,7 @@ def lifecycle(members: int) -> Lifecycle:
     return Lifecycle(
         birth=1, death=3, end=3, channel=0, threshold=10.0, force_first=True, clamp_blocks=(1, 3),
         members=np.arange(members), down_peak=100.0, down_median=1.0, residual_peak=1000.0,
-        semantic_peak=2.0, first_rate=1.0,
+        first_rate=1.0,
     )  # fmt: skip
 
 
