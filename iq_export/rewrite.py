@@ -22,7 +22,7 @@ from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.sites import Linear, Sites, find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
-from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
+from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks, set_restore
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import HALF_MAX, to_half
@@ -246,10 +246,10 @@ def _ranges_before(
     """
     spiking = {linear.input: np.zeros(stats.token.size, bool) for linear in sites.linears}
     for lifecycle in lifecycles if mask else ():
-        scope = lifecycle.scope(sites)
-        for linear in sites.linears:
-            if linear.node in scope:
-                spiking[linear.input][lifecycle.members] = True
+        for scope, members in lifecycle.scopes(sites):
+            for linear in sites.linears:
+                if linear.node in scope:
+                    spiking[linear.input][members] = True
     widths = {linear.input: linear.in_features for linear in sites.linears}
     return observe_ranges(
         traced, widths, data.windows, lambda name, n, _: spiking[name][stats.window == n],
@@ -300,7 +300,11 @@ def _quantizers(
     for linear in sites.linears:
         readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
     widths = {name: linears[0].in_features for name, linears in readers.items()}
-    scopes = {index_name(n): s.lifecycle.scope(sites) for n, s in enumerate(sinks)}
+    scopes = {
+        name: scope
+        for number, templates in enumerate(sinks)
+        for name, scope in index_scopes(number, templates, sites).items()
+    }
 
     def rows(name: str, number: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
         found = np.zeros(len(data.windows[number].ids), bool)

@@ -77,6 +77,12 @@ def delimited(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
 
 
 @pytest.fixture(scope="session")
+def staggered(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
+    """As `delimited`, but the delimiter is born a block later: two sites of detection."""
+    return planted.observe(planted.TWO_BIRTHS, tmp_path_factory.mktemp("staggered"))
+
+
+@pytest.fixture(scope="session")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
     """The same kind of model without spikes."""
     return planted.observe(planted.NO_SPIKES, tmp_path_factory.mktemp("calm"))

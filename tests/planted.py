@@ -79,6 +79,11 @@ DELIMITER = 7
 WITH_DELIMITER = Decoder(
     spikes=(Spike(1, 3), Spike(1, 3, marker=2, sign=-1, token=DELIMITER)),
 )
+# The delimiter is born a block after position 0, on the same channel, and dies with it.
+TWO_BIRTHS = Decoder(
+    blocks=5,
+    spikes=(Spike(1, 4), Spike(2, 4, marker=2, sign=-1, token=DELIMITER)),
+)
 NO_SPIKES = Decoder(spikes=())
 
 

@@ -1,7 +1,8 @@
 """Rewrite the graph so that a lifecycle's spike is never computed (method.md steps 5-7, norm form).
 
 Per lifecycle:
-1. SinkDetect reads the birth block's down-projection input and gives the index of every row.
+1. SinkDetect reads the birth block's down-projection input and gives the index of every row. Where
+   tokens spike earlier, another one stands there and what it finds stays (method.md step 2).
 2. SinkClampInsert with zero templates clamps the down-projection inputs of `clamp_blocks`.
 3. SinkClampInsert writes the template after every norm of the persistence phase.
 4. SinkRestore adds what the clamped residual lacks after the last block.
@@ -28,6 +29,20 @@ from iq_export.sinks.templates import SinkTemplates
 def index_name(lifecycle: int) -> str:
     """Name of the int32 `[batch, seq]` sink index of lifecycle number `lifecycle`."""
     return f"iq.sinks.{lifecycle}.index"
+
+
+def index_scopes(number: int, sinks: SinkTemplates, sites: Sites) -> dict[str, set[str]]:
+    """Every sink index of lifecycle `number` -> the products (node names) whose inputs it clamps.
+
+    One index per site of detection; the last one is the frozen union.
+    """
+    early = [_early_index_name(number, site.site.block) for site in sinks.early]
+    scopes = [nodes for nodes, _ in sinks.lifecycle.scopes(sites)]
+    return dict(zip([*early, index_name(number)], scopes, strict=True))
+
+
+def _early_index_name(lifecycle: int, block: int) -> str:
+    return f"{index_name(lifecycle)}.{block}"
 
 
 def insert_sinks(model: ir.Model, sites: Sites, sinks: Sequence[SinkTemplates]) -> bool:
@@ -88,26 +103,37 @@ def _insert_one(
     first, never, valid = masks
     life = sinks.lifecycle
     prefix = f"iq/sinks.{number}"
-    detection = values[sites.blocks[life.birth].mlp.output.input]
+    index: ir.Value | None = None
+    ends = [*(site.site.block for site in sinks.early[1:]), life.birth]
+    for early, end in zip(sinks.early, ends, strict=False):
+        site = early.site
+        force = first if site.force_first else never
+        detect = _op(
+            "SinkDetect",
+            [values[sites.blocks[site.block].mlp.output.input], force, valid],
+            early.detection,
+            f"{prefix}/detect.{site.block}",
+            threshold=float(early.threshold),
+        )
+        index = _add_detection(graph, detect, _early_index_name(number, site.block), index)
+        clamped = [block for block in life.clamp_blocks if site.block <= block < end]
+        _clamp(graph, values, sites, number, clamped, sinks.count, index, detected_at=site.block)
+        for norm, templates in early.norms.items():
+            op = _op("SinkClampInsert", [values[norm], index], templates, f"{prefix}/insert.{norm}")
+            _interpose(graph, values[norm], op, number)
     # `never` is the mask of pads, which `valid` rules out again: only the threshold decides.
     force = first if life.force_first else never
     detect = _op(
         "SinkDetect",
-        [detection, force, valid],
+        [values[sites.blocks[life.birth].mlp.output.input], force, valid],
         sinks.detection,
         f"{prefix}/detect",
         threshold=float(sinks.threshold),
     )
-    detect.outputs[0].name = index_name(number)
-    graph.insert_after(detection.producer(), detect)
-    index = detect.outputs[0]
+    index = _add_detection(graph, detect, index_name(number), index)
 
-    for block in life.clamp_blocks:
-        linear = sites.blocks[block].mlp.output
-        zeros = np.zeros((sinks.count, linear.in_features), np.float32)
-        op = _op("SinkClampInsert", [values[linear.input], index], zeros, f"{prefix}/clamp.{block}")
-        clamped = values[linear.input]
-        _interpose(graph, clamped, op, number, after=detect if block == life.birth else None)
+    clamped = [block for block in life.clamp_blocks if block >= life.birth]
+    _clamp(graph, values, sites, number, clamped, sinks.count, index, detected_at=life.birth)
     for name, templates in sinks.norms.items():
         op = _op("SinkClampInsert", [values[name], index], templates, f"{prefix}/insert.{name}")
         _interpose(graph, values[name], op, number)
@@ -117,6 +143,48 @@ def _insert_one(
         restore = np.zeros((sinks.count, sites.hidden), np.float32)
     op = _op("SinkRestore", [residual, index], restore, _restore_name(number, sinks))
     _interpose(graph, residual, op, number)
+
+
+def _add_detection(
+    graph: ir.Graph, detect: ir.Node, name: str, before: ir.Value | None
+) -> ir.Value:
+    """Place `detect` and return the index called `name`; who is in the index `before` stays so."""
+    detection, index = detect.inputs[0], detect.outputs[0]
+    index.dtype, index.shape = ir.DataType.INT32, ir.Shape(detection.shape[:-1])
+    index.name = name if before is None else f"{name}.here"
+    nodes = [detect]
+    if before is not None:
+        none = graph.initializers.get("iq.none")
+        if none is None:
+            none = constant(graph, "iq.none", np.array(0, np.int32))
+        caught = ir.node("Greater", [before, none], name=f"{detect.name}.caught")
+        union = ir.node("Where", [caught.outputs[0], before, index], name=f"{detect.name}.union")
+        caught.outputs[0].name, union.outputs[0].name = f"{name}.caught", name
+        caught.outputs[0].dtype, caught.outputs[0].shape = ir.DataType.BOOL, index.shape
+        union.outputs[0].dtype, union.outputs[0].shape = index.dtype, index.shape
+        nodes += [caught, union]
+    graph.insert_after(detection.producer(), nodes)
+    return nodes[-1].outputs[0]
+
+
+def _clamp(
+    graph: ir.Graph,
+    values: dict[str, ir.Value],
+    sites: Sites,
+    number: int,
+    blocks: Sequence[int],
+    count: int,
+    index: ir.Value,
+    *,
+    detected_at: int,
+) -> None:
+    """Zero the sink rows of the down-projection inputs of `blocks`."""
+    for block in blocks:
+        clamped = values[sites.blocks[block].mlp.output.input]
+        zeros = np.zeros((count, sites.blocks[block].mlp.output.in_features), np.float32)
+        op = _op("SinkClampInsert", [clamped, index], zeros, f"iq/sinks.{number}/clamp.{block}")
+        after = index.producer() if block == detected_at else None
+        _interpose(graph, clamped, op, number, after=after)
 
 
 def set_restore(model: ir.Model, sinks: Sequence[SinkTemplates]) -> None:

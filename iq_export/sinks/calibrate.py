@@ -15,7 +15,13 @@ from iq_export.graph.sites import Sites
 from iq_export.progress import Progress
 from iq_export.sinks import templates as fitting
 from iq_export.sinks.lifecycle import Lifecycle, threshold_between
-from iq_export.sinks.templates import SinkTemplates, collect_rows, norm_outputs
+from iq_export.sinks.templates import (
+    EarlyRows,
+    SinkTemplates,
+    collect_rows,
+    early_norm_outputs,
+    norm_outputs,
+)
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,25 @@ def decide(
             continue
         down = sites.blocks[lifecycle.birth].mlp.output
         widths = {down.input: down.in_features} | dict.fromkeys(names, sites.hidden)
+        between = early_norm_outputs(sites, lifecycle)
+        for site, norms in zip(lifecycle.early, between, strict=True):
+            first = sites.blocks[site.block].mlp.output
+            widths |= {first.input: first.in_features} | dict.fromkeys(norms, sites.hidden)
         rows = collect_rows(
             model_path, widths, stats, lifecycle.members, windows,
             providers=providers, progress=progress,
         )  # fmt: skip
         detection = rows.pop(down.input)
+        early = [
+            EarlyRows(
+                site,
+                rows.pop(sites.blocks[site.block].mlp.output.input),
+                {name: rows.pop(name) for name in norms},
+            )
+            for site, norms in zip(lifecycle.early, between, strict=True)
+        ]
         fitted = fitting.fit(
-            lifecycle, detection, rows, lifecycle.threshold, limit=limit, seed=seed
+            lifecycle, detection, rows, lifecycle.threshold, limit=limit, seed=seed, early=early
         )
         replaced = fitted.is_constant(limit)
         reason = (
@@ -68,9 +86,9 @@ def decide(
             f"{'within' if replaced else 'above'} the limit of {limit:.0%}"
         )
         if replaced:  # smoothing has moved the magnitudes that tell sinks from other tokens
-            peaks = _peaks(model_path, down.input, windows, providers, progress)
-            fitted = replace(fitted, threshold=threshold_between(peaks, lifecycle.members))
-            if np.delete(peaks, lifecycle.members).max(initial=0) >= fitted.threshold:
+            peaks = _peaks(model_path, sites, lifecycle, windows, providers, progress)
+            fitted, separable = _with_thresholds(fitted, peaks)
+            if not separable:
                 replaced = False
                 reason += "; but other tokens reach the sinks' magnitude, so it cannot be detected"
         decisions.append(Decision(lifecycle, fitted, replaced, reason))
@@ -122,13 +140,36 @@ def _spread_over(labels: np.ndarray, count: int, most: int | None) -> np.ndarray
     return np.sort(np.concatenate(chosen))
 
 
+def _with_thresholds(
+    fitted: SinkTemplates, peaks: Sequence[np.ndarray]
+) -> tuple[SinkTemplates, bool]:
+    """The templates with the thresholds that `peaks` (per site, `[tokens]`) ask for.
+
+    The second value tells whether they separate the sinks from all other tokens.
+    """
+    caught = fitted.lifecycle.members[:0]
+    thresholds, separable = [], True
+    for (_, members), peak in zip(fitted.lifecycle.detections, peaks, strict=True):
+        thresholds.append(threshold_between(peak, members, caught))
+        caught = np.union1d(caught, members)
+        separable &= bool(np.delete(peak, caught).max(initial=0) < thresholds[-1])
+    early = tuple(
+        replace(site, threshold=tau) for site, tau in zip(fitted.early, thresholds, strict=False)
+    )
+    return replace(fitted, threshold=thresholds[-1], early=early), separable
+
+
 def _peaks(
     model_path: Path,
-    name: str,
+    sites: Sites,
+    lifecycle: Lifecycle,
     windows: Sequence[Window],
     providers: Sequence[str],
     progress: Progress,
-) -> np.ndarray:
-    """Largest magnitude per token of one value, all windows end to end: float32 `[tokens]`."""
-    runs = tapped_runs(model_path, [[name]], windows, providers=providers, progress=progress)
-    return np.concatenate([np.abs(values[name]).max(1) for _, values in runs])
+) -> list[np.ndarray]:
+    """Per site of detection, the largest magnitude of every token: float32 `[tokens]`, all windows
+    end to end."""
+    names = [sites.blocks[block].mlp.output.input for block, _ in lifecycle.detections]
+    runs = tapped_runs(model_path, [names], windows, providers=providers, progress=progress)
+    found = [[np.abs(values[name]).max(1) for name in names] for _, values in runs]
+    return [np.concatenate(each) for each in zip(*found, strict=True)]

@@ -13,12 +13,35 @@ from iq_export.calibrate.taps import group_by_bytes, tapped_runs
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
 from iq_export.progress import Progress
-from iq_export.sinks.lifecycle import Lifecycle
+from iq_export.sinks.lifecycle import EarlySite, Lifecycle
 
 MAX_TEMPLATES = 4
-# Fewer tokens per template would describe the calibration text, not the model.
-_TOKENS_PER_TEMPLATE = 8
+# Fewer tokens per template would describe the calibration text, not the model. A template is only
+# added where fewer explain the sinks too badly, so one below this is kept, and announced.
+TOKENS_PER_TEMPLATE = 8
 _KMEANS_ROUNDS = 50
+
+
+@dataclass(frozen=True)
+class EarlyRows:
+    """What was collected for an early site: float32 `[members, features]`, all members' rows.
+
+    `detection`: the down-projection input there. `norms`: outputs of the norms up to the next site.
+    """
+
+    site: EarlySite
+    detection: np.ndarray
+    norms: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class EarlyTemplates:
+    """The same K templates at an early site, float32 `[K, features]` each, as in SinkTemplates."""
+
+    site: EarlySite
+    threshold: float
+    detection: np.ndarray
+    norms: dict[str, np.ndarray]
 
 
 @dataclass
@@ -28,8 +51,10 @@ class SinkTemplates:
     `detection`: mean down-projection input at the birth block, what a row is matched against.
     `norms`: norm output name -> template. `restore`: mean difference between the untouched and the
     clamped residual after the last block, zero until it is measured. `deviation`: norm output
-    name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks, a fraction;
-    `template_spread[k]`: the same of template k's own tokens, averaged over all norms.
+    name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks, a fraction, k as the
+    graph matches them; `template_spread[k]`: the same of template k's own tokens, averaged over all
+    norms. `assignment`: k of every member, as the graph matches it. `agreement`: share of held-out
+    sinks whose match is also nearest after the norms. `early`: one for each early site.
     """
 
     lifecycle: Lifecycle
@@ -41,6 +66,8 @@ class SinkTemplates:
     template_spread: list[float]
     assignment: np.ndarray
     restore: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    agreement: float = 1.0
+    early: tuple[EarlyTemplates, ...] = ()
 
     @property
     def count(self) -> int:
@@ -54,12 +81,30 @@ class SinkTemplates:
     def is_constant(self, limit: float) -> bool:
         return self.mean_deviation <= limit
 
+    @property
+    def thin(self) -> list[int]:
+        """Numbers of the templates that rest on few tokens, from 0."""
+        tokens = np.bincount(self.assignment, minlength=self.count)
+        return np.flatnonzero(tokens < TOKENS_PER_TEMPLATE).tolist()
+
 
 def norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[str]:
-    """Outputs of all norms that read the spiking residual, in graph order."""
+    """Outputs of all norms that read the spiking residual of all members, in graph order."""
+    return _norms_of(sites, lifecycle.birth + 1, lifecycle.end)
+
+
+def early_norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[list[str]]:
+    """Per early site, the outputs of the norms between it and the next site."""
+    starts = [site.block for site in lifecycle.early]
+    ends = [*starts[1:], lifecycle.birth]
+    return [_norms_of(sites, start + 1, end) for start, end in zip(starts, ends, strict=False)]
+
+
+def _norms_of(sites: Sites, first: int, last: int) -> list[str]:
+    """Outputs of the norms of blocks `first` to `last`, both included."""
     return [
         branch.norm_output
-        for block in sites.blocks[lifecycle.birth + 1 : lifecycle.end + 1]
+        for block in sites.blocks[first : last + 1]
         for branch in (block.attention, block.mlp)
     ]
 
@@ -105,37 +150,152 @@ def fit(
     *,
     limit: float,
     seed: int,
+    early: Sequence[EarlyRows] = (),
 ) -> SinkTemplates:
     """The smallest K whose templates explain the sinks to within `limit`, else the best K found.
 
-    Rows are clustered by their post-norm vectors, each norm weighing the same; the deviation is
-    measured on every second token after fitting on the others, so that many templates over few
-    tokens do not look constant.
+    Rows are clustered by their post-norm vectors, each norm weighing the same. The graph sees the
+    detection site instead: where its match disagrees, the clusters are refined until it does not,
+    if that explains the sinks better. The deviation is that of every second token from the
+    templates of the others, matched as the graph does, so that many templates over few tokens do
+    not look constant.
     """
     features = np.concatenate(
         [rows / np.linalg.norm(rows, axis=1).mean() for rows in norm_rows.values()], axis=1
     )
+    caught = [np.isin(lifecycle.members, rows.site.members) for rows in early]
+    seen = [(rows.detection, mask) for rows, mask in zip(early, caught, strict=True)]
+    rest = ~np.any(caught, axis=0) if caught else np.ones(len(lifecycle.members), bool)
+    seen.append((detection_rows, rest))
     best: SinkTemplates | None = None
-    most = max(1, min(MAX_TEMPLATES, features.shape[0] // _TOKENS_PER_TEMPLATE))
+    most = max(1, min(MAX_TEMPLATES, features.shape[0] // TOKENS_PER_TEMPLATE))
     for count in range(1, most + 1):
-        labels = _cluster(features, count, seed)
-        deviation, worst = _held_out_deviation(norm_rows, features, labels, count)
-        candidate = SinkTemplates(
-            lifecycle=lifecycle,
-            threshold=threshold,
-            detection=means(detection_rows, labels, count),
-            norms={name: means(rows, labels, count) for name, rows in norm_rows.items()},
-            deviation=deviation,
-            deviation_max=worst,
-            template_spread=_spread(norm_rows, labels, count),
-            assignment=labels,
-        )
-        if best is None or candidate.mean_deviation < best.mean_deviation:
-            best = candidate
-        if candidate.is_constant(limit):
-            return candidate
+        clusters = _cluster(features, count, seed)
+        for labels in (clusters, _refined(seen, clusters, count)):
+            if labels is None:
+                continue
+            candidate = _candidate(
+                lifecycle, seen, features, norm_rows, threshold, labels, count, early
+            )
+            if best is None or candidate.mean_deviation < best.mean_deviation:
+                best = candidate
+        if best is not None and best.is_constant(limit):
+            return best
     assert best is not None
     return best
+
+
+# Per site of detection: all members' rows there, `[members, features]`, and whom it catches first.
+_Seen = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def _candidate(
+    lifecycle: Lifecycle,
+    seen: _Seen,
+    features: np.ndarray,
+    norm_rows: dict[str, np.ndarray],
+    threshold: float,
+    labels: np.ndarray,
+    count: int,
+    early: Sequence[EarlyRows],
+) -> SinkTemplates:
+    """Templates of the clusters `labels`, and how well they explain held-out members."""
+    fitted = _fitting_half(labels, count)
+    matched = _matches(seen, _tables(seen, labels, count, fitted))
+    deviation, worst = _held_out_deviation(norm_rows, labels, count, matched)
+    reached = np.zeros(labels.size, bool)
+    early_templates = []
+    tables = _tables(seen, labels, count)
+    for rows, table, (_, mask) in zip(early, tables, seen, strict=False):
+        reached = reached | mask
+        norms = {n: _site_means(r, labels, reached, count) for n, r in rows.norms.items()}
+        early_templates.append(EarlyTemplates(rows.site, rows.site.threshold, table, norms))
+        for name, values in rows.norms.items():
+            inside = {name: values[reached]}
+            if all((labels[reached] == k).any() for k in range(count)):
+                mean, largest = _held_out_deviation(
+                    inside, labels[reached], count, matched[reached]
+                )
+                deviation, worst = deviation | mean, worst | largest
+    return SinkTemplates(
+        lifecycle=lifecycle,
+        threshold=threshold,
+        detection=tables[-1],
+        norms={name: means(rows, labels, count) for name, rows in norm_rows.items()},
+        deviation=deviation,
+        deviation_max=worst,
+        template_spread=_spread(norm_rows, labels, count),
+        assignment=_matches(seen, tables),
+        agreement=_agreement(features, labels, count, fitted, matched),
+        early=tuple(early_templates),
+    )
+
+
+def nearest(rows: np.ndarray, templates: np.ndarray) -> np.ndarray:
+    """Number of the nearest template of each row by squared error, as SinkDetect finds it."""
+    distances = [((rows - template) ** 2).sum(1) for template in templates]
+    return np.argmin(distances, axis=0)
+
+
+def _refined(seen: _Seen, labels: np.ndarray, count: int) -> np.ndarray | None:
+    """Clusters that the graph's own match reproduces; None if it does so already or loses one."""
+    begin = labels
+    for _ in range(_KMEANS_ROUNDS):
+        updated = _matches(seen, _tables(seen, labels, count))
+        if np.unique(updated).size < count:
+            return None
+        if (updated == labels).all():
+            break
+        labels = updated
+    return None if (labels == begin).all() else labels
+
+
+def _tables(
+    seen: _Seen, labels: np.ndarray, count: int, chosen: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """The detection templates of every site, from the `chosen` members or all."""
+    keep = np.ones(labels.size, bool) if chosen is None else chosen
+    return [_site_means(rows[keep], labels[keep], mask[keep], count) for rows, mask in seen]
+
+
+def _site_means(
+    rows: np.ndarray, labels: np.ndarray, spiking: np.ndarray, count: int
+) -> np.ndarray:
+    """As `means`, over the rows that are `spiking`; a template without such is its usual row."""
+    averages = []
+    for k in range(count):
+        own = labels == k
+        chosen = own & spiking if (own & spiking).any() else own
+        averages.append(rows[chosen].mean(0, dtype=np.float64))
+    return np.stack(averages).astype(np.float32)
+
+
+def _matches(seen: _Seen, tables: Sequence[np.ndarray]) -> np.ndarray:
+    """The template that the graph gives every member: that of the first site that catches it."""
+    matched = np.zeros(seen[0][1].size, np.int64)
+    for (rows, mask), table in zip(seen, tables, strict=True):
+        matched[mask] = nearest(rows[mask], table)
+    return matched
+
+
+def _fitting_half(labels: np.ndarray, count: int) -> np.ndarray:
+    """Bool `[members]`: every second one, and all of a template that would have none."""
+    fitted = np.arange(labels.size) % 2 == 0
+    for k in range(count):
+        if not (fitted & (labels == k)).any():
+            fitted |= labels == k
+    return fitted
+
+
+def _agreement(
+    features: np.ndarray, labels: np.ndarray, count: int, fitted: np.ndarray, matched: np.ndarray
+) -> float:
+    """Share of held-out members whose match is the template that is nearest after the norms."""
+    held = ~fitted
+    if not held.any():
+        return 1.0
+    after_norms = nearest(features[held], means(features[fitted], labels[fitted], count))
+    return float((after_norms == matched[held]).mean())
 
 
 def _spread(norm_rows: dict[str, np.ndarray], labels: np.ndarray, count: int) -> list[float]:
@@ -180,20 +340,24 @@ def _cluster(features: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _held_out_deviation(
-    norm_rows: dict[str, np.ndarray], features: np.ndarray, labels: np.ndarray, count: int
+    norm_rows: dict[str, np.ndarray],
+    labels: np.ndarray,
+    count: int,
+    matched: np.ndarray | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean and largest relative deviation per norm, of odd tokens from the even tokens' means."""
-    fitted = np.arange(labels.size) % 2 == 0
-    for k in range(count):
-        if not (fitted & (labels == k)).any():
-            fitted |= labels == k
+    """Mean and largest relative deviation per value, of odd tokens from the even tokens' means.
+
+    `matched`: the template that an odd token gets, if not that of its label.
+    """
+    fitted = _fitting_half(labels, count)
     held = ~fitted if (~fitted).any() else fitted
     mean: dict[str, float] = {}
     worst: dict[str, float] = {}
     for name, rows in norm_rows.items():
         templates = means(rows[fitted], labels[fitted], count)
-        target = templates[labels[held]]
-        relative = np.linalg.norm(rows[held] - target, axis=1) / np.linalg.norm(target, axis=1)
+        target = templates[(labels if matched is None else matched)[held]]
+        size = np.maximum(np.linalg.norm(target, axis=1), 1e-12)
+        relative = np.linalg.norm(rows[held] - target, axis=1) / size
         mean[name] = float(relative.mean())
         worst[name] = float(relative.max())
     return mean, worst

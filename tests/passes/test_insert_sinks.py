@@ -25,7 +25,7 @@ def rows(data: Planted, lengths: tuple[int, ...] = LENGTHS, seed: int = 5) -> li
     return [window.ids[:length] for window, length in zip(longest, lengths, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["spiky", "delimited"])
+@pytest.fixture(scope="module", params=["spiky", "delimited", "staggered"])
 def data(request: pytest.FixtureRequest) -> Planted:
     return request.getfixturevalue(request.param)
 
@@ -43,14 +43,16 @@ def test_every_site_has_its_op(data: Planted) -> None:
     model = data.load_inserted()
     (sinks,) = data.sinks
     life = sinks.lifecycle
-    assert len(sink_nodes(model, "SinkDetect")) == 1
     assert len(sink_nodes(model, "SinkRestore")) == 1
     names = {node.name for node in sink_nodes(model)}
+    norms = [*sinks.norms, *(name for site in sinks.early for name in site.norms)]
     assert names == {f"iq/sinks.0/clamp.{b}" for b in life.clamp_blocks} | {
-        f"iq/sinks.0/insert.{name}" for name in sinks.norms
+        f"iq/sinks.0/insert.{name}" for name in norms
     }
-    detected = sink_nodes(model, "SinkDetect")[0].inputs[0]
-    assert detected.name == data.sites.blocks[life.birth].mlp.output.input
+    detected = [node.inputs[0].name for node in sink_nodes(model, "SinkDetect")]
+    births = [block for block, _ in life.detections]
+    assert births == sorted({spike.birth for spike in data.decoder.spikes})
+    assert detected == [data.sites.blocks[block].mlp.output.input for block in births]
     restored = sink_nodes(model, "SinkRestore")[0].inputs[0]
     assert restored.name == data.sites.blocks[life.end].mlp.residual
 
@@ -98,10 +100,13 @@ def test_padded_batch_in_chunks(data: Planted, inserted: CausalLM) -> None:
 
 
 def with_index(data: Planted) -> CausalLM:
+    """The inserted graph that also gives every sink index, the frozen one as `index_name(0)`."""
     model = data.load_inserted()
-    index = sink_nodes(model, "SinkDetect")[0].outputs[0]
-    model.graph.outputs.append(index)
-    return CausalLM(data.save_beside(model, "indexed.onnx"), extra_outputs=[index_name(0)])
+    indices = list({node.inputs[1].name: node.inputs[1] for node in sink_nodes(model)}.values())
+    model.graph.outputs.extend(indices)
+    names = [value.name for value in indices]
+    assert index_name(0) in names
+    return CausalLM(data.save_beside(model, "indexed.onnx"), extra_outputs=names)
 
 
 def test_index_names_the_sinks_and_no_pads(data: Planted) -> None:
@@ -158,6 +163,7 @@ def test_insertion_is_no_no_op(data: Planted) -> None:
     untouched = noisy(data.load(), dict.fromkeys(sites, ""), seed=0)
     outputs = [node.outputs[0] for node in sink_nodes(touched)]
     inputs = [node.inputs[0] for node in sink_nodes(touched)]
+    indices = [node.inputs[1].name for node in sink_nodes(touched)]
     touched.graph.outputs.extend([*outputs, *inputs])
     sessions = {
         name: InferenceSession(data.save_beside(model, f"{name}.noisy.onnx"))
@@ -171,7 +177,8 @@ def test_insertion_is_no_no_op(data: Planted) -> None:
             "attention_mask": np.ones_like(ids),
             "position_ids": np.arange(ids.shape[1])[None],
         }
-        sinks = indexed.forward(*feeds.values()).extras[index_name(0)] > 0
+        found = indexed.forward(*feeds.values()).extras
+        sinks = np.all([index > 0 for index in found.values()], axis=0)  # known to every site
         past = {f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}": value
                 for i, value in enumerate(indexed.empty_past(1))}  # fmt: skip
 
@@ -184,9 +191,10 @@ def test_insertion_is_no_no_op(data: Planted) -> None:
         quiet, *values = run("inserted", False, names)
         np.testing.assert_array_equal(run("inserted", True)[0], quiet)
         assert np.abs(run("untouched", True)[0] - run("untouched", False)[0])[~sinks].max() > 0.1
-        for before, after in zip(values[: len(inputs)], values[len(inputs) :], strict=True):
+        half = len(inputs)
+        for index, before, after in zip(indices, values[:half], values[half:], strict=True):
             changed = (before != after).any(-1)
-            np.testing.assert_array_equal(changed, sinks)
+            np.testing.assert_array_equal(changed, found[index] > 0)
 
 
 def test_no_sinks_no_change(calm: Planted) -> None:
