@@ -17,7 +17,7 @@ from typing import Any
 
 from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
 from iq_export.bundle.package import Bundle, atomic_folder, check_output, require_space
-from iq_export.calibrate.data import Window, load_text, windows
+from iq_export.calibrate.data import Window, held_out_windows, load_text, windows
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import MODES, provide_plugin
 from iq_export.engine.profile import Profile
@@ -30,6 +30,8 @@ from iq_export.run.ort import PROVIDERS
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
+# Windows of the same text that nothing is made from: they tell how well sinks are matched.
+HELD_OUT, HELD_OUT_LENGTH = 48, 64
 REFERENCES = "references.json"
 # Float32 bytes per byte of a 4-bit GGUF file, rounded up.
 _GGUF_FACTOR = 8
@@ -234,6 +236,7 @@ def _work_folder(options: CompileOptions) -> Iterator[Path]:
 def _calibrate_and_rewrite(
     options: CompileOptions, recipe: Recipe, work: Path, progress: Progress
 ) -> tuple[Any, Any]:
+    from iq_export.calibrate.text_check import token_warnings
     from iq_export.model.load import resolve
     from iq_export.model.trace import trace
     from iq_export.rewrite import Calibration, rewrite
@@ -258,9 +261,19 @@ def _calibrate_and_rewrite(
         seed=options.seed,
         providers=PROVIDERS[options.device],
     )
+    data = replace(
+        data,
+        heldout=held_out_windows(
+            tokenizer, text, data.all, length=min(HELD_OUT_LENGTH, options.length), count=HELD_OUT
+        ),
+    )
+    warnings = token_warnings(data.windows, tokenizer)
+    for warning in warnings:
+        progress.note(f"warning: {warning}")
     stages = work / f"{options.recipe}-{options.dtype}"
     stages.mkdir(exist_ok=True)
-    return traced, rewrite(traced.model, stages, recipe, options.dtype, data, progress)
+    done = rewrite(traced.model, stages, recipe, options.dtype, data, progress)
+    return traced, replace(done, warnings=[*warnings, *done.warnings])
 
 
 def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None:
@@ -321,8 +334,9 @@ def _manifest(
     from iq_export.report.html import write_report
     from iq_export.run.generate import Tokenizer
 
+    notes += done.warnings
     if not done.decisions:
-        notes.append("no token spikes: no sink op was inserted")
+        notes.append("no token can be told from the others by a spike: no sink op was inserted")
     notes += [f"left as it is: {r.node}: {r.reason}" for r in done.sites.refused]
     inputs, outputs = _interface(folder / "model.onnx")
     manifest = Manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from iq_export.rewrite import Quantizer, Rewrite
 from iq_export.sinks.calibrate import Decision
+from iq_export.sinks.quality import MatchQuality
 
 _QUANTILE = 0.999
 
@@ -41,6 +43,7 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
         "quantizers": [_quantizer_record(q) for q in done.quantizers.values()],
         "int4_blocks": done.blocks,
         "recall": done.recall,
+        "warnings": done.warnings,
         "observations": {
             key: {"before": done.observed_before[key], "after": done.observed_after[key]}
             for key in done.observed_before
@@ -61,6 +64,10 @@ def save_templates(done: Rewrite, path: Path) -> None:
     for number, sinks in enumerate(done.sinks):
         tensors[f"{number}.detection"] = sinks.detection
         tensors[f"{number}.restore"] = sinks.restore
+        for site in sinks.early:
+            tensors[f"{number}.detection.{site.site.block}"] = site.detection
+            for name, rows in site.norms.items():
+                tensors[f"{number}.insert.{name}"] = rows
         for name, rows in sinks.norms.items():
             tensors[f"{number}.insert.{name}"] = rows
     save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, path)
@@ -92,6 +99,7 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
         "clamped_blocks": list(life.clamp_blocks),
         "threshold": fitted.threshold if fitted else life.threshold,
         "position_0_forced": life.force_first,
+        "sites": _detections(decision),
     }
     if fitted is not None:
         record |= {
@@ -99,10 +107,44 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
             "deviation": fitted.mean_deviation,
             "template_tokens": np.bincount(fitted.assignment, minlength=fitted.count).tolist(),
             "template_spread": fitted.template_spread,
+            "thin_templates": [k + 1 for k in fitted.thin],
+            "match_agreement": fitted.agreement,
             "deviation_per_norm": fitted.deviation,
             "deviation_max_per_norm": fitted.deviation_max,
         }
+    if inserted and done.matching:
+        number = [sinks.lifecycle is life for sinks in done.sinks].index(True)
+        record["held_out"] = _matching(done.matching[number])
     return record
+
+
+def _matching(quality: MatchQuality) -> dict[str, Any]:
+    return {
+        **asdict(quality),
+        "template_tokens": list(quality.template_tokens),
+        "precision": quality.precision,
+        "recall": quality.recall,
+    }
+
+
+def _detections(decision: Decision) -> list[dict[str, Any]]:
+    """Where the lifecycle's sinks are detected, in order; each site keeps what earlier ones found."""
+    life, fitted = decision.lifecycle, decision.templates
+    sites = fitted.early if fitted else life.early
+    thresholds = [site.threshold for site in sites]
+    thresholds.append(fitted.threshold if fitted else life.threshold)
+    forced = [*(site.force_first for site in life.early), life.force_first]
+    return [
+        {
+            "block": block,
+            "threshold": threshold,
+            "tokens": len(members),
+            "position_0_forced": force,
+        }
+        for (block, members), threshold, force in zip(
+            life.detections, thresholds, forced, strict=True
+        )
+    ]
 
 
 def _quantizer_record(quantizer: Quantizer) -> dict[str, Any]:

@@ -7,7 +7,7 @@ reused: traced -> prepared (smoothed, rotated) -> inserted (sink ops) -> quantiz
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.ranges import TensorStats, observe_ranges
 from iq_export.calibrate.taps import tapped_runs
+from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
 from iq_export.errors import GraphError
 from iq_export.graph import io
@@ -32,8 +33,9 @@ from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
-from iq_export.sinks.lifecycle import Lifecycle, discover
+from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
 from iq_export.sinks.ops import DOMAIN
+from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
 from iq_export.sinks.templates import SinkTemplates
 
 PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onnx"
@@ -54,7 +56,8 @@ class _Run(TypedDict):
 @dataclass(frozen=True)
 class Calibration:
     """What to calibrate on. `windows` measure ranges; `probes` are short ones that only add first
-    tokens, since most sinks stand at position 0."""
+    tokens, since most sinks stand at position 0. `heldout` only tells how well sinks are found and
+    matched on text that nothing was made from."""
 
     windows: Sequence[Window]
     probes: Sequence[Window]
@@ -62,6 +65,7 @@ class Calibration:
     max_relative_deviation: float
     seed: int
     providers: tuple[str, ...]
+    heldout: Sequence[Window] = ()
 
     @property
     def all(self) -> list[Window]:
@@ -87,7 +91,10 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Everything that was decided and measured on the way, and where the graphs lie."""
+    """Everything that was decided and measured on the way, and where the graphs lie.
+
+    `matching`: one for each of `sinks`, empty without held-out text. `warnings`: for people.
+    """
 
     sites: Sites
     stats: TokenStats
@@ -105,6 +112,8 @@ class Rewrite:
     traced: Path
     inserted: Path
     quantized: Path
+    matching: list[MatchQuality] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def rewrite(
@@ -125,6 +134,7 @@ def rewrite(
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
         lifecycles = discover(stats, alpha=data.alpha)
+        surprise = surprise_warning(traced, data.windows, **options)
     with progress.step("Observe ranges"):
         before = _ranges_before(
             traced, sites, lifecycles, stats, data, progress, mask=recipe.sinks == "always"
@@ -141,6 +151,12 @@ def rewrite(
             sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
         _insert(work, sites, sinks)
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
+        matching = _matching(traced, work, sites, sinks, data, options)
+    warnings = [surprise] if surprise else []
+    warnings += _everyone(stats, data.alpha)
+    warnings += sink_warnings(sinks, matching)
+    for warning in warnings:
+        progress.note(f"warning: {warning}")
     quantizers: dict[str, Quantizer] = {}
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
@@ -192,6 +208,8 @@ def rewrite(
         traced=traced,
         inserted=work / INSERTED,
         quantized=work / QUANTIZED,
+        matching=matching,
+        warnings=warnings,
     )
 
 
@@ -227,6 +245,36 @@ def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:
     if dtype == "fp16":
         to_half(model)
     io.save(model, path)
+
+
+def _matching(
+    traced: Path,
+    work: Path,
+    sites: Sites,
+    sinks: Sequence[SinkTemplates],
+    data: Calibration,
+    options: _Run,
+) -> list[MatchQuality]:
+    """How well the inserted graph finds and matches the sinks of held-out text, if there is any."""
+    if not sinks or not data.heldout:
+        return []
+    stats = observe_tokens(traced, sites, data.heldout, **options)
+    indices = [index_name(number) for number in range(len(sinks))]
+    return measure(
+        work / PREPARED, work / INSERTED, indices, sites, sinks, stats, data.heldout,
+        alpha=data.alpha, **options,
+    )  # fmt: skip
+
+
+def _everyone(stats: TokenStats, alpha: float) -> list[str]:
+    blocks = everyone_spikes(stats, alpha=alpha)
+    if not blocks:
+        return []
+    return [
+        f"every token spikes at the down-projection of block {', '.join(map(str, blocks))}: none "
+        "can be told from the others, so there is no lifecycle and nothing is replaced there; "
+        "calibrate on running text, if this is not the model's nature"
+    ]
 
 
 def _ranges_before(

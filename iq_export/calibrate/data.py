@@ -7,10 +7,13 @@ first compile needs no download. A third of it is held out (`builtin-heldout`) f
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Literal, Protocol
+
+import numpy as np
 
 from iq_export.errors import DataError, UsageError
 
@@ -39,10 +42,12 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """`ids` [length] of one piece of text; `bos` tells whether ids[0] is the BOS token."""
+    """`ids` [length] of one piece of text; `bos` tells whether ids[0] is the BOS token; `start` is
+    where the piece begins among the text's tokens."""
 
     ids: list[int]
     bos: bool
+    start: int = 0
 
 
 def load_text(spec: str | Path) -> str:
@@ -136,13 +141,39 @@ def windows(
             "smaller length"
         )
     starts = _starts(ids, length, min(count, len(ids) // length), random.Random(seed))
+    return _cut(ids, starts, length, bos_id, bos)
+
+
+def held_out_windows(
+    tokenizer: TextTokenizer, text: str, taken: Sequence[Window], *, length: int, count: int
+) -> list[Window]:
+    """Up to `count` windows, as of `windows(bos="mixed")`, of what no window of `taken` covers.
+
+    Fewer or none if the text has too little left. `taken` must be cut from the same text.
+    """
+    ids = tokenizer.encode(text, add_bos=False)
+    free = np.ones(len(ids), bool)
+    for window in taken:
+        free[window.start : window.start + len(window.ids)] = False
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(np.int8)))
+    gaps = edges.reshape(-1, 2).tolist()
+    places = [s for low, high in gaps for s in range(low, high - length + 1, length)]
+    chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)
+    starts = [places[number] for number in chosen]
+    return _cut(ids, starts, length, tokenizer.bos_id, "mixed")
+
+
+def _cut(
+    ids: list[int], starts: Sequence[int], length: int, bos_id: int | None, bos: Bos
+) -> list[Window]:
+    """The windows that begin at `starts`, with a BOS as `bos` says if there is one."""
     pattern = {"with": (True,), "without": (False,), "mixed": (True, False)}[bos]
     cut = []
     for start, wanted in zip(starts, cycle(pattern), strict=False):
         if wanted and bos_id is not None:
-            cut.append(Window([bos_id, *ids[start : start + length - 1]], True))
+            cut.append(Window([bos_id, *ids[start : start + length - 1]], True, start))
         else:
-            cut.append(Window(ids[start : start + length], False))
+            cut.append(Window(ids[start : start + length], False, start))
     return cut
 
 

@@ -13,12 +13,13 @@ def describe_lifecycle(record: Mapping[str, Any]) -> list[str]:
 
     `record` is an entry of a manifest's `lifecycles`; parts that it lacks are left out.
     """
-    lines = [_place(record), _fate(record), _peaks(record), _tokens(record)]
+    lines = [_place(record), _fate(record), _matching(record), _peaks(record), _tokens(record)]
     return [line for line in lines if line]
 
 
 def _place(record: Mapping[str, Any]) -> str:
-    text = f"blocks {record.get('birth', '?')} to {record.get('death', '?')}"
+    births = [site["block"] for site in record.get("sites") or []] or [record.get("birth", "?")]
+    text = f"blocks {' and '.join(map(str, births))} to {record.get('death', '?')}"
     if "channel" in record:
         text += f", residual channel {record['channel']}"
     if "tokens" in record:
@@ -37,9 +38,30 @@ def _fate(record: Mapping[str, Any]) -> str:
         parts[0] += f" by {record['templates']} templates"
     if record.get("deviation") is not None:
         parts.append(f"mean relative deviation {record['deviation']:.2%}")
-    if record.get("threshold") is not None:
+    if len(sites := record.get("sites") or []) > 1:
+        where = " and ".join(f"{s['threshold']:.4g} at block {s['block']}" for s in sites)
+        parts.append(f"thresholds {where}")
+    elif record.get("threshold") is not None:
         parts.append(f"threshold {record['threshold']:.4g}")
     return ", ".join(parts)
+
+
+def _matching(record: Mapping[str, Any]) -> str:
+    """What held-out text says, and how often the paper's order of appearance would differ."""
+    held = record.get("held_out")
+    if not held:
+        return ""
+    parts = [f"on {held['tokens']} held-out tokens {held['both']} of {held['sinks']} sinks found"]
+    parts[0] += ", position 0 aside" if record.get("position_0_forced") else ""
+    parts.append(f"{held['detected'] - held['both']} others taken for sinks")
+    if held.get("agreement") is not None:
+        parts.append(f"{held['agreement']:.0%} matched to the nearest template")
+    if held.get("order_windows"):
+        parts.append(
+            f"order of appearance would differ in {held['order_differs']} of "
+            f"{held['order_windows']} windows"
+        )
+    return "; ".join(parts)
 
 
 def _peaks(record: Mapping[str, Any]) -> str:

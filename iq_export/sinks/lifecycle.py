@@ -134,7 +134,18 @@ def discover(stats: TokenStats, *, alpha: float = 64.0) -> list[Lifecycle]:
     return [_with_early_site(life, stats, alpha * _EARLY_SHARE, found) for life in found]
 
 
-def spiking(stats: TokenStats, block: int, alpha: float) -> np.ndarray:
+def everyone_spikes(stats: TokenStats, *, alpha: float = 64.0) -> list[int]:
+    """Blocks at which most tokens spike, so that none can be told from the others.
+
+    The median token's down-projection input there exceeds `alpha` times that of a calm block: the
+    lower quartile of all.
+    """
+    median = np.median(stats.down_max, axis=1)
+    calm = float(np.quantile(median, 0.25, method="lower"))
+    return np.flatnonzero(median > alpha * max(calm, 1e-12)).tolist()
+
+
+def _spiking(stats: TokenStats, block: int, alpha: float) -> np.ndarray:
     """Bool `[tokens]`: whose down-projection input exceeds `alpha` times the median token's."""
     median = float(np.median(stats.down_max[block]))
     return stats.down_max[block] > alpha * max(median, 1e-12)
@@ -143,7 +154,7 @@ def spiking(stats: TokenStats, block: int, alpha: float) -> np.ndarray:
 def _grown(stats: TokenStats, block: int, alpha: float) -> np.ndarray:
     """Bool `[tokens]`: who spikes at `block` and has a residual that jumped there."""
     jumped = _before(stats, block) * _BIRTH_GROWTH < stats.residual_max[block]
-    return spiking(stats, block, alpha) & jumped
+    return _spiking(stats, block, alpha) & jumped
 
 
 def _before(stats: TokenStats, block: int) -> np.ndarray:

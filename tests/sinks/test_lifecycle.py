@@ -194,3 +194,42 @@ def test_scope_is_where_the_spike_lives(spiky: Planted) -> None:
     inside = {linear.node for block in spiky.sites.blocks[2:4] for branch in
               (block.attention, block.mlp) for linear in branch.linears}  # fmt: skip
     assert scope == inside | {"layers.1/mlp/down_proj"}
+
+
+def test_births_of_different_tokens_are_one_lifecycle() -> None:
+    """Same channel, same death: the later tokens join at the definitive site."""
+    later = FIRST + 5
+    life = only(discover(stats_with(Drawn(1, 6, FIRST), Drawn(3, 6, later))))
+    assert (life.birth, life.death, life.end) == (3, 6, 6)
+    (early,) = life.early
+    assert (early.block, early.force_first) == (1, True)
+    np.testing.assert_array_equal(early.members, FIRST)
+    np.testing.assert_array_equal(life.members, np.union1d(FIRST, later))
+    np.testing.assert_array_equal(life.detections[-1][1], later)
+    assert life.clamp_blocks == (1, 3, 6)
+
+
+def test_births_that_die_apart_are_two_lifecycles() -> None:
+    found = discover(stats_with(Drawn(1, 4, FIRST), Drawn(2, 7, FIRST + 5)))
+    assert [(life.birth, life.death, life.early) for life in found] == [(1, 4, ()), (2, 7, ())]
+
+
+def test_what_spikes_less_before_the_birth_is_caught_early() -> None:
+    """Half of alpha is enough for tokens that go on to carry the spike; for no others."""
+    stats = stats_with(Drawn(3, 6, FIRST[5:]))
+    stats.down_max[2, FIRST[:5]] = stats.down_max[2, FIRST + 7] = 40
+    stats.residual_max[2:6, FIRST[:5]], stats.residual_channel[2:6, FIRST[:5]] = 1000, 3
+    life = only(discover(stats))
+    (early,) = life.early
+    assert early.block == 2
+    np.testing.assert_array_equal(early.members, FIRST[:5])
+    np.testing.assert_array_equal(life.members, FIRST)
+    assert not early.force_first and life.force_first
+
+
+def test_an_early_sink_does_not_raise_the_later_threshold() -> None:
+    """Its magnitude at the definitive site says nothing: it is caught already."""
+    stats = stats_with(Drawn(1, 6, FIRST), Drawn(3, 6, FIRST + 5))
+    stats.down_max[3, FIRST] = 30
+    life = only(discover(stats))
+    assert life.threshold == pytest.approx(np.sqrt(500 * 1.2), rel=0.01)

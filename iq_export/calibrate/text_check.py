@@ -1,0 +1,90 @@
+"""Is this text fit to calibrate on? Nothing here stops a compile; it says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.taps import tapped_runs
+from iq_export.progress import Progress
+
+# Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens, of which
+# 20-33 % are single characters; Russian 67 %, Japanese 96 %. The model's loss is 0.3-0.6 of the
+# entropy of the token frequencies on such text, 1.06 on the same words in random order.
+_LEAST_DISTINCT = 0.02
+_MOST_COUNTED = 10_000
+_MOST_FRAGMENTS = 0.5
+_MOST_SURPRISE = 0.8
+_SURPRISE_WINDOWS = 2
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class _Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def token_warnings(windows: Sequence[Window], tokenizer: _Decoder) -> list[str]:
+    """What the tokens alone tell: too few distinct ones, or words that fall apart."""
+    ids = np.concatenate([np.asarray(window.ids[window.bos :]) for window in windows])
+    distinct, counts = np.unique(ids, return_counts=True)
+    found = []
+    if distinct.size < _LEAST_DISTINCT * min(ids.size, _MOST_COUNTED):
+        top = tokenizer.decode([int(distinct[counts.argmax()])])
+        found.append(
+            f"the calibration text has {distinct.size} distinct tokens among {ids.size} "
+            f"({top!r} alone is {counts.max() / ids.size:.0%} of it): ranges and sinks of all other "
+            "tokens are not seen; give running text"
+        )
+    texts = [tokenizer.decode([int(token)]) for token in distinct]
+    fragment = np.array([len(text) == 1 or _REPLACEMENT in text for text in texts])
+    share = float(counts[fragment].sum() / ids.size)
+    if share > _MOST_FRAGMENTS:
+        found.append(
+            f"{share:.0%} of the calibration text's tokens are single characters or parts of one: "
+            "the tokenizer hardly knows its language or notation, so the model's words are not "
+            "seen; give text in a language of the model"
+        )
+    return found
+
+
+def surprise_warning(
+    model: Path, windows: Sequence[Window], *, providers: Sequence[str], progress: Progress
+) -> str | None:
+    """Whether the model predicts the text hardly better than its token frequencies would.
+
+    The loss is that of the first windows; the frequencies are those of all.
+    """
+    ids = np.concatenate([np.asarray(window.ids) for window in windows])
+    _, counts = np.unique(ids, return_counts=True)
+    share = counts / ids.size
+    # Few tokens make frequencies look more telling than they are (Miller and Madow's correction).
+    entropy = float(-(share * np.log(share)).sum()) + (counts.size - 1) / (2 * ids.size)
+    loss = _loss(model, windows[:_SURPRISE_WINDOWS], providers, progress)
+    if entropy <= 0 or loss <= _MOST_SURPRISE * entropy:
+        return None
+    return (
+        f"the model predicts the calibration text with a loss of {loss:.2f} nats per token "
+        f"(perplexity {np.exp(min(loss, 99)):.3g}); its token frequencies alone have {entropy:.2f}: "
+        "to this model it is noise, so what is measured on it says little about real use; give text "
+        "that the model was made for"
+    )
+
+
+def _loss(
+    model: Path, windows: Sequence[Window], providers: Sequence[str], progress: Progress
+) -> float:
+    """Mean negative log-likelihood, nats per predicted token."""
+    total, tokens = 0.0, 0
+    runs = tapped_runs(model, [["logits"]], windows, providers=providers, progress=progress)
+    for number, values in runs:
+        targets = np.asarray(windows[number].ids[1:])
+        logits = values["logits"][:-1]
+        top = logits.max(axis=-1)
+        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
+        total += float((log_sum - logits[np.arange(targets.size), targets]).sum(dtype=np.float64))
+        tokens += targets.size
+    return total / tokens
