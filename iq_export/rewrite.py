@@ -24,10 +24,11 @@ from iq_export.graph import io
 from iq_export.graph.sites import Linear, Sites, find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks, set_restore
-from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
 from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
+from iq_export.quant.budget import smallest_prefix
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
@@ -41,6 +42,7 @@ from iq_export.sinks.templates import SinkTemplates
 PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onnx"
 # Least share of the sinks that the quantized graph must still find (method.md step 8).
 LEAST_RECALL = 0.8
+_PARTIAL = "partial.onnx"
 _OBSERVED_WINDOWS = 4
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
@@ -182,7 +184,9 @@ def rewrite(
             quantizers = _unclipped(quantizers, sites, sinks)
             write(quantizers)
             recall = _recall(work, len(sinks), data, progress)
-        _require_recall(recall)
+        if recall is not None and recall < LEAST_RECALL:
+            hiding = _hiding_quantizer(work, sites, quantizers, len(sinks), data, progress)
+            raise GraphError(_hidden(recall, hiding, sites))
         if quantizers and sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
             sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
@@ -447,16 +451,56 @@ def _unclipped(
     }
 
 
-def _require_recall(recall: float | None) -> None:
-    if recall is not None and recall < LEAST_RECALL:
-        raise GraphError(
-            f"The quantized graph finds {recall:.0%} of the sinks, less than {LEAST_RECALL:.0%}: "
-            "its ranges hide them from detection. Calibrate on text nearer to the model's use, or "
-            "with more samples."
+def _hiding_quantizer(
+    work: Path,
+    sites: Sites,
+    quantizers: Mapping[str, Quantizer],
+    lifecycles: int,
+    data: Calibration,
+    progress: Progress,
+) -> Quantizer | None:
+    """The first activation in graph order whose quantization, with those before it, loses the sinks.
+
+    None if it is no activation's doing: then weights or half precision hide them.
+    """
+    ordered = list(quantizers.values())
+
+    def hides(count: int) -> bool:
+        scales = {quantizer.name: quantizer.scale for quantizer in ordered[:count]}
+        model = io.load(work / INSERTED)
+        quantize(model, QuantizePlan(tuple(sites.linears), FLOAT_BITS, scales))
+        io.save_skeleton(model, work / _PARTIAL)
+        recall = _recall(work, lifecycles, data, progress, graph=_PARTIAL)
+        return recall is not None and recall < LEAST_RECALL
+
+    count = smallest_prefix(len(ordered), hides)
+    (work / _PARTIAL).unlink(missing_ok=True)
+    return ordered[count - 1] if count else None
+
+
+def _hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
+    """The sentence for a graph that does not find its sinks any more."""
+    text = f"The quantized graph finds {recall:.0%} of the sinks, less than {LEAST_RECALL:.0%}: "
+    if hiding is None:
+        text += "its rounded weights hide them from detection, no single range does."
+    else:
+        block, kind = next(
+            (block.index, branch.kind)
+            for block in sites.blocks
+            for branch in (block.attention, block.mlp)
+            if {linear.node for linear in branch.linears} & set(hiding.linears)
         )
+        text += (
+            f"the range of tensor {hiding.name!r} (block {block}, {kind}) hides them from "
+            f"detection: it ends at {hiding.scale * INT8_MAX:.4g}, the tensor at "
+            f"{hiding.after.absmax:.4g}."
+        )
+    return f"{text} Calibrate on text nearer to the model's use, or with more samples."
 
 
-def _recall(work: Path, lifecycles: int, data: Calibration, progress: Progress) -> float | None:
+def _recall(
+    work: Path, lifecycles: int, data: Calibration, progress: Progress, *, graph: str = QUANTIZED
+) -> float | None:
     """R = |S_quant and S_fp| / |S_fp| over the probes and a few windows; None if they hold none."""
     if not lifecycles:
         return None
@@ -465,7 +509,7 @@ def _recall(work: Path, lifecycles: int, data: Calibration, progress: Progress) 
     sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
     pairs = [
         tapped_runs(path, [names], sample, providers=data.providers, progress=progress)
-        for path in (work / INSERTED, work / QUANTIZED)
+        for path in (work / INSERTED, work / graph)
     ]
     for (_, exact), (_, rounded) in zip(*pairs, strict=True):
         for name in names:

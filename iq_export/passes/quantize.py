@@ -23,12 +23,13 @@ from iq_export.graph.edit import constant
 from iq_export.graph.sites import Linear
 from iq_export.quant.weights import int4_blocked, int8_per_channel, int8_scales
 
+FLOAT_BITS = 32
 _ZERO_POINT = "iq.zero_point.int8"
 
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What to quantize. `activations`: value name -> scale. `weight_bits`: 8 or 4.
+    """What to quantize. `activations`: value name -> scale. `weight_bits`: 8, 4 or 32 (as it is).
 
     `blocks`: weight name -> int4 block size. `importance`: weight name -> float32 `[in]`.
     """
@@ -54,6 +55,8 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
                 scale = plan.activations[value.name]
                 dequantized[value.name] = _activation_pair(graph, value, scale)
             node.replace_input_with(0, dequantized[value.name])
+        if plan.weight_bits == FLOAT_BITS:
+            continue
         weight = node.inputs[1]
         assert weight is not None
         if plan.weight_bits == 8:

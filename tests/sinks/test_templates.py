@@ -149,3 +149,31 @@ def test_planted_sinks_are_constant(spiky: Planted, delimited: Planted) -> None:
         assert decision.replaced
         assert decision.templates.count == count
         assert decision.templates.mean_deviation < 0.02
+
+
+def test_clusters_follow_the_graphs_match() -> None:
+    """Two kinds after the norms, but the detection site tells other groups apart: what the graph
+    cannot match shows in the deviation."""
+    rng = np.random.default_rng(0)
+    kinds, seen = np.arange(64) % 2, np.arange(64) // 32
+    centres = np.eye(WIDTH)
+    detection = (5 * centres[seen] + 0.01 * rng.normal(size=(64, WIDTH))).astype(np.float32)
+    norm = (5 * centres[kinds] + 0.01 * rng.normal(size=(64, WIDTH))).astype(np.float32)
+    found = fit(lifecycle(64), detection, {"a": norm}, 10.0, limit=0.1, seed=0)
+    assert not found.is_constant(0.1)  # the norms alone would have said 0.2 %
+
+
+def test_a_few_strays_join_the_cluster_that_the_graph_gives_them() -> None:
+    rng = np.random.default_rng(0)
+    kinds = np.arange(64) % 2
+    centres = np.eye(WIDTH)
+    norm = (5 * centres[kinds] + 0.01 * rng.normal(size=(64, WIDTH))).astype(np.float32)
+    norm[10] = 5 * centres[0] * 0.45 + 5 * centres[1] * 0.55  # between both, nearer to kind 1
+    detection = (5 * centres[kinds] + 0.01 * rng.normal(size=(64, WIDTH))).astype(np.float32)
+    found = fit(lifecycle(64), detection, {"a": norm}, 10.0, limit=0.1, seed=0)
+    assert found.count == 2
+    mine = found.assignment[10]
+    assert (found.assignment[kinds == 0] == mine).all()
+    np.testing.assert_allclose(
+        found.detection[mine], detection[found.assignment == mine].mean(0), atol=1e-5
+    )

@@ -1,0 +1,89 @@
+"""A mixed plan: the fewest products to leave in half precision for a loss within a budget.
+
+The search is pure; the caller measures. A *site* is one quantized activation with the products that
+read it: they are left in half together, since the pair of Q and DQ is theirs in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantized activation: its value name and the products (node names) that read it."""
+
+    name: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MixedPlan:
+    """What is left in half precision, and what that costs.
+
+    `skipped`: sites, the most harmful first; `ratio`: the measured perplexity over the reference's
+    with them left out; `ratio_without`: with everything quantized; `met`: ratio within `budget`.
+    `harm`: site name -> measured KL to the reference, nats per token, if only it is quantized.
+    """
+
+    budget: float
+    met: bool
+    skipped: tuple[Site, ...]
+    ratio: float
+    ratio_without: float
+    harm: Mapping[str, float]
+
+    @property
+    def linears(self) -> list[str]:
+        """Node names of all products left in half precision."""
+        return [node for site in self.skipped for node in site.linears]
+
+
+def mixed_plan(
+    sites: Sequence[Site],
+    harm: Mapping[str, float],
+    budget: float,
+    ratio: Callable[[Sequence[Site]], float],
+) -> MixedPlan:
+    """Leave out the most harmful sites, per product, until the loss is within `budget`.
+
+    `ratio(skipped)` measures the graph with these sites in half precision. The number of sites is
+    found by bisection, then sites that turn out to be needless are quantized again. If even none
+    quantized is over the budget, the plan says so and has the best ratio that was measured.
+    """
+    ordered = sorted(sites, key=lambda site: -harm[site.name] / len(site.linears))
+    measured: dict[int, float] = {}
+
+    def within(count: int) -> bool:
+        measured[count] = ratio(ordered[:count])
+        return measured[count] <= budget
+
+    without = ratio(())
+    if without <= budget:
+        return MixedPlan(budget, True, (), without, without, harm)
+    count = smallest_prefix(len(ordered), within)
+    if count is None:
+        best = min(measured, key=lambda n: (measured[n], n))
+        return MixedPlan(budget, False, tuple(ordered[:best]), measured[best], without, harm)
+    skipped, reached = list(ordered[:count]), measured[count]
+    for site in sorted(skipped[:-1], key=lambda site: (harm[site.name], -len(site.linears))):
+        fewer = [other for other in skipped if other is not site]
+        if (found := ratio(fewer)) > budget:
+            break  # the next ones do more harm
+        skipped, reached = fewer, found
+    return MixedPlan(budget, True, tuple(skipped), reached, without, harm)
+
+
+def smallest_prefix(size: int, holds: Callable[[int], bool]) -> int | None:
+    """The smallest count in 1..size for which `holds(count)`, by bisection; None if not for size.
+
+    Where `holds` is not monotone, a count for which it holds and does not for the one tried below.
+    """
+    if size < 1 or not holds(size):
+        return None
+    low, high = 0, size
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
