@@ -279,3 +279,39 @@ def test_clips_that_hide_sinks_are_rejected(
         )
         with pytest.raises(GraphError, match=message):
             rewrite(*arguments)
+
+
+def test_every_token_spiking_is_said_and_nothing_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = planted.weights(SPIKY)
+    values["position.weight"][:, SPIKY.spikes[0].marker] = planted.MARKER_VALUE
+    traced = planted.save(SPIKY, tmp_path, values)
+    (tmp_path / "work").mkdir()
+    done = rewrite(
+        traced, tmp_path / "work", load_recipe("w8a8"), "fp32", calibration(SPIKY), Progress()
+    )
+    assert done.decisions == [] and done.sink_nodes == 0
+    (warning,) = [text for text in done.warnings if "every token spikes" in text]
+    assert "block 1, 3: none can be told from the others" in warning
+    assert warning in capsys.readouterr().err
+
+
+def test_two_births_quantized(tmp_path: Path) -> None:
+    """Both sites of detection are found behind their quantizers, on held-out text too."""
+    decoder = planted.TWO_BIRTHS
+    traced = planted.save(decoder, tmp_path)
+    (tmp_path / "work").mkdir()
+    data = replace(calibration(decoder), heldout=planted.windows(decoder, count=6, seed=3))
+    done = rewrite(
+        traced, tmp_path / "work", load_recipe("w8a8"), "fp32", data, Progress(quiet=True)
+    )
+    assert [len(sinks.early) for sinks in done.sinks] == [1]
+    assert done.recall == 1
+    (matching,) = done.matching
+    assert (matching.precision, matching.recall, matching.agreement) == (1, 1, 1)
+    rows = [window.ids for window in planted.windows(decoder, count=4, seed=9)]
+    semantic = np.array(rows) != planted.DELIMITER
+    semantic[:, 0] = False
+    exact, found = (logits(CausalLM(p), rows)[semantic] for p in (done.traced, done.quantized))
+    assert ((found - exact) ** 2).sum() / (exact**2).sum() < 0.05

@@ -14,6 +14,8 @@ from iq_export.cli import options
 from iq_export.evaluate.compare import speed_line, table
 from iq_export.report.lifecycles import describe_lifecycle
 
+_HASH_DIGITS = 16
+
 
 def add_parser(subparsers: Any) -> None:
     """Define the subcommand and its options."""
@@ -83,7 +85,7 @@ def _accuracy(manifest: Manifest) -> list[str]:
 def _engines(manifest: Manifest) -> list[str]:
     if not manifest.engines:
         return ["none: iq-export build OUT --target NAME"]
-    header = ("target", "size", "TensorRT", "sm", "sink ops", "build")
+    header = ("target", "size", "TensorRT", "sm", "sink ops", "build", "sha256")
     rows = [
         (
             target,
@@ -92,6 +94,7 @@ def _engines(manifest: Manifest) -> list[str]:
             " ".join(map(str, engine.get("compute_capabilities", []))),
             f"{engine.get('form', '?')} ({engine.get('plugin_layers', 0)} plugin layers)",
             f"{engine.get('seconds', 0.0):.0f} s",
+            str(engine.get("sha256", ""))[:_HASH_DIGITS],
         )
         for target, engine in manifest.engines.items()
     ]
@@ -111,7 +114,7 @@ def _tensors(manifest: Manifest) -> list[str]:
 
 
 def _files(manifest: Manifest) -> list[str]:
-    rows = [(n, options.size(r.bytes), r.sha256[:16]) for n, r in manifest.files.items()]
+    rows = [(n, options.size(r.bytes), r.sha256[:_HASH_DIGITS]) for n, r in manifest.files.items()]
     return columns(rows)
 
 

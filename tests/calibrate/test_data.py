@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.calibrate.data import load_text, windows
+from iq_export.calibrate.data import held_out_windows, load_text, windows
 from iq_export.errors import DataError, UsageError
 
 
@@ -87,3 +87,20 @@ def test_tokenizer_without_bos() -> None:
     with pytest.raises(DataError, match="no BOS"):
         windows(Words(None), TEXT, length=10, count=1, seed=0, bos="with")
     assert not windows(Words(None), TEXT, length=10, count=1, seed=0, bos="mixed")[0].bos
+
+
+def test_held_out_windows_share_no_token_with_the_others() -> None:
+    taken = windows(Words(), TEXT, length=50, count=8, seed=0, bos="mixed")
+    held = held_out_windows(Words(), TEXT, taken, length=20, count=6)
+    assert [window.bos for window in held] == [True, False] * 3
+    used = {token for window in taken for token in window.ids[window.bos :]}
+    mine = [token for window in held for token in window.ids[window.bos :]]
+    assert len(mine) == len(set(mine)) == 6 * 20 - 3
+    assert not used & set(mine)
+    for window in (*taken, *held):
+        assert window.ids[window.bos] == window.start
+
+
+def test_a_text_that_is_used_up_holds_nothing_out() -> None:
+    taken = windows(Words(), TEXT, length=500, count=2, seed=0, bos="without")
+    assert held_out_windows(Words(), TEXT, taken, length=20, count=6) == []

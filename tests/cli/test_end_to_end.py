@@ -15,6 +15,8 @@ import pytest
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import main
+from iq_export.evaluate.compare import REFERENCE, compare
+from iq_export.run.generate import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -124,3 +126,21 @@ def test_it_is_inspected(evaluated: Bundle, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "16 windows x 512 tokens of boolq.txt" in text
     assert "rtx-ampere" in text
+
+
+@pytest.mark.parametrize("name", ["code", "dialogue", "french"])
+def test_insertion_elsewhere_than_calibrated(smollm2_bundle: Path, name: str) -> None:
+    """Templates from English prose hold for other text: within 0.2 % of fp32."""
+    text = runpy.run_path(str(TOOLS / "fetch_texts.py"))["TEXTS"][name]()
+    work = smollm2_bundle.parent / "work"
+    graphs = {
+        REFERENCE: work / "traced" / "model.onnx",
+        "insertion only": work / "w8a8-fp16" / "inserted.onnx",
+    }
+    found = compare(
+        graphs, Tokenizer(smollm2_bundle), text, count=8, length=512, text_name=name
+    )
+    assert found.windows == 8
+    measured = {row.bos: row.ratio for row in found.rows if row.graph != REFERENCE}
+    print(f"{name}: perplexity with insertion only / fp32, by BOS: {measured}")
+    assert all(abs(ratio - 1) <= 0.002 for ratio in measured.values())

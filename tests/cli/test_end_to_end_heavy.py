@@ -211,6 +211,20 @@ def test_chunks_and_decode_steps_equal_one_pass(
     assert max(shares) <= 1e-3
 
 
+def test_recompiling_gives_the_same_bytes(smollm2_bundle: Path, tmp_path: Path) -> None:
+    """From the same GGUF file and seed, in another folder, with no work kept."""
+    out = tmp_path / "again"
+    command = [sys.executable, "-m", "iq_export.cli", "compile", MODEL, str(out), "--recipe",
+               "w8a8", "--target", TARGETS[0]]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, again = Bundle.open(smollm2_bundle).manifest, Bundle.open(out).manifest
+    for name in ("plan.json", "sinks.safetensors", "model.onnx", "model.onnx.data"):
+        assert first.files[name] == again.files[name], name
+    hashes = [m.engines[TARGETS[0]]["sha256"] for m in (first, again) if m.engines]
+    print(f"engine of {TARGETS[0]}: sha256 {hashes}")
+
+
 def _build(model: Path, plan: Path, target: str, plugin: Path | None = None) -> EngineReport:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     report = build_engine(model, plan, resolve_target(target), Profile(), plugin=plugin)

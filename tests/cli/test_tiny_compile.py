@@ -62,12 +62,15 @@ def test_eval_against_the_work_folder(compiled: Path, capsys: pytest.CaptureFixt
     assert main(["verify", str(compiled), "--quiet"]) == 0
 
 
-def test_same_input_same_file(compiled: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_same_input_same_files(compiled: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The engine's bytes are TensorRT's affair: its hash is recorded."""
     argv = ["compile", str(tiny_model), str(tmp_path / "again"), *SMALL, *SHAPES]
     assert main([*argv, "--work", str(compiled.parent / "work"), "--keep-work"]) == 0
     ours, again = Bundle.open(compiled).manifest, Bundle.open(tmp_path / "again").manifest
-    for name in ("model.onnx", "model.onnx.data"):
+    for name in ("model.onnx", "model.onnx.data", "plan.json", "sinks.safetensors"):
         assert ours.files[name] == again.files[name]
+    for target, engine in again.engines.items():
+        assert engine["sha256"] == again.files[f"engines/{target}.plan"].sha256
 
 
 def test_dry_run_writes_nothing(
