@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.data import Window
+from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import TensorStats, observe_ranges
 from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
@@ -32,6 +33,7 @@ from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
+from iq_export.sinks.form import Insertion, choose_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover
 from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.templates import SinkTemplates
@@ -40,6 +42,8 @@ PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onn
 # Least share of the sinks that the quantized graph must still find (method.md step 8).
 LEAST_RECALL = 0.8
 _OBSERVED_WINDOWS = 4
+# Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
+_FORM_WINDOWS = 8
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
 
@@ -54,7 +58,7 @@ class _Run(TypedDict):
 @dataclass(frozen=True)
 class Calibration:
     """What to calibrate on. `windows` measure ranges; `probes` are short ones that only add first
-    tokens, since most sinks stand at position 0."""
+    tokens, since most sinks stand at position 0. `insertion` is one of form.INSERTIONS."""
 
     windows: Sequence[Window]
     probes: Sequence[Window]
@@ -62,6 +66,7 @@ class Calibration:
     max_relative_deviation: float
     seed: int
     providers: tuple[str, ...]
+    insertion: str = "auto"
 
     @property
     def all(self) -> list[Window]:
@@ -93,6 +98,7 @@ class Rewrite:
     stats: TokenStats
     decisions: list[Decision]
     sinks: list[SinkTemplates]
+    insertions: list[Insertion]  # of `sinks`, in order
     smoothing: Smoothing
     quantizers: dict[str, Quantizer]
     linears: tuple[Linear, ...]
@@ -139,8 +145,7 @@ def rewrite(
         sinks = [d.templates for d in decisions if d.templates and d.replaced]
         if recipe.sinks == "for-half":
             sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
-        _insert(work, sites, sinks)
-        sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
+        sinks, insertions = _in_forms(work, traced, sites, sinks, stats, data, options)
     quantizers: dict[str, Quantizer] = {}
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
@@ -180,6 +185,7 @@ def rewrite(
         stats=stats,
         decisions=decisions,
         sinks=sinks,
+        insertions=insertions,
         smoothing=smoothing,
         quantizers=quantizers,
         linears=tuple(sites.linears),
@@ -283,6 +289,33 @@ def _insert(work: Path, sites: Sites, sinks: Sequence[SinkTemplates]) -> None:
     model = io.load(work / PREPARED)
     insert_sinks(model, sites, sinks)
     io.save_skeleton(model, work / INSERTED)
+
+
+def _in_forms(
+    work: Path,
+    traced: Path,
+    sites: Sites,
+    sinks: Sequence[SinkTemplates],
+    stats: TokenStats,
+    data: Calibration,
+    options: _Run,
+) -> tuple[list[SinkTemplates], list[Insertion]]:
+    """Insert every lifecycle in the form that is asked for, or that loses less, and restore it."""
+
+    def insert(candidates: Sequence[SinkTemplates]) -> list[SinkTemplates]:
+        _insert(work, sites, candidates)
+        return _restored(work, INSERTED, sites, candidates, stats, data, options)
+
+    def measure(
+        candidates: Sequence[SinkTemplates],
+    ) -> tuple[list[SinkTemplates], Divergence]:
+        restored = insert(candidates)
+        names = [index_name(number) for number in range(len(restored))]
+        sample = data.windows[:_FORM_WINDOWS]
+        return restored, divergence(traced, work / INSERTED, sample, names, **options)
+
+    chosen, insertions = choose_forms(sinks, data.insertion, measure)
+    return insert(chosen), insertions
 
 
 def _quantizers(

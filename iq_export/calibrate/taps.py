@@ -22,7 +22,7 @@ from iq_export.run.ort import open_session, ort_errors
 
 GROUP_BYTES = 1 << 30
 
-# name -> value of one window, [seq, features] or [seq]
+# name -> value of one window, [seq, features] or [seq]; keys and values with their heads joined
 Values = dict[str, np.ndarray]
 
 
@@ -103,6 +103,8 @@ def _feeds(session: Any, window: Window) -> dict[str, np.ndarray]:
 
 def _checked(name: str, value: np.ndarray, window: int) -> np.ndarray:
     value = value[0]
+    if value.ndim == 3:  # [heads, seq, head_dim]
+        value = value.transpose(1, 0, 2).reshape(value.shape[1], -1)
     if value.dtype == np.float16:
         value = value.astype(np.float32)
     if value.dtype == np.float32 and not np.isfinite(value).all():

@@ -21,6 +21,27 @@ _TOKENS_PER_TEMPLATE = 8
 _KMEANS_ROUNDS = 50
 
 
+# What replaces a sink's rows in the persistence phase (method.md step 6): `norm` the templates
+# after each norm, `kv` keys and values at the attention products and zeros after the norms;
+# `norm+kv` templates at both, for a KV cache that cannot hold a sink's row (int8).
+NORM, KV, NORM_AND_KV = "norm", "kv", "norm+kv"
+
+
+@dataclass(frozen=True)
+class KeyValueTemplates:
+    """What the kv form writes; every array is float32 `[K, features]`, all heads together.
+
+    `rows`: name of this step's keys (after the rotary embedding) or values -> template. `residual`:
+    mean untouched residual after the last block. `deviation`, `deviation_max`: name -> mean and
+    largest relative deviation of held-out sinks, as in SinkTemplates.
+    """
+
+    rows: dict[str, np.ndarray]
+    residual: np.ndarray
+    deviation: dict[str, float]
+    deviation_max: dict[str, float]
+
+
 @dataclass
 class SinkTemplates:
     """Templates of one lifecycle; every array is float32 `[K, features]`.
@@ -30,6 +51,8 @@ class SinkTemplates:
     clamped residual after the last block, zero until it is measured. `deviation`: norm output
     name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks, a fraction;
     `template_spread[k]`: the same of template k's own tokens, averaged over all norms.
+    `form`: NORM, KV or NORM_AND_KV. `key_values` is None if the attention of a block is no single
+    op, so that only the norm form is possible.
     """
 
     lifecycle: Lifecycle
@@ -41,6 +64,8 @@ class SinkTemplates:
     template_spread: list[float]
     assignment: np.ndarray
     restore: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    key_values: KeyValueTemplates | None = None
+    form: str = NORM
 
     @property
     def count(self) -> int:
@@ -62,6 +87,20 @@ def norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[str]:
         for block in sites.blocks[lifecycle.birth + 1 : lifecycle.end + 1]
         for branch in (block.attention, block.mlp)
     ]
+
+
+def key_value_sizes(sites: Sites, lifecycle: Lifecycle) -> dict[str, int]:
+    """Keys and values of all blocks that the spike passes, name -> features per token.
+
+    Empty if the attention of one of them is no single op.
+    """
+    found = [sites.blocks[block].attention.attention for block in lifecycle.insert_blocks]
+    sizes: dict[str, int] = {}
+    for site in found:
+        if site is None:
+            return {}
+        sizes |= {site.key: site.key_features, site.value: site.value_features}
+    return sizes
 
 
 def collect_rows(
@@ -119,7 +158,7 @@ def fit(
     most = max(1, min(MAX_TEMPLATES, features.shape[0] // _TOKENS_PER_TEMPLATE))
     for count in range(1, most + 1):
         labels = _cluster(features, count, seed)
-        deviation, worst = _held_out_deviation(norm_rows, features, labels, count)
+        deviation, worst = _held_out_deviation(norm_rows, labels, count)
         candidate = SinkTemplates(
             lifecycle=lifecycle,
             threshold=threshold,
@@ -136,6 +175,15 @@ def fit(
             return candidate
     assert best is not None
     return best
+
+
+def fit_key_values(
+    rows: dict[str, np.ndarray], residual: np.ndarray, labels: np.ndarray, count: int
+) -> KeyValueTemplates:
+    """Templates of keys and values for tokens that are clustered already, `labels` `[tokens]`."""
+    deviation, worst = _held_out_deviation(rows, labels, count)
+    templates = {name: means(values, labels, count) for name, values in rows.items()}
+    return KeyValueTemplates(templates, means(residual, labels, count), deviation, worst)
 
 
 def _spread(norm_rows: dict[str, np.ndarray], labels: np.ndarray, count: int) -> list[float]:
@@ -180,9 +228,9 @@ def _cluster(features: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _held_out_deviation(
-    norm_rows: dict[str, np.ndarray], features: np.ndarray, labels: np.ndarray, count: int
+    norm_rows: dict[str, np.ndarray], labels: np.ndarray, count: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean and largest relative deviation per norm, of odd tokens from the even tokens' means."""
+    """Mean and largest relative deviation per value, of odd tokens from the even tokens' means."""
     fitted = np.arange(labels.size) % 2 == 0
     for k in range(count):
         if not (fitted & (labels == k)).any():
@@ -193,7 +241,8 @@ def _held_out_deviation(
     for name, rows in norm_rows.items():
         templates = means(rows[fitted], labels[fitted], count)
         target = templates[labels[held]]
-        relative = np.linalg.norm(rows[held] - target, axis=1) / np.linalg.norm(target, axis=1)
+        size = np.maximum(np.linalg.norm(target, axis=1), 1e-12)  # a value may be drained to zero
+        relative = np.linalg.norm(rows[held] - target, axis=1) / size
         mean[name] = float(relative.mean())
         worst[name] = float(relative.max())
     return mean, worst
