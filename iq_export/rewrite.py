@@ -25,9 +25,11 @@ from iq_export.graph.sites import Linear, Sites, find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
 from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
+from iq_export.quant.cache import CacheScale, cache_scale
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
@@ -43,7 +45,7 @@ PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onn
 LEAST_RECALL = 0.8
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
-_FORM_WINDOWS = 8
+_FORM_WINDOWS = 4
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
 
@@ -101,6 +103,7 @@ class Rewrite:
     insertions: list[Insertion]  # of `sinks`, in order
     smoothing: Smoothing
     quantizers: dict[str, Quantizer]
+    cache: dict[str, CacheScale]  # by the name of a step's keys or values
     linears: tuple[Linear, ...]
     blocks: dict[str, int]
     before: dict[str, TensorStats]
@@ -145,16 +148,24 @@ def rewrite(
         sinks = [d.templates for d in decisions if d.templates and d.replaced]
         if recipe.sinks == "for-half":
             sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
-        sinks, insertions = _in_forms(work, traced, sites, sinks, stats, data, options)
+        sinks, insertions = _in_forms(
+            work, traced, sites, sinks, stats, data, options, int8_cache=recipe.kv_bits == 8
+        )
     quantizers: dict[str, Quantizer] = {}
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
             quantizers = _quantizers(work / INSERTED, sites, before, sinks, data, progress)
+    cache: dict[str, CacheScale] = {}
+    if recipe.kv_bits == 8:
+        with progress.step("Calibrate the KV cache"):
+            cache = _cache_scales(work / INSERTED, sites, sinks, data, progress)
     importance = _importance(sites, before, smoothing) if blocks else None
 
     def write(quantizers: dict[str, Quantizer]) -> None:
         scales = {name: q.scale for name, q in quantizers.items()}
         model = quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+        if cache:
+            quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
         if dtype == "fp16":
             to_half(model)
         io.save(model, work / QUANTIZED)
@@ -188,6 +199,7 @@ def rewrite(
         insertions=insertions,
         smoothing=smoothing,
         quantizers=quantizers,
+        cache=cache,
         linears=tuple(sites.linears),
         blocks=blocks,
         before=before,
@@ -299,6 +311,8 @@ def _in_forms(
     stats: TokenStats,
     data: Calibration,
     options: _Run,
+    *,
+    int8_cache: bool,
 ) -> tuple[list[SinkTemplates], list[Insertion]]:
     """Insert every lifecycle in the form that is asked for, or that loses less, and restore it."""
 
@@ -314,7 +328,7 @@ def _in_forms(
         sample = data.windows[:_FORM_WINDOWS]
         return restored, divergence(traced, work / INSERTED, sample, names, **options)
 
-    chosen, insertions = choose_forms(sinks, data.insertion, measure)
+    chosen, insertions = choose_forms(sinks, data.insertion, measure, int8_cache=int8_cache)
     return insert(chosen), insertions
 
 
@@ -362,6 +376,37 @@ def _quantizers(
         source = before[linears[0].input]
         found[name] = Quantizer(name, nodes_behind, scale, clip, error, source, tensor)
     return found
+
+
+def _cache_scales(
+    inserted: Path,
+    sites: Sites,
+    sinks: Sequence[SinkTemplates],
+    data: Calibration,
+    progress: Progress,
+) -> dict[str, CacheScale]:
+    """Of every layer's keys and values; rows of replaced sinks are read from templates instead."""
+    widths: dict[str, int] = {}
+    indices: dict[str, list[str]] = {}
+    for block in sites.blocks:
+        site = block.attention.attention
+        if site is not None:  # else the pass says so
+            passing = [n for n, s in enumerate(sinks) if block.index in s.lifecycle.insert_blocks]
+            widths |= {site.key: site.key_features, site.value: site.value_features}
+            indices |= {x: [index_name(n) for n in passing] for x in (site.key, site.value)}
+
+    def rows(name: str, number: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        found = np.zeros(len(data.windows[number].ids), bool)
+        for index in indices[name]:
+            found |= values[index] > 0
+        return found
+
+    stats = observe_ranges(
+        inserted, widths, data.windows, rows,
+        always=[index_name(n) for n in range(len(sinks))], providers=data.providers,
+        progress=progress, seed=data.seed,
+    )  # fmt: skip
+    return {name: cache_scale(found) for name, found in stats.items()}
 
 
 def _int4_blocks(sites: Sites) -> dict[str, int]:

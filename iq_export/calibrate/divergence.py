@@ -1,4 +1,4 @@
-"""How far a rewritten graph is from the traced one: the calibration loss that choices are made by."""
+"""How far a rewritten graph is from the traced one: the calibration loss that decides choices."""
 
 from __future__ import annotations
 

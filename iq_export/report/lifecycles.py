@@ -13,7 +13,7 @@ def describe_lifecycle(record: Mapping[str, Any]) -> list[str]:
 
     `record` is an entry of a manifest's `lifecycles`; parts that it lacks are left out.
     """
-    lines = [_place(record), _fate(record), _peaks(record), _tokens(record)]
+    lines = [_place(record), _fate(record), _insertion(record), _peaks(record), _tokens(record)]
     return [line for line in lines if line]
 
 
@@ -40,6 +40,11 @@ def _fate(record: Mapping[str, Any]) -> str:
     if record.get("threshold") is not None:
         parts.append(f"threshold {record['threshold']:.4g}")
     return ", ".join(parts)
+
+
+def _insertion(record: Mapping[str, Any]) -> str:
+    how = record.get("insertion")
+    return f"inserted in the {how['form']} form: {how['reason']}" if how else ""
 
 
 def _peaks(record: Mapping[str, Any]) -> str:
