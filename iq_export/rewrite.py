@@ -35,7 +35,7 @@ from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
-from iq_export.sinks.form import Insertion, choose_forms
+from iq_export.sinks.form import Insertion, choose_forms, possible_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover
 from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.templates import SinkTemplates
@@ -148,9 +148,13 @@ def rewrite(
         sinks = [d.templates for d in decisions if d.templates and d.replaced]
         if recipe.sinks == "for-half":
             sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
-        sinks, insertions = _in_forms(
-            work, traced, sites, sinks, stats, data, options, int8_cache=recipe.kv_bits == 8
-        )
+        int8_cache = recipe.kv_bits == 8
+        sinks = [
+            replace(s, form=possible_forms(s, data.insertion, int8_cache=int8_cache)[0])
+            for s in sinks
+        ]
+        _insert(work, sites, sinks)
+        sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
     quantizers: dict[str, Quantizer] = {}
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
@@ -170,7 +174,19 @@ def rewrite(
             to_half(model)
         io.save(model, work / QUANTIZED)
 
+    def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
+        """Of the quantized graph: ranges hold in every form, since semantic rows are the same."""
+        _insert(work, sites, candidates)
+        write(quantizers)
+        _restored(work, QUANTIZED, sites, candidates, stats, data, options)
+        names = [index_name(number) for number in range(len(candidates))]
+        sample = data.windows[:_FORM_WINDOWS]
+        return divergence(traced, work / QUANTIZED, sample, names, **options)
+
     with progress.step("Quantize"):
+        sinks, insertions = choose_forms(sinks, data.insertion, loss, int8_cache=int8_cache)
+        _insert(work, sites, sinks)
+        sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         write(quantizers)
     with progress.step("Check the quantized graph"):
         recall = _recall(work, len(sinks), data, progress)
@@ -301,35 +317,6 @@ def _insert(work: Path, sites: Sites, sinks: Sequence[SinkTemplates]) -> None:
     model = io.load(work / PREPARED)
     insert_sinks(model, sites, sinks)
     io.save_skeleton(model, work / INSERTED)
-
-
-def _in_forms(
-    work: Path,
-    traced: Path,
-    sites: Sites,
-    sinks: Sequence[SinkTemplates],
-    stats: TokenStats,
-    data: Calibration,
-    options: _Run,
-    *,
-    int8_cache: bool,
-) -> tuple[list[SinkTemplates], list[Insertion]]:
-    """Insert every lifecycle in the form that is asked for, or that loses less, and restore it."""
-
-    def insert(candidates: Sequence[SinkTemplates]) -> list[SinkTemplates]:
-        _insert(work, sites, candidates)
-        return _restored(work, INSERTED, sites, candidates, stats, data, options)
-
-    def measure(
-        candidates: Sequence[SinkTemplates],
-    ) -> tuple[list[SinkTemplates], Divergence]:
-        restored = insert(candidates)
-        names = [index_name(number) for number in range(len(restored))]
-        sample = data.windows[:_FORM_WINDOWS]
-        return restored, divergence(traced, work / INSERTED, sample, names, **options)
-
-    chosen, insertions = choose_forms(sinks, data.insertion, measure, int8_cache=int8_cache)
-    return insert(chosen), insertions
 
 
 def _quantizers(

@@ -6,10 +6,10 @@ Per lifecycle, in the norm form:
 3. SinkClampInsert writes the template after every norm of the persistence phase.
 4. SinkRestore adds what the clamped residual lacks after the last block.
 
-In the kv form 3 writes zeros, which makes the clamps of the later blocks needless, SinkClampInsert
-writes the templates of keys and values in front of every attention product and of the KV cache,
-and one more sets the residual after the last block. The norm+kv form is the norm form with the
-templates of keys and values besides.
+In the kv form 3 writes zeros, SinkClampInsert writes the templates of keys and values in front of
+every attention product and of the KV cache, and one more sets the residual after the last block.
+The norm+kv form is the norm form with the templates of keys and values besides: a quantizer behind
+a norm clips the template, and what other tokens see of a sink are its keys and values.
 
 Precondition: the traced graph with `attention_mask` and `position_ids`. Postcondition: semantic
 rows are computed exactly as before.
@@ -108,8 +108,6 @@ def _insert_one(
     index = detect.outputs[0]
 
     for block in life.clamp_blocks:
-        if sinks.form == KV and block in life.insert_blocks:
-            continue  # its rows are zero from the norm on
         linear = sites.blocks[block].mlp.output
         zeros = np.zeros((sinks.count, linear.in_features), np.float32)
         op = _op("SinkClampInsert", [values[linear.input], index], zeros, f"{prefix}/clamp.{block}")

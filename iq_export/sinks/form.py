@@ -10,11 +10,8 @@ from iq_export.errors import GraphError
 from iq_export.sinks.templates import KV, NORM, NORM_AND_KV, SinkTemplates
 
 INSERTIONS = ("norm", "kv", "auto")
-# Losses within 0.02 % of perplexity are equal: the norm form keeps what a sink still carries.
+# Losses within 0.02 % of perplexity are equal: the form with the fewest changes is taken.
 TIE_NATS = 2e-4
-
-# Inserts the sinks, measures what they must restore, and the loss of the graph.
-Measure = Callable[[Sequence[SinkTemplates]], tuple[list[SinkTemplates], Divergence]]
 
 
 @dataclass(frozen=True)
@@ -26,61 +23,66 @@ class Insertion:
     reason: str
 
 
-def choose_forms(
-    sinks: Sequence[SinkTemplates], wanted: str, measure: Measure, *, int8_cache: bool = False
-) -> tuple[list[SinkTemplates], list[Insertion]]:
-    """The sinks in their forms, measured, and one Insertion for each.
+def possible_forms(
+    templates: SinkTemplates, wanted: str, *, int8_cache: bool = False
+) -> tuple[str, ...]:
+    """The forms that `wanted` (one of INSERTIONS) leaves open, those that change least first.
 
-    `wanted` is one of INSERTIONS. With `int8_cache` the norm form writes keys and values as well,
-    which the cache cannot hold. Each lifecycle is tried in both forms, the others as they are.
-
-    Raises GraphError if a form needs keys and values and the attention is no single op.
+    A sink's keys and values do not fit an int8 cache, so with `int8_cache` they are always
+    templates. Raises GraphError if a form needs them and the attention is no single op.
     """
-    norm = NORM_AND_KV if int8_cache else NORM
-    if wanted == "kv" or (sinks and int8_cache):
-        _require_key_values(sinks, "--insertion kv" if wanted == "kv" else "an int8 KV cache")
-    current = [replace(templates, form=KV if wanted == "kv" else norm) for templates in sinks]
-    if wanted != "auto":
-        chosen = [Insertion(templates.form, {}, "asked for") for templates in current]
-        return current, chosen
-    if not any(templates.key_values for templates in sinks):
-        reason = "the attention of its blocks is no single op, so only this form is possible"
-        return current, [Insertion(norm, {}, reason) for _ in current]
+    if wanted == "norm" or templates.key_values is None:
+        forms: tuple[str, ...] = (NORM_AND_KV,) if int8_cache else (NORM,)
+    elif wanted == "kv":
+        forms = (KV,)
+    else:
+        forms = (NORM_AND_KV, KV) if int8_cache else (NORM, NORM_AND_KV, KV)
+    if templates.key_values is None and (wanted == "kv" or forms != (NORM,)):
+        life = templates.lifecycle
+        what = "--insertion kv" if wanted == "kv" else "an int8 KV cache"
+        raise GraphError(
+            f"{what} writes keys and values of the sinks, but in blocks {life.birth + 1} to "
+            f"{life.end} an attention is no single Attention op: export at opset 23."
+        )
+    return forms
+
+
+def choose_forms(
+    sinks: Sequence[SinkTemplates],
+    wanted: str,
+    loss: Callable[[Sequence[SinkTemplates]], Divergence],
+    *,
+    int8_cache: bool = False,
+) -> tuple[list[SinkTemplates], list[Insertion]]:
+    """The sinks in their forms, and one Insertion for each.
+
+    `loss` measures the graph with the sinks in the forms it is given. Lifecycles are taken in
+    order, each in every form that is possible while the others stay as they are.
+    """
+    forms = [possible_forms(templates, wanted, int8_cache=int8_cache) for templates in sinks]
+    current = [replace(s, form=open_[0]) for s, open_ in zip(sinks, forms, strict=True)]
     chosen = []
-    current, loss = measure(current)
-    for number, templates in enumerate(sinks):
-        if templates.key_values is None:
-            reason = "the attention of its blocks is no single op, so only this form is possible"
-            chosen.append(Insertion(norm, {norm: loss}, reason))
+    known: Divergence | None = None
+    for number, open_ in enumerate(forms):
+        if len(open_) == 1:
+            reason = "asked for" if wanted != "auto" else "an attention is no single Attention op"
+            chosen.append(Insertion(open_[0], {}, reason))
             continue
-        tried = list(current)
-        tried[number] = replace(current[number], form=KV)
-        tried, other = measure(tried)
-        losses = {norm: loss, KV: other}
-        if other.kl < loss.kl - TIE_NATS:
-            current, loss = tried, other
-            chosen.append(Insertion(KV, losses, _reason(losses, KV)))
-        else:
-            chosen.append(Insertion(norm, losses, _reason(losses, norm)))
+        losses = {open_[0]: known or loss(current)}
+        for form in open_[1:]:
+            tried = list(current)
+            tried[number] = replace(current[number], form=form)
+            losses[form] = loss(tried)
+        least = min(found.kl for found in losses.values())
+        form = next(form for form in open_ if losses[form].kl <= least + TIE_NATS)
+        current[number], known = replace(current[number], form=form), losses[form]
+        chosen.append(Insertion(form, losses, _reason(losses, form)))
     return current, chosen
 
 
 def _reason(losses: dict[str, Divergence], form: str) -> str:
-    (other,) = (name for name in losses if name != form)
-    ours, theirs = losses[form].kl, losses[other].kl
-    if abs(ours - theirs) <= TIE_NATS:
-        return (
-            f"KL to the traced graph {ours:.2g} nats, {other} {theirs:.2g}: equal within "
-            f"{TIE_NATS:g}, and this form keeps what a sink still carries"
-        )
-    return f"KL to the traced graph {ours:.2g} nats, less than the {theirs:.2g} of {other}"
-
-
-def _require_key_values(sinks: Sequence[SinkTemplates], what: str) -> None:
-    for templates in sinks:
-        if templates.key_values is None:
-            life = templates.lifecycle
-            raise GraphError(
-                f"{what} writes keys and values of the sinks, but in blocks {life.birth + 1} to "
-                f"{life.end} an attention is no single Attention op: export at opset 23."
-            )
+    others = ", ".join(f"{name} {x.kl:.3g}" for name, x in losses.items() if name != form)
+    text = f"KL to the traced graph {losses[form].kl:.3g} nats, {others}"
+    if losses[form].kl > min(found.kl for found in losses.values()):
+        text += f"; equal within {TIE_NATS:g}, and this form changes least"
+    return text

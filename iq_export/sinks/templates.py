@@ -22,8 +22,8 @@ _KMEANS_ROUNDS = 50
 
 
 # What replaces a sink's rows in the persistence phase (method.md step 6): `norm` the templates
-# after each norm, `kv` keys and values at the attention products and zeros after the norms;
-# `norm+kv` templates at both, for a KV cache that cannot hold a sink's row (int8).
+# after each norm, `kv` keys and values at the attention products and zeros after the norms,
+# `norm+kv` templates at both, where quantizers cannot hold a sink's row.
 NORM, KV, NORM_AND_KV = "norm", "kv", "norm+kv"
 
 
