@@ -64,6 +64,7 @@ class CompileOptions:
     device: str = "cpu"
     max_relative_deviation: float = 0.10
     alpha: float = 64.0
+    insertion: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -152,6 +153,7 @@ def _check(options: CompileOptions) -> _Checked:
     """Refuse in a second what would fail after minutes."""
     from iq_export.model.fetch import EMBEDDED_GGUF_BYTES, EMBEDDED_NAME
     from iq_export.model.load import resolve
+    from iq_export.sinks.form import INSERTIONS
 
     recipe = load_recipe(options.recipe)
     targets = tuple(resolve_target(name) for name in dict.fromkeys(options.targets))
@@ -164,6 +166,8 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
     if options.dtype not in ("fp16", "fp32"):
         raise UsageError(f"unknown dtype '{options.dtype}': use fp16 or fp32.")
+    if options.insertion not in INSERTIONS:
+        raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
     if not 0 < options.max_relative_deviation < 1 or options.alpha <= 1:
         raise UsageError("max_relative_deviation lies between 0 and 1, alpha above 1.")
     load_text(options.calibration)
@@ -184,6 +188,8 @@ def _steps(checked: _Checked) -> list[str]:
     steps.append("Fit and insert sinks")
     if checked.recipe.activation_bits == 8:
         steps.append("Calibrate quantizers")
+    if checked.recipe.kv_bits == 8:
+        steps.append("Calibrate the KV cache")
     steps += ["Quantize", "Check the quantized graph"]
     if any(why_not_here(target) is None for target in checked.targets):
         steps.append("Build engines")
@@ -260,6 +266,7 @@ def _calibrate_and_rewrite(
         max_relative_deviation=options.max_relative_deviation,
         seed=options.seed,
         providers=PROVIDERS[options.device],
+        insertion=options.insertion,
     )
     data = replace(
         data,
@@ -391,7 +398,8 @@ def _versions() -> dict[str, str]:
 
 
 _RECORDED = ("model", "recipe", "calibration", "samples", "length", "opset", "dtype", "seed",
-             "device", "max_relative_deviation", "alpha", "trust_remote_code")  # fmt: skip
+             "device", "max_relative_deviation", "alpha", "insertion",
+             "trust_remote_code")  # fmt: skip
 
 
 def _option_record(options: CompileOptions) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import numpy as np
 
 from iq_export.rewrite import Quantizer, Rewrite
 from iq_export.sinks.calibrate import Decision
+from iq_export.sinks.form import Insertion
 from iq_export.sinks.quality import MatchQuality
+from iq_export.sinks.templates import KV, NORM, SinkTemplates
 
 _QUANTILE = 0.999
 
@@ -41,6 +43,7 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
             for name, c in choices.items()
         },
         "quantizers": [_quantizer_record(q) for q in done.quantizers.values()],
+        "kv_cache": {name: asdict(found) for name, found in done.cache.items()},
         "int4_blocks": done.blocks,
         "recall": done.recall,
         "warnings": done.warnings,
@@ -57,26 +60,43 @@ def lifecycle_records(done: Rewrite, tokenizer: _Decoder) -> list[dict[str, Any]
 
 
 def save_templates(done: Rewrite, path: Path) -> None:
-    """Write the templates of all replaced lifecycles, float32 `[K, features]` each."""
+    """Write the templates of all replaced lifecycles, float32 `[K, features]` each.
+
+    By lifecycle number: `detection`; `insert.<norm output>` and `restore`, which is added, in the
+    norm forms; `attend.<key or value>` in the kv forms, `set`, the residual, in the kv form.
+    """
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
     for number, sinks in enumerate(done.sinks):
-        tensors[f"{number}.detection"] = sinks.detection
-        tensors[f"{number}.restore"] = sinks.restore
-        for site in sinks.early:
-            tensors[f"{number}.detection.{site.site.block}"] = site.detection
-            for name, rows in site.norms.items():
-                tensors[f"{number}.insert.{name}"] = rows
-        for name, rows in sinks.norms.items():
-            tensors[f"{number}.insert.{name}"] = rows
+        for name, rows in _inserted(sinks).items():
+            tensors[f"{number}.{name}"] = rows
     save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, path)
     path.chmod(0o644)  # safetensors makes it private; a bundle is shared like any other output
 
 
+def _inserted(sinks: SinkTemplates) -> dict[str, np.ndarray]:
+    found = {"detection": sinks.detection}
+    for site in sinks.early:
+        found[f"detection.{site.site.block}"] = site.detection
+        found |= {f"insert.{name}": rows for name, rows in site.norms.items()}
+    if sinks.form != KV:
+        found["restore"] = sinks.restore
+        found |= {f"insert.{name}": rows for name, rows in sinks.norms.items()}
+    if sinks.form != NORM:
+        assert sinks.key_values is not None
+        found |= {f"attend.{name}": rows for name, rows in sinks.key_values.rows.items()}
+    if sinks.form == KV:
+        assert sinks.key_values is not None
+        found["set"] = sinks.key_values.residual
+    return found
+
+
 def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
     life, fitted = decision.lifecycle, decision.templates
-    inserted = any(sinks.lifecycle is life for sinks in done.sinks)
+    pairs = zip(done.sinks, done.insertions, strict=True)
+    insertion = next((how for sinks, how in pairs if sinks.lifecycle is life), None)
+    inserted = insertion is not None
     reason = decision.reason
     if decision.replaced and not inserted:
         reason += "; half precision holds the spike, so this recipe leaves it"
@@ -112,10 +132,23 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
             "deviation_per_norm": fitted.deviation,
             "deviation_max_per_norm": fitted.deviation_max,
         }
+        if fitted.key_values is not None:
+            record |= {
+                "deviation_per_key_value": fitted.key_values.deviation,
+                "deviation_max_per_key_value": fitted.key_values.deviation_max,
+            }
+    if insertion is not None:
+        record["insertion"] = _insertion_record(insertion)
     if inserted and done.matching:
         number = [sinks.lifecycle is life for sinks in done.sinks].index(True)
         record["held_out"] = _matching(done.matching[number])
     return record
+
+
+def _insertion_record(insertion: Insertion) -> dict[str, Any]:
+    """Losses in nats: KL to the traced graph of all tokens and of semantic ones, and the NLL."""
+    losses = {form: asdict(loss) for form, loss in insertion.loss.items()}
+    return {"form": insertion.form, "loss": losses, "reason": insertion.reason}
 
 
 def _matching(quality: MatchQuality) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.data import Window
+from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import TensorStats, observe_ranges
 from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.text_check import surprise_warning
@@ -25,15 +26,18 @@ from iq_export.graph.sites import Linear, Sites, find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks, set_restore
 from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
+from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
 from iq_export.quant.budget import smallest_prefix
+from iq_export.quant.cache import CacheScale, cache_scale
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
+from iq_export.sinks.form import Insertion, choose_forms, possible_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
 from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
@@ -44,6 +48,8 @@ PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onn
 LEAST_RECALL = 0.8
 _PARTIAL = "partial.onnx"
 _OBSERVED_WINDOWS = 4
+# Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
+_FORM_WINDOWS = 4
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
 
@@ -59,7 +65,7 @@ class _Run(TypedDict):
 class Calibration:
     """What to calibrate on. `windows` measure ranges; `probes` are short ones that only add first
     tokens, since most sinks stand at position 0. `heldout` only tells how well sinks are found and
-    matched on text that nothing was made from."""
+    matched on text that nothing was made from. `insertion` is one of form.INSERTIONS."""
 
     windows: Sequence[Window]
     probes: Sequence[Window]
@@ -68,6 +74,7 @@ class Calibration:
     seed: int
     providers: tuple[str, ...]
     heldout: Sequence[Window] = ()
+    insertion: str = "auto"
 
     @property
     def all(self) -> list[Window]:
@@ -102,8 +109,10 @@ class Rewrite:
     stats: TokenStats
     decisions: list[Decision]
     sinks: list[SinkTemplates]
+    insertions: list[Insertion]  # of `sinks`, in order
     smoothing: Smoothing
     quantizers: dict[str, Quantizer]
+    cache: dict[str, CacheScale]  # by the name of a step's keys or values
     linears: tuple[Linear, ...]
     blocks: dict[str, int]
     before: dict[str, TensorStats]
@@ -151,6 +160,11 @@ def rewrite(
         sinks = [d.templates for d in decisions if d.templates and d.replaced]
         if recipe.sinks == "for-half":
             sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
+        int8_cache = recipe.kv_bits == 8
+        sinks = [
+            replace(s, form=possible_forms(s, data.insertion, int8_cache=int8_cache)[0])
+            for s in sinks
+        ]
         _insert(work, sites, sinks)
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         matching = _matching(traced, work, sites, sinks, data, options)
@@ -163,16 +177,34 @@ def rewrite(
     if recipe.activation_bits == 8:
         with progress.step("Calibrate quantizers"):
             quantizers = _quantizers(work / INSERTED, sites, before, sinks, data, progress)
+    cache: dict[str, CacheScale] = {}
+    if recipe.kv_bits == 8:
+        with progress.step("Calibrate the KV cache"):
+            cache = _cache_scales(work / INSERTED, sites, sinks, data, progress)
     importance = _importance(sites, before, smoothing) if blocks else None
 
     def write(quantizers: dict[str, Quantizer]) -> None:
         scales = {name: q.scale for name, q in quantizers.items()}
         model = quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+        if cache:
+            quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
         if dtype == "fp16":
             to_half(model)
         io.save(model, work / QUANTIZED)
 
+    def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
+        """Of the quantized graph: ranges hold in every form, since semantic rows are the same."""
+        _insert(work, sites, candidates)
+        write(quantizers)
+        _restored(work, QUANTIZED, sites, candidates, stats, data, options)
+        names = [index_name(number) for number in range(len(candidates))]
+        sample = data.windows[:_FORM_WINDOWS]
+        return divergence(traced, work / QUANTIZED, sample, names, **options)
+
     with progress.step("Quantize"):
+        sinks, insertions = choose_forms(sinks, data.insertion, loss, int8_cache=int8_cache)
+        _insert(work, sites, sinks)
+        sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         write(quantizers)
     with progress.step("Check the quantized graph"):
         recall = _recall(work, len(sinks), data, progress)
@@ -200,8 +232,10 @@ def rewrite(
         stats=stats,
         decisions=decisions,
         sinks=sinks,
+        insertions=insertions,
         smoothing=smoothing,
         quantizers=quantizers,
+        cache=cache,
         linears=tuple(sites.linears),
         blocks=blocks,
         before=before,
@@ -385,6 +419,37 @@ def _quantizers(
         source = before[linears[0].input]
         found[name] = Quantizer(name, nodes_behind, scale, clip, error, source, tensor)
     return found
+
+
+def _cache_scales(
+    inserted: Path,
+    sites: Sites,
+    sinks: Sequence[SinkTemplates],
+    data: Calibration,
+    progress: Progress,
+) -> dict[str, CacheScale]:
+    """Of every layer's keys and values; rows of replaced sinks are read from templates instead."""
+    widths: dict[str, int] = {}
+    indices: dict[str, list[str]] = {}
+    for block in sites.blocks:
+        site = block.attention.attention
+        if site is not None:  # else the pass says so
+            passing = [n for n, s in enumerate(sinks) if block.index in s.lifecycle.insert_blocks]
+            widths |= {site.key: site.key_features, site.value: site.value_features}
+            indices |= {x: [index_name(n) for n in passing] for x in (site.key, site.value)}
+
+    def rows(name: str, number: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        found = np.zeros(len(data.windows[number].ids), bool)
+        for index in indices[name]:
+            found |= values[index] > 0
+        return found
+
+    stats = observe_ranges(
+        inserted, widths, data.windows, rows,
+        always=[index_name(n) for n in range(len(sinks))], providers=data.providers,
+        progress=progress, seed=data.seed,
+    )  # fmt: skip
+    return {name: cache_scale(found) for name, found in stats.items()}
 
 
 def _int4_blocks(sites: Sites) -> dict[str, int]:

@@ -54,7 +54,7 @@ def test_lifecycles(done: Rewrite) -> None:
 
 def test_kept_lifecycle_says_why(done: Rewrite) -> None:
     """Replaceable, but the recipe left it: nothing of it is in the graph."""
-    (record,) = plan_record(replace(done, sinks=[]), Words())["lifecycles"]
+    (record,) = plan_record(replace(done, sinks=[], insertions=[]), Words())["lifecycles"]
     assert record["replaced"] is False
     assert record["reason"].endswith("half precision holds the spike, so this recipe leaves it")
 

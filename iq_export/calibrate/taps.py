@@ -18,11 +18,11 @@ from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.progress import Progress
-from iq_export.run.ort import open_session, ort_errors
+from iq_export.run.ort import empty_cache, open_session, ort_errors
 
 GROUP_BYTES = 1 << 30
 
-# name -> value of one window, [seq, features] or [seq]
+# name -> value of one window, [seq, features] or [seq]; keys and values with their heads joined
 Values = dict[str, np.ndarray]
 
 
@@ -95,14 +95,15 @@ def _feeds(session: Any, window: Window) -> dict[str, np.ndarray]:
     for node in session.get_inputs():
         if node.name in known:
             feeds[node.name] = known[node.name]
-        else:  # past_key_values.N.key/value: [batch, kv_heads, 0, head_dim]
-            shape = [1, node.shape[1], 0, node.shape[3]]
-            feeds[node.name] = np.zeros(shape, np.float16 if "16" in node.type else np.float32)
+        else:
+            feeds[node.name] = empty_cache(node, 1)
     return feeds
 
 
 def _checked(name: str, value: np.ndarray, window: int) -> np.ndarray:
     value = value[0]
+    if value.ndim == 3:  # [heads, seq, head_dim]
+        value = value.transpose(1, 0, 2).reshape(value.shape[1], -1)
     if value.dtype == np.float16:
         value = value.astype(np.float32)
     if value.dtype == np.float32 and not np.isfinite(value).all():

@@ -35,7 +35,9 @@ def add_parser(subparsers: Any) -> None:
         help="hub id, Hugging Face folder, .gguf, .onnx (with --tokenizer) or smollm2-135m",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="output folder; must not exist")
-    parser.add_argument("--recipe", default="w8a8", help="w8a8 (default) or w4a16")
+    parser.add_argument(
+        "--recipe", default="w8a8", help="w8a8 (default), w8a8kv8 (int8 KV cache too) or w4a16"
+    )
     parser.add_argument(
         "--target", action="append", metavar="NAME", dest="targets",
         help="device to build an engine for, repeatable (default rtx-ampere)",
@@ -70,6 +72,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--alpha", type=float, default=64.0,
         help="a token spikes above alpha x the median of its tensor (default 64)",
+    )  # fmt: skip
+    group.add_argument(
+        "--insertion", choices=("norm", "kv", "auto"), default="auto",
+        help="what replaces a sink: rows after the norms, or keys and values; auto measures both",
     )  # fmt: skip
     options.add_device(group)
 
@@ -118,6 +124,7 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         device=args.device,
         max_relative_deviation=args.max_relative_deviation,
         alpha=args.alpha,
+        insertion=args.insertion,
         trust_remote_code=args.trust_remote_code,
     )
 

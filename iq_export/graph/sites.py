@@ -31,6 +31,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class AttentionSite:
+    """An `Attention` node and this step's keys and values, before they join the KV cache.
+
+    `key` is read after its rotary embedding. Both are `[batch, heads, seq, head_dim]` or, with
+    `heads` None, `[batch, seq, features]`; `key_features` and `value_features` are the sizes of
+    one token's key and value, all heads together.
+    """
+
+    node: str
+    key: str
+    value: str
+    heads: int | None
+    key_features: int
+    value_features: int
+
+
+@dataclass(frozen=True)
 class Branch:
     """One residual branch: norm -> `inputs` -> ... -> `output` [-> post-norm] -> residual Add."""
 
@@ -44,6 +61,8 @@ class Branch:
     # Index in `inputs` of the product that enters `output` by an elementwise product alone
     # (the "up" of a gated MLP), so that a per-channel scale passes through; None otherwise.
     linear_path: int | None = None
+    # The single Attention op of an attention branch; None where the product is decomposed.
+    attention: AttentionSite | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -179,7 +198,8 @@ def _branch(stream: ir.Value, add: ir.Node) -> Branch | Refusal:
     inputs = [node for node in normed.consumers() if _is_linear(node)]
     if not inputs:
         return Refusal(_label(norm), "no weighted MatMul reads this norm")
-    kind = "attention" if any(_is_attention(node) for node in inside) else "mlp"
+    products = [node for node in inside if _is_attention(node)]
+    kind = "attention" if products else "mlp"
     return Branch(
         kind=kind,
         stream=stream.name,
@@ -189,6 +209,7 @@ def _branch(stream: ir.Value, add: ir.Node) -> Branch | Refusal:
         output=_linear(output),
         residual=add.outputs[0].name,
         linear_path=_linear_path(inputs, output) if kind == "mlp" else None,
+        attention=_attention_site(products[0]) if len(products) == 1 else None,
     )
 
 
@@ -235,6 +256,38 @@ def _is_attention(node: ir.Node) -> bool:
     if node.op_type == "Attention":
         return True
     return node.op_type == "MatMul" and not any(_is_constant(value) for value in node.inputs)
+
+
+def _attention_site(node: ir.Node) -> AttentionSite | None:
+    """None for a decomposed product, or where a size that must be fixed is not."""
+    if node.op_type != "Attention":
+        return None
+    key, value = (_this_step(node.inputs[position]) for position in (1, 2))
+    sizes = [_token_sizes(tensor) for tensor in (key, value)]
+    if sizes[0] is None or sizes[1] is None:
+        return None
+    (heads, key_features), (_, value_features) = sizes
+    return AttentionSite(node.name, key.name, value.name, heads, key_features, value_features)
+
+
+def _token_sizes(tensor: ir.Value) -> tuple[int | None, int] | None:
+    """`(heads or None, features of one token)` of a key or value; None if they are not fixed."""
+    match tuple(tensor.shape or ()):
+        case (_, int(heads), _, int(size)):
+            return heads, heads * size
+        case (_, _, int(size)):
+            return None, size
+    return None
+
+
+def _this_step(value: ir.Value) -> ir.Value:
+    """What a Concat appends to the cache (a graph input), else the value itself."""
+    node = value.producer()
+    if node is not None and node.op_type == "Concat" and len(node.inputs) == 2:
+        past, new = node.inputs
+        if past is not None and new is not None and past.is_graph_input():
+            return new
+    return value
 
 
 def _linear(node: ir.Node) -> Linear:

@@ -1,11 +1,16 @@
-"""Rewrite the graph so that a lifecycle's spike is never computed (method.md steps 5-7, norm form).
+"""Rewrite the graph so that a lifecycle's spike is never computed (method.md steps 5-7).
 
-Per lifecycle:
+Per lifecycle, in the norm form:
 1. SinkDetect reads the birth block's down-projection input and gives the index of every row. Where
    tokens spike earlier, another one stands there and what it finds stays (method.md step 2).
 2. SinkClampInsert with zero templates clamps the down-projection inputs of `clamp_blocks`.
 3. SinkClampInsert writes the template after every norm of the persistence phase.
 4. SinkRestore adds what the clamped residual lacks after the last block.
+
+In the kv form 3 writes zeros, SinkClampInsert writes the templates of keys and values in front of
+every attention product and of the KV cache, and one more sets the residual after the last block.
+The norm+kv form is the norm form with the templates of keys and values besides: a quantizer behind
+a norm clips the template, and what other tokens see of a sink are its keys and values.
 
 Precondition: the traced graph with `attention_mask` and `position_ids`. Postcondition: semantic
 rows are computed exactly as before.
@@ -23,7 +28,7 @@ from iq_export.graph import io
 from iq_export.graph.edit import constant
 from iq_export.graph.sites import Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
-from iq_export.sinks.templates import SinkTemplates
+from iq_export.sinks.templates import KV, NORM, SinkTemplates
 
 
 def index_name(lifecycle: int) -> str:
@@ -135,9 +140,18 @@ def _insert_one(
     clamped = [block for block in life.clamp_blocks if block >= life.birth]
     _clamp(graph, values, sites, number, clamped, sinks.count, index, detected_at=life.birth)
     for name, templates in sinks.norms.items():
-        op = _op("SinkClampInsert", [values[name], index], templates, f"{prefix}/insert.{name}")
+        rows = np.zeros_like(templates) if sinks.form == KV else templates
+        op = _op("SinkClampInsert", [values[name], index], rows, f"{prefix}/insert.{name}")
         _interpose(graph, values[name], op, number)
+    if sinks.form != NORM:
+        _insert_key_values(graph, values, sites, number, sinks, index)
     residual = values[sites.blocks[life.end].mlp.residual]
+    if sinks.form == KV:
+        assert sinks.key_values is not None
+        rows, name = sinks.key_values.residual, f"{prefix}/set.{life.end}"
+        op = _op("SinkClampInsert", [residual, index], rows, name)
+        _interpose(graph, residual, op, number)
+        return
     restore = sinks.restore
     if not restore.size:
         restore = np.zeros((sinks.count, sites.hidden), np.float32)
@@ -187,10 +201,67 @@ def _clamp(
         _interpose(graph, clamped, op, number, after=after)
 
 
+def _insert_key_values(
+    graph: ir.Graph,
+    values: dict[str, ir.Value],
+    sites: Sites,
+    number: int,
+    sinks: SinkTemplates,
+    index: ir.Value,
+) -> None:
+    assert sinks.key_values is not None, "the form needs templates of keys and values"
+    by_heads: dict[int | None, ir.Value] = {None: index}
+    for block in sinks.lifecycle.insert_blocks:
+        site = sites.blocks[block].attention.attention
+        assert site is not None
+        if site.heads is not None and site.heads not in by_heads:
+            by_heads[site.heads] = index_per_head(graph, index, site.heads)
+        for name in (site.key, site.value):
+            rows = sinks.key_values.rows[name]
+            if site.heads is not None:  # [K, heads * head_dim] -> [K * heads, head_dim]
+                rows = rows.reshape(sinks.count * site.heads, -1)
+            inputs = [values[name], by_heads[site.heads]]
+            op = _op("SinkClampInsert", inputs, rows, f"iq/sinks.{number}/attend.{name}")
+            _interpose(graph, values[name], op, number)
+
+
+def index_per_head(graph: ir.Graph, index: ir.Value, heads: int) -> ir.Value:
+    """The index for values `[batch, heads, seq, head_dim]`: int32 `[batch, heads, seq]`.
+
+    Template k of head h is row `k * heads + h` of the op's table, so its index is that plus one;
+    0 stays 0. So the op needs no other layout, and keys are not transposed for it.
+    """
+    name = f"{index.name}.heads{heads}"
+    axis = _shared(graph, "iq.axis", np.ones([1], np.int64))
+    step = _shared(graph, f"iq.heads{heads}.step", np.array(heads, np.int32))
+    offsets = np.arange(1 - heads, 1, dtype=np.int32)[:, None]
+    offset = _shared(graph, f"iq.heads{heads}.offset", offsets)
+    zero = _shared(graph, "iq.no_sink", np.array(0, np.int32))
+    nodes = [ir.node("Unsqueeze", [index, axis], name=f"{name}/column")]
+    nodes.append(ir.node("Mul", [nodes[0].outputs[0], step], name=f"{name}/scaled"))
+    nodes.append(ir.node("Add", [nodes[1].outputs[0], offset], name=f"{name}/shifted"))
+    nodes.append(ir.node("Max", [nodes[2].outputs[0], zero], name=f"{name}/bounded"))
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}/out"
+        node.outputs[0].dtype = ir.DataType.INT32
+    nodes[-1].outputs[0].name = name
+    producer = index.producer()
+    assert producer is not None
+    graph.insert_after(producer, nodes)
+    return nodes[-1].outputs[0]
+
+
+def _shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    found = graph.initializers.get(name)
+    return constant(graph, name, array) if found is None else found
+
+
 def set_restore(model: ir.Model, sinks: Sequence[SinkTemplates]) -> None:
     """Write the `restore` vectors of `sinks` into the SinkRestore nodes of a rewritten graph."""
     nodes = {node.name: node for node in model.graph}
     for number, templates in enumerate(sinks):
+        if templates.form == KV:
+            continue  # it sets the residual
         node = nodes[_restore_name(number, templates)]
         if not templates.restore.size:
             continue  # not measured yet: it adds zero

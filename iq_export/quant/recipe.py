@@ -15,12 +15,14 @@ SINK_POLICIES = ("always", "for-half")
 
 @dataclass(frozen=True)
 class Recipe:
-    """`weight_bits` 8 or 4; `activation_bits` 8 or 16 (not quantized); `rotation` the Hadamard
-    block on the down-projection input or None; `sinks` one of SINK_POLICIES."""
+    """`weight_bits` 8 or 4; `activation_bits` and `kv_bits` (of the KV cache) 8 or 16 (not
+    quantized); `rotation` the Hadamard block on the down-projection input or None; `sinks` one of
+    SINK_POLICIES."""
 
     name: str
     weight_bits: int
     activation_bits: int
+    kv_bits: int
     smoothing: bool
     rotation: int | None
     sinks: str
@@ -30,6 +32,8 @@ class Recipe:
             raise UsageError(
                 f"Recipe {self.name!r}: weight_bits is 4 or 8 and activation_bits 8 or 16."
             )
+        if self.kv_bits not in (8, 16):
+            raise UsageError(f"Recipe {self.name!r}: kv_bits is 8 or 16.")
         if self.sinks not in SINK_POLICIES:
             raise UsageError(f"Recipe {self.name!r}: sinks is one of {', '.join(SINK_POLICIES)}.")
 

@@ -13,7 +13,8 @@ def describe_lifecycle(record: Mapping[str, Any]) -> list[str]:
 
     `record` is an entry of a manifest's `lifecycles`; parts that it lacks are left out.
     """
-    lines = [_place(record), _fate(record), _matching(record), _peaks(record), _tokens(record)]
+    lines = [_place(record), _fate(record), _insertion(record), _matching(record)]
+    lines += [_peaks(record), _tokens(record)]
     return [line for line in lines if line]
 
 
@@ -62,6 +63,11 @@ def _matching(record: Mapping[str, Any]) -> str:
             f"{held['order_windows']} windows"
         )
     return "; ".join(parts)
+
+
+def _insertion(record: Mapping[str, Any]) -> str:
+    how = record.get("insertion")
+    return f"inserted in the {how['form']} form: {how['reason']}" if how else ""
 
 
 def _peaks(record: Mapping[str, Any]) -> str:

@@ -18,8 +18,15 @@ PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+}
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
+# Which rows of an int8 cache are sinks, one tensor per lifecycle (passes/quantize_cache.py).
+_PAST_SINKS = re.compile(r"past_sinks\.\d+$")
 
 Ids = NDArray[np.int64]
 
@@ -29,7 +36,8 @@ class Step:
     """Result of one forward pass.
 
     logits `[batch, seq, vocab]` float32 (empty if not asked for); present: key and value of every
-    layer, `[batch, kv_heads, past + seq, head_dim]` in the graph's own type; extras by name.
+    layer, `[batch, kv_heads, past + seq, head_dim]` in the graph's own type, then what else its
+    cache holds (sink indices, `[batch, past + seq]`); extras by name.
     """
 
     logits: NDArray[np.float32]
@@ -62,6 +70,9 @@ class CausalLM:
         self._present = [
             f"present.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")
         ]
+        sinks = sorted(name for name in inputs if _PAST_SINKS.match(name))
+        self._past += sinks
+        self._present += [name.replace("past_", "present_", 1) for name in sinks]
         self.extra_outputs = tuple(extra_outputs)
         for name in ("logits", *self._present, *self.extra_outputs):
             if name not in outputs:
@@ -69,9 +80,13 @@ class CausalLM:
         self._inputs = tuple(
             name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs
         )
-        first = inputs[self._past[0]]
-        if first.type not in _NUMPY_TYPES:
-            raise GraphError(f"{self.path.name}: cache input '{first.name}' has type {first.type}.")
+        self._caches = [inputs[name] for name in self._past]
+        for cache in self._caches:
+            if cache.type not in _NUMPY_TYPES:
+                raise GraphError(
+                    f"{self.path.name}: cache input '{cache.name}' has type {cache.type}."
+                )
+        first = self._caches[0]
         self.kv_dtype = np.dtype(_NUMPY_TYPES[first.type])
         self.kv_heads, self.head_dim = _fixed(first, 1), _fixed(first, 3)
         logits = next(value for value in self._session.get_outputs() if value.name == "logits")
@@ -79,8 +94,7 @@ class CausalLM:
 
     def empty_past(self, batch: int) -> list[NDArray[Any]]:
         """An empty cache for `batch` sequences: what a prefill starts from."""
-        shape = (batch, self.kv_heads, 0, self.head_dim)
-        return [np.zeros(shape, self.kv_dtype) for _ in self._past]
+        return [empty_cache(cache, batch) for cache in self._caches]
 
     def forward(
         self,
@@ -164,6 +178,15 @@ def open_session(path: Path, providers: Sequence[str], threads: int | None = Non
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except ort_errors() as error:
         raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
+
+
+def empty_cache(value: Any, batch: int) -> NDArray[Any]:
+    """Zero rows for a cache input of a session: `[batch, kv_heads, 0, head_dim]`, or `[batch, 0]`
+    for a sink index."""
+    shape = list(value.shape)
+    rows = -2 if len(shape) > 2 else -1
+    shape[0], shape[rows] = batch, 0
+    return np.zeros(shape, _NUMPY_TYPES[value.type])
 
 
 def _past_inputs(inputs: Mapping[str, Any], path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from iq_export.progress import Progress
 from iq_export.sinks import templates as fitting
 from iq_export.sinks.lifecycle import Lifecycle, threshold_between
 from iq_export.sinks.templates import (
+    KV,
     EarlyRows,
     SinkTemplates,
     collect_rows,
@@ -59,7 +60,10 @@ def decide(
             decisions.append(Decision(lifecycle, None, False, reason))
             continue
         down = sites.blocks[lifecycle.birth].mlp.output
-        widths = {down.input: down.in_features} | dict.fromkeys(names, sites.hidden)
+        residual = sites.blocks[lifecycle.end].mlp.residual
+        attended = fitting.key_value_sizes(sites, lifecycle)
+        widths = {down.input: down.in_features} | dict.fromkeys([*names, residual], sites.hidden)
+        widths |= attended
         between = early_norm_outputs(sites, lifecycle)
         for site, norms in zip(lifecycle.early, between, strict=True):
             first = sites.blocks[site.block].mlp.output
@@ -68,7 +72,8 @@ def decide(
             model_path, widths, stats, lifecycle.members, windows,
             providers=providers, progress=progress,
         )  # fmt: skip
-        detection = rows.pop(down.input)
+        detection, untouched = rows.pop(down.input), rows.pop(residual)
+        keys_values = {name: rows.pop(name) for name in attended}
         early = [
             EarlyRows(
                 site,
@@ -80,6 +85,10 @@ def decide(
         fitted = fitting.fit(
             lifecycle, detection, rows, lifecycle.threshold, limit=limit, seed=seed, early=early
         )
+        if keys_values:
+            fitted.key_values = fitting.fit_key_values(
+                keys_values, untouched, fitted.assignment, fitted.count
+            )
         replaced = fitted.is_constant(limit)
         reason = (
             f"mean relative deviation {fitted.mean_deviation:.1%} with K={fitted.count}, "
@@ -109,11 +118,15 @@ def with_restore(
 ) -> list[SinkTemplates]:
     """Measure what the clamped residual lacks after the last block of each lifecycle.
 
+    The kv form lacks nothing: it sets the residual, whose templates are known from the fit.
     `clamped` is the rewritten graph; what its SinkRestore adds does not matter. At most `most`
     sinks per template are looked at, spread over the calibration, all if None.
     """
     measured = []
     for templates in sinks:
+        if templates.form == KV:
+            measured.append(templates)
+            continue
         life = templates.lifecycle
         residual = sites.blocks[life.end].mlp.residual
         chosen = _spread_over(templates.assignment, templates.count, most)

@@ -93,9 +93,7 @@ class Lifecycle:
         """
         starts = [block for block, _ in self.detections]
         found, scopes = self.members[:0], []
-        for (start, members), end in zip(
-            self.detections, [*starts[1:], self.end + 1], strict=True
-        ):
+        for (start, members), end in zip(self.detections, [*starts[1:], self.end + 1], strict=True):
             found = np.union1d(found, members)
             inside = [sites.blocks[start].mlp.output]
             for block in sites.blocks[start + 1 : min(end + 1, self.end + 1)]:
@@ -212,9 +210,7 @@ def _with_early_site(
     return _follow(stats, births, life.channel)
 
 
-def _follow(
-    stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel: int
-) -> Lifecycle:
+def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel: int) -> Lifecycle:
     """Track the written channel of the members of all `births` (block, members) to the end."""
     blocks = stats.down_max.shape[0]
     birth = births[-1][0]

@@ -95,9 +95,7 @@ def measure(
     return measured
 
 
-def sink_warnings(
-    sinks: Sequence[SinkTemplates], matching: Sequence[MatchQuality]
-) -> list[str]:
+def sink_warnings(sinks: Sequence[SinkTemplates], matching: Sequence[MatchQuality]) -> list[str]:
     """What to know of templates that are in the graph: few tokens behind one, none for one."""
     found = []
     for number, templates in enumerate(sinks):

@@ -44,6 +44,27 @@ class EarlyTemplates:
     norms: dict[str, np.ndarray]
 
 
+# What replaces a sink's rows in the persistence phase (method.md step 6): `norm` the templates
+# after each norm, `kv` keys and values at the attention products and zeros after the norms,
+# `norm+kv` templates at both, where quantizers cannot hold a sink's row.
+NORM, KV, NORM_AND_KV = "norm", "kv", "norm+kv"
+
+
+@dataclass(frozen=True)
+class KeyValueTemplates:
+    """What the kv form writes; every array is float32 `[K, features]`, all heads together.
+
+    `rows`: name of this step's keys (after the rotary embedding) or values -> template. `residual`:
+    mean untouched residual after the last block. `deviation`, `deviation_max`: name -> mean and
+    largest relative deviation of held-out sinks, as in SinkTemplates.
+    """
+
+    rows: dict[str, np.ndarray]
+    residual: np.ndarray
+    deviation: dict[str, float]
+    deviation_max: dict[str, float]
+
+
 @dataclass
 class SinkTemplates:
     """Templates of one lifecycle; every array is float32 `[K, features]`.
@@ -55,6 +76,8 @@ class SinkTemplates:
     graph matches them; `template_spread[k]`: the same of template k's own tokens, averaged over all
     norms. `assignment`: k of every member, as the graph matches it. `agreement`: share of held-out
     sinks whose match is also nearest after the norms. `early`: one for each early site.
+    `form`: NORM, KV or NORM_AND_KV. `key_values` is None if the attention of a block is no single
+    op, so that only the norm form is possible.
     """
 
     lifecycle: Lifecycle
@@ -68,6 +91,8 @@ class SinkTemplates:
     restore: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     agreement: float = 1.0
     early: tuple[EarlyTemplates, ...] = ()
+    key_values: KeyValueTemplates | None = None
+    form: str = NORM
 
     @property
     def count(self) -> int:
@@ -107,6 +132,20 @@ def _norms_of(sites: Sites, first: int, last: int) -> list[str]:
         for block in sites.blocks[first : last + 1]
         for branch in (block.attention, block.mlp)
     ]
+
+
+def key_value_sizes(sites: Sites, lifecycle: Lifecycle) -> dict[str, int]:
+    """Keys and values of all blocks that the spike passes, name -> features per token.
+
+    Empty if the attention of one of them is no single op.
+    """
+    found = [sites.blocks[block].attention.attention for block in lifecycle.insert_blocks]
+    sizes: dict[str, int] = {}
+    for site in found:
+        if site is None:
+            return {}
+        sizes |= {site.key: site.key_features, site.value: site.value_features}
+    return sizes
 
 
 def collect_rows(
@@ -296,6 +335,15 @@ def _agreement(
         return 1.0
     after_norms = nearest(features[held], means(features[fitted], labels[fitted], count))
     return float((after_norms == matched[held]).mean())
+
+
+def fit_key_values(
+    rows: dict[str, np.ndarray], residual: np.ndarray, labels: np.ndarray, count: int
+) -> KeyValueTemplates:
+    """Templates of keys and values for tokens that are clustered already, `labels` `[tokens]`."""
+    deviation, worst = _held_out_deviation(rows, labels, count)
+    templates = {name: means(values, labels, count) for name, values in rows.items()}
+    return KeyValueTemplates(templates, means(residual, labels, count), deviation, worst)
 
 
 def _spread(norm_rows: dict[str, np.ndarray], labels: np.ndarray, count: int) -> list[float]:

@@ -137,9 +137,7 @@ def test_insertion_elsewhere_than_calibrated(smollm2_bundle: Path, name: str) ->
         REFERENCE: work / "traced" / "model.onnx",
         "insertion only": work / "w8a8-fp16" / "inserted.onnx",
     }
-    found = compare(
-        graphs, Tokenizer(smollm2_bundle), text, count=8, length=512, text_name=name
-    )
+    found = compare(graphs, Tokenizer(smollm2_bundle), text, count=8, length=512, text_name=name)
     assert found.windows == 8
     measured = {row.bos: row.ratio for row in found.rows if row.graph != REFERENCE}
     print(f"{name}: perplexity with insertion only / fp32, by BOS: {measured}")

@@ -14,7 +14,13 @@ from iq_export.quant.recipe import Recipe, load_recipe
 
 def test_w8a8() -> None:
     assert load_recipe("w8a8") == Recipe(
-        "w8a8", weight_bits=8, activation_bits=8, smoothing=True, rotation=64, sinks="always"
+        "w8a8",
+        weight_bits=8,
+        activation_bits=8,
+        kv_bits=16,
+        smoothing=True,
+        rotation=64,
+        sinks="always",
     )
 
 
@@ -31,12 +37,12 @@ def test_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
 
 
 def test_unknown_name_lists_all() -> None:
-    with pytest.raises(UsageError, match=r"known recipes: w4a16, w8a8\."):
+    with pytest.raises(UsageError, match=r"known recipes: w4a16, w8a8, w8a8kv8\."):
         load_recipe("fp8-dynamic-xyz")
 
 
 @pytest.mark.parametrize(
-    "change", [{"weight_bits": 3}, {"activation_bits": 4}, {"sinks": "sometimes"}]
+    "change", [{"weight_bits": 3}, {"activation_bits": 4}, {"kv_bits": 4}, {"sinks": "sometimes"}]
 )
 def test_values_out_of_range(change: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="Recipe 'w8a8'"):

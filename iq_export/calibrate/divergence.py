@@ -1,0 +1,68 @@
+"""How far a rewritten graph is from the traced one: the calibration loss that decides choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.taps import tapped_runs
+from iq_export.progress import Progress
+
+# Rows of logits whose distributions are held at a time: 64 x 262144 x 4 bytes = 67 MB at the worst.
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Means over the predicted tokens of all windows, in nats.
+
+    `kl`: KL(reference || graph); `kl_semantic`: the same where the predicting token is no sink;
+    `nll`: the graph's negative log-likelihood.
+    """
+
+    kl: float
+    kl_semantic: float
+    nll: float
+
+
+def divergence(
+    reference: Path,
+    graph: Path,
+    windows: Sequence[Window],
+    indices: Sequence[str],
+    *,
+    providers: Sequence[str],
+    progress: Progress,
+) -> Divergence:
+    """Run both graphs over `windows`; `indices` are the sink indices of `graph` (0: no sink)."""
+    kl, nll, sinks = [], [], []
+    runs = [
+        tapped_runs(path, [["logits", *also]], windows, providers=providers, progress=progress)
+        for path, also in ((reference, ()), (graph, tuple(indices)))
+    ]
+    for (number, exact), (_, found) in zip(*runs, strict=True):
+        targets = np.asarray(windows[number].ids[1:])
+        for start in range(0, targets.size, _ROWS):
+            rows = slice(start, min(start + _ROWS, targets.size))
+            p, q = (_log_softmax(values["logits"][rows]) for values in (exact, found))
+            kl.append((np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64))
+            nll.append(-np.take_along_axis(q, targets[rows, None], axis=-1)[:, 0])
+        sinks.append(np.any([found[name][:-1] > 0 for name in indices] or [targets < 0], axis=0))
+    each, sink = np.concatenate(kl), np.concatenate(sinks)
+    semantic = each[~sink]
+    return Divergence(
+        float(each.mean()),
+        float(semantic.mean()) if semantic.size else 0.0,
+        float(np.concatenate(nll).mean(dtype=np.float64)),
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural-log probabilities, float32 `[rows, vocab]`."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
