@@ -63,6 +63,7 @@ class CompileOptions:
     max_relative_deviation: float = 0.10
     alpha: float = 64.0
     trust_remote_code: bool = False
+    accept_terms: bool = False
 
 
 def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle:
@@ -148,8 +149,7 @@ class _Checked:
 
 def _check(options: CompileOptions) -> _Checked:
     """Refuse in a second what would fail after minutes."""
-    from iq_export.model.fetch import EMBEDDED_GGUF_BYTES, EMBEDDED_NAME
-    from iq_export.model.load import resolve
+    from iq_export.model.fetch import EMBEDDED
 
     recipe = load_recipe(options.recipe)
     targets = tuple(resolve_target(name) for name in dict.fromkeys(options.targets))
@@ -166,14 +166,21 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError("max_relative_deviation lies between 0 and 1, alpha above 1.")
     load_text(options.calibration)
     check_output(options.out, options.force)
-    source = resolve(
-        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code
-    )
-    embedded = source.name == EMBEDDED_NAME and source.path is None
-    size = _GGUF_FACTOR * EMBEDDED_GGUF_BYTES if embedded else _weight_bytes(source.path)
+    source = _source(options)
+    embedded = EMBEDDED.get(source.name) if source.path is None else None
+    size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
     if size is not None:
         require_space(options.out, _disk_need(size))
     return _Checked(source, recipe, targets, size)
+
+
+def _source(options: CompileOptions) -> Any:
+    from iq_export.model.load import resolve
+
+    return resolve(
+        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code,
+        accept_terms=options.accept_terms,
+    )  # fmt: skip
 
 
 def _steps(checked: _Checked) -> list[str]:
@@ -234,14 +241,11 @@ def _work_folder(options: CompileOptions) -> Iterator[Path]:
 def _calibrate_and_rewrite(
     options: CompileOptions, recipe: Recipe, work: Path, progress: Progress
 ) -> tuple[Any, Any]:
-    from iq_export.model.load import resolve
     from iq_export.model.trace import trace
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
-    source = resolve(
-        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code
-    )
+    source = _source(options)
     with progress.step("Trace"):
         traced = trace(source, work / "traced", opset=options.opset, progress=progress)
     text = load_text(options.calibration)

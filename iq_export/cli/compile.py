@@ -32,7 +32,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="hub id, Hugging Face folder, .gguf, .onnx (with --tokenizer) or smollm2-135m",
+        help="hub id, Hugging Face folder, .gguf, .onnx (with --tokenizer), smollm2-135m or "
+        "gemma3-270m",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="output folder; must not exist")
     parser.add_argument("--recipe", default="w8a8", help="w8a8 (default) or w4a16")
@@ -81,6 +82,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true",
         help="run the Python code that comes with a hub model",
     )  # fmt: skip
+    group.add_argument(
+        "--accept-terms", action="store_true",
+        help="you have read and accept the terms of a gated model (gemma3-270m)",
+    )  # fmt: skip
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +124,7 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         max_relative_deviation=args.max_relative_deviation,
         alpha=args.alpha,
         trust_remote_code=args.trust_remote_code,
+        accept_terms=args.accept_terms,
     )
 
 
