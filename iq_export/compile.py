@@ -327,6 +327,11 @@ def _manifest(
 
     if not done.decisions:
         notes.append("no token spikes: no sink op was inserted")
+    if done.scale_exponent:
+        notes.append(
+            "half precision cannot hold the residual stream: scaled by "
+            f"1/{2**done.scale_exponent}, exactly, in its constants"
+        )
     notes += [f"left as it is: {r.node}: {r.reason}" for r in done.sites.refused]
     inputs, outputs = _interface(folder / "model.onnx")
     manifest = Manifest(
@@ -413,13 +418,12 @@ def _peak_rss() -> int:
 def _remember(
     work: Path, options: CompileOptions, done: Any, *, plan_sha256: str | None = None
 ) -> None:
-    """Write the baseline and note which graphs belong to the bundle, if the folder is kept."""
+    """Write the baselines and note which graphs belong to the bundle, if the folder is kept."""
     if not (options.keep_work or options.work is not None):
         return
-    from iq_export.references import write_baseline
+    from iq_export.references import write_baselines
 
-    label, baseline = write_baseline(done, options)
-    graphs = {"fp32": done.traced, label: baseline}
+    graphs = {"fp32": done.traced, **write_baselines(done, options)}
     if done.sinks:
         graphs["insertion only"] = done.inserted
     if plan_sha256 is None:

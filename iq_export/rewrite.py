@@ -1,11 +1,12 @@
 """Calibrate and rewrite: from the traced graph to the graph that ships, one file per stage.
 
 Every stage reads and writes files of one work folder, so that each can be looked at, measured and
-reused: traced -> prepared (smoothed, rotated) -> inserted (sink ops) -> quantized.
+reused: traced -> prepared (scaled, smoothed, rotated) -> inserted (sink ops) -> quantized.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.rotate import rotate
+from iq_export.passes.scale_residual import scale_residual
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe
@@ -87,12 +89,17 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Everything that was decided and measured on the way, and where the graphs lie."""
+    """Everything that was decided and measured on the way, and where the graphs lie.
+
+    The residual stream of all graphs but the traced one is divided by `2^scale_exponent`.
+    """
 
     sites: Sites
     stats: TokenStats
     decisions: list[Decision]
     sinks: list[SinkTemplates]
+    scale_exponent: int
+    weight_bits: int
     smoothing: Smoothing
     quantizers: dict[str, Quantizer]
     linears: tuple[Linear, ...]
@@ -129,7 +136,10 @@ def rewrite(
         before = _ranges_before(
             traced, sites, lifecycles, stats, data, progress, mask=recipe.sinks == "always"
         )
+    half = dtype == "fp16"
+    exponent = stream_exponent(stats, lifecycles) if half else 0
     with progress.step("Smooth and rotate"):
+        scale_residual(model, sites, exponent)
         smoothing = _prepare(model, work / PREPARED, sites, before, recipe, blocks)
     with progress.step("Fit and insert sinks"):
         decisions = decide(
@@ -138,7 +148,12 @@ def rewrite(
         )  # fmt: skip
         sinks = [d.templates for d in decisions if d.templates and d.replaced]
         if recipe.sinks == "for-half":
-            sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
+            sinks = [s for s in sinks if half and overflows_half(s.lifecycle)]
+        left = stream_exponent(stats, [s.lifecycle for s in sinks]) if half else 0
+        if left > exponent:  # a lifecycle that stays must be held as well
+            exponent, model = left, io.load(traced)
+            scale_residual(model, sites, exponent)
+            _prepare(model, work / PREPARED, sites, before, recipe, blocks)
         _insert(work, sites, sinks)
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
     quantizers: dict[str, Quantizer] = {}
@@ -149,8 +164,12 @@ def rewrite(
 
     def write(quantizers: dict[str, Quantizer]) -> None:
         scales = {name: q.scale for name, q in quantizers.items()}
-        model = quantized_graph(work / INSERTED, sites, scales, blocks, importance)
-        if dtype == "fp16":
+        model = (
+            io.load(work / INSERTED)
+            if recipe.weight_bits == 16
+            else quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+        )
+        if half:
             to_half(model)
         io.save(model, work / QUANTIZED)
 
@@ -170,7 +189,8 @@ def rewrite(
         if quantizers and sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
             sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
-        for _ in tapped_runs(work / QUANTIZED, [["logits"]], data.windows[:1], **options):
+        ends = [b.residual for block in sites.blocks for b in (block.attention, block.mlp)]
+        for _ in tapped_runs(work / QUANTIZED, [["logits", *ends]], data.windows[:2], **options):
             pass  # raises if the shipped graph gives NaN or Inf
     observed = data.windows[:_OBSERVED_WINDOWS]
     after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
@@ -180,6 +200,8 @@ def rewrite(
         stats=stats,
         decisions=decisions,
         sinks=sinks,
+        scale_exponent=exponent,
+        weight_bits=recipe.weight_bits,
         smoothing=smoothing,
         quantizers=quantizers,
         linears=tuple(sites.linears),
@@ -193,6 +215,18 @@ def rewrite(
         inserted=work / INSERTED,
         quantized=work / QUANTIZED,
     )
+
+
+def stream_exponent(stats: TokenStats, taken: Sequence[Lifecycle]) -> int:
+    """The n for which half precision holds the residual stream over `2^n`, a factor 2 to spare.
+
+    The tokens of `taken` do not count from birth on, while sink ops keep their spike out of the
+    stream, but count where what is left of it is restored.
+    """
+    held = stats.residual_max.copy()
+    for life in taken:
+        held[life.birth : life.end, life.members] = 0
+    return max(0, math.ceil(math.log2(max(2 * float(held.max()), 1.0) / HALF_MAX)))
 
 
 def overflows_half(lifecycle: Lifecycle) -> bool:
@@ -216,6 +250,13 @@ def quantized_graph(
     plan = QuantizePlan(tuple(sites.linears), bits, activations, blocks, importance or {})
     quantize(model, plan)
     return model
+
+
+def plain_half(rewrite: Rewrite, path: Path) -> None:
+    """Write the baseline: the traced graph in half precision, whatever becomes of it."""
+    model = io.load(rewrite.traced)
+    to_half(model)
+    io.save(model, path)
 
 
 def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:

@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "gemma3-270m",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="output folder; must not exist")
-    parser.add_argument("--recipe", default="w8a8", help="w8a8 (default) or w4a16")
+    parser.add_argument("--recipe", default="w8a8", help="w8a8 (default), w4a16 or fp16")
     parser.add_argument(
         "--target", action="append", metavar="NAME", dest="targets",
         help="device to build an engine for, repeatable (default rtx-ampere)",

