@@ -66,6 +66,7 @@ class CompileOptions:
     alpha: float = 64.0
     insertion: str = "auto"
     trust_remote_code: bool = False
+    accept_terms: bool = False
 
 
 def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle:
@@ -151,8 +152,7 @@ class _Checked:
 
 def _check(options: CompileOptions) -> _Checked:
     """Refuse in a second what would fail after minutes."""
-    from iq_export.model.fetch import EMBEDDED_GGUF_BYTES, EMBEDDED_NAME
-    from iq_export.model.load import resolve
+    from iq_export.model.fetch import EMBEDDED
     from iq_export.sinks.form import INSERTIONS
 
     recipe = load_recipe(options.recipe)
@@ -172,14 +172,21 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError("max_relative_deviation lies between 0 and 1, alpha above 1.")
     load_text(options.calibration)
     check_output(options.out, options.force)
-    source = resolve(
-        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code
-    )
-    embedded = source.name == EMBEDDED_NAME and source.path is None
-    size = _GGUF_FACTOR * EMBEDDED_GGUF_BYTES if embedded else _weight_bytes(source.path)
+    source = _source(options)
+    embedded = EMBEDDED.get(source.name) if source.path is None else None
+    size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
     if size is not None:
         require_space(options.out, _disk_need(size))
     return _Checked(source, recipe, targets, size)
+
+
+def _source(options: CompileOptions) -> Any:
+    from iq_export.model.load import resolve
+
+    return resolve(
+        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code,
+        accept_terms=options.accept_terms,
+    )  # fmt: skip
 
 
 def _steps(checked: _Checked) -> list[str]:
@@ -243,14 +250,11 @@ def _calibrate_and_rewrite(
     options: CompileOptions, recipe: Recipe, work: Path, progress: Progress
 ) -> tuple[Any, Any]:
     from iq_export.calibrate.text_check import token_warnings
-    from iq_export.model.load import resolve
     from iq_export.model.trace import trace
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
-    source = resolve(
-        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code
-    )
+    source = _source(options)
     with progress.step("Trace"):
         traced = trace(source, work / "traced", opset=options.opset, progress=progress)
     text = load_text(options.calibration)
@@ -344,6 +348,11 @@ def _manifest(
     notes += done.warnings
     if not done.decisions:
         notes.append("no token can be told from the others by a spike: no sink op was inserted")
+    if done.scale_exponent:
+        notes.append(
+            "half precision cannot hold the residual stream: scaled by "
+            f"1/{2**done.scale_exponent}, exactly, in its constants"
+        )
     notes += [f"left as it is: {r.node}: {r.reason}" for r in done.sites.refused]
     inputs, outputs = _interface(folder / "model.onnx")
     manifest = Manifest(
@@ -431,13 +440,12 @@ def _peak_rss() -> int:
 def _remember(
     work: Path, options: CompileOptions, done: Any, *, plan_sha256: str | None = None
 ) -> None:
-    """Write the baseline and note which graphs belong to the bundle, if the folder is kept."""
+    """Write the baselines and note which graphs belong to the bundle, if the folder is kept."""
     if not (options.keep_work or options.work is not None):
         return
-    from iq_export.references import write_baseline
+    from iq_export.references import write_baselines
 
-    label, baseline = write_baseline(done, options)
-    graphs = {"fp32": done.traced, label: baseline}
+    graphs = {"fp32": done.traced, **write_baselines(done, options)}
     if done.sinks:
         graphs["insertion only"] = done.inserted
     if plan_sha256 is None:

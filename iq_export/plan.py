@@ -37,6 +37,7 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
             for branch in (block.attention, block.mlp)
         ],
         "refused": [{"node": r.node, "reason": r.reason} for r in done.sites.refused],
+        "residual_scale": 2.0**-done.scale_exponent,
         "smoothing": {
             name: {"choice": c.name, "error": c.error, "error_without": c.error_without}
             for choices in (done.smoothing.norms, done.smoothing.paths)

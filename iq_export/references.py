@@ -11,21 +11,27 @@ if TYPE_CHECKING:
     from iq_export.rewrite import Rewrite
 
 
-def write_baseline(done: Rewrite, options: CompileOptions) -> tuple[str, Path]:
-    """Write round-to-nearest at the bundle's bits into the work folder: `(label, file)`.
+def write_baselines(done: Rewrite, options: CompileOptions) -> dict[str, Path]:
+    """Write the bundle's baselines into the work folder: label -> file.
 
-    W8A8: static per-tensor absmax of the same calibration data. Int4: ONNX Runtime's MatMulNBits
-    at the same block sizes.
+    W8A8: round-to-nearest, static per-tensor absmax of the same calibration data. Int4: ONNX
+    Runtime's MatMulNBits at the same block sizes. Nothing quantized, or a model that half precision
+    cannot hold: plain half precision.
     """
-    from iq_export.rewrite import round_to_nearest
+    from iq_export.rewrite import plain_half, round_to_nearest
 
     folder = done.quantized.parent
-    if not done.blocks:
-        round_to_nearest(done, folder / "round_to_nearest.onnx", options.dtype)
-        return "round-to-nearest w8a8", folder / "round_to_nearest.onnx"
-    path = folder / "matmulnbits.onnx"
-    _matmul_nbits(done, path)
-    return "onnxruntime MatMulNBits RTN", path
+    found: dict[str, Path] = {}
+    if done.scale_exponent or done.weight_bits == 16:
+        found["plain fp16"] = folder / "plain_half.onnx"
+        plain_half(done, found["plain fp16"])
+    if done.blocks:
+        found["onnxruntime MatMulNBits RTN"] = folder / "matmulnbits.onnx"
+        _matmul_nbits(done, found["onnxruntime MatMulNBits RTN"])
+    elif done.weight_bits == 8:
+        found["round-to-nearest w8a8"] = folder / "round_to_nearest.onnx"
+        round_to_nearest(done, found["round-to-nearest w8a8"], options.dtype)
+    return found
 
 
 def _matmul_nbits(done: Rewrite, path: Path) -> None:

@@ -1,11 +1,12 @@
 """Calibrate and rewrite: from the traced graph to the graph that ships, one file per stage.
 
 Every stage reads and writes files of one work folder, so that each can be looked at, measured and
-reused: traced -> prepared (smoothed, rotated) -> inserted (sink ops) -> quantized.
+reused: traced -> prepared (scaled, smoothed, rotated) -> inserted (sink ops) -> quantized.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks
 from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
+from iq_export.passes.scale_residual import scale_residual
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
 from iq_export.quant.budget import smallest_prefix
@@ -102,7 +104,8 @@ class Quantizer:
 class Rewrite:
     """Everything that was decided and measured on the way, and where the graphs lie.
 
-    `matching`: one for each of `sinks`, empty without held-out text. `warnings`: for people.
+    `matching`: one for each of `sinks`, empty without held-out text. `warnings`: for people. The
+    residual stream of all graphs but the traced one is divided by `2^scale_exponent`.
     """
 
     sites: Sites
@@ -110,6 +113,8 @@ class Rewrite:
     decisions: list[Decision]
     sinks: list[SinkTemplates]
     insertions: list[Insertion]  # of `sinks`, in order
+    scale_exponent: int
+    weight_bits: int
     smoothing: Smoothing
     quantizers: dict[str, Quantizer]
     cache: dict[str, CacheScale]  # by the name of a step's keys or values
@@ -150,7 +155,10 @@ def rewrite(
         before = _ranges_before(
             traced, sites, lifecycles, stats, data, progress, mask=recipe.sinks == "always"
         )
+    half = dtype == "fp16"
+    exponent = stream_exponent(stats, lifecycles) if half else 0
     with progress.step("Smooth and rotate"):
+        scale_residual(model, sites, exponent)
         smoothing = _prepare(model, work / PREPARED, sites, before, recipe, blocks)
     with progress.step("Fit and insert sinks"):
         decisions = decide(
@@ -159,12 +167,17 @@ def rewrite(
         )  # fmt: skip
         sinks = [d.templates for d in decisions if d.templates and d.replaced]
         if recipe.sinks == "for-half":
-            sinks = [s for s in sinks if dtype == "fp16" and overflows_half(s.lifecycle)]
+            sinks = [s for s in sinks if half and overflows_half(s.lifecycle)]
         int8_cache = recipe.kv_bits == 8
         sinks = [
             replace(s, form=possible_forms(s, data.insertion, int8_cache=int8_cache)[0])
             for s in sinks
         ]
+        left = stream_exponent(stats, [s.lifecycle for s in sinks]) if half else 0
+        if left > exponent:  # a lifecycle that stays must be held as well
+            exponent, model = left, io.load(traced)
+            scale_residual(model, sites, exponent)
+            _prepare(model, work / PREPARED, sites, before, recipe, blocks)
         _insert(work, sites, sinks)
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         matching = _matching(traced, work, sites, sinks, data, options)
@@ -185,10 +198,14 @@ def rewrite(
 
     def write(quantizers: dict[str, Quantizer]) -> None:
         scales = {name: q.scale for name, q in quantizers.items()}
-        model = quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+        model = (
+            io.load(work / INSERTED)
+            if recipe.weight_bits == 16
+            else quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+        )
         if cache:
             quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
-        if dtype == "fp16":
+        if half:
             to_half(model)
         io.save(model, work / QUANTIZED)
 
@@ -222,7 +239,8 @@ def rewrite(
         if quantizers and sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
             sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
-        for _ in tapped_runs(work / QUANTIZED, [["logits"]], data.windows[:1], **options):
+        ends = [b.residual for block in sites.blocks for b in (block.attention, block.mlp)]
+        for _ in tapped_runs(work / QUANTIZED, [["logits", *ends]], data.windows[:2], **options):
             pass  # raises if the shipped graph gives NaN or Inf
     observed = data.windows[:_OBSERVED_WINDOWS]
     after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
@@ -233,6 +251,8 @@ def rewrite(
         decisions=decisions,
         sinks=sinks,
         insertions=insertions,
+        scale_exponent=exponent,
+        weight_bits=recipe.weight_bits,
         smoothing=smoothing,
         quantizers=quantizers,
         cache=cache,
@@ -249,6 +269,18 @@ def rewrite(
         matching=matching,
         warnings=warnings,
     )
+
+
+def stream_exponent(stats: TokenStats, taken: Sequence[Lifecycle]) -> int:
+    """The n for which half precision holds the residual stream over `2^n`, a factor 2 to spare.
+
+    The tokens of `taken` do not count from birth on, while sink ops keep their spike out of the
+    stream, but count where what is left of it is restored.
+    """
+    held = stats.residual_max.copy()
+    for life in taken:
+        held[life.birth : life.end, life.members] = 0
+    return max(0, math.ceil(math.log2(max(2 * float(held.max()), 1.0) / HALF_MAX)))
 
 
 def overflows_half(lifecycle: Lifecycle) -> bool:
@@ -272,6 +304,13 @@ def quantized_graph(
     plan = QuantizePlan(tuple(sites.linears), bits, activations, blocks, importance or {})
     quantize(model, plan)
     return model
+
+
+def plain_half(rewrite: Rewrite, path: Path) -> None:
+    """Write the baseline: the traced graph in half precision, whatever becomes of it."""
+    model = io.load(rewrite.traced)
+    to_half(model)
+    io.save(model, path)
 
 
 def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:

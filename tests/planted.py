@@ -7,7 +7,11 @@ one residual channel; at the death block one neuron reads that channel and takes
 again. Ordinary tokens are quiet on the marker and on the spiking channel.
 
 `Spike(token=t)` marks a token wherever it stands instead (a delimiter), and `sign=-1` spikes
-downwards, which makes a second template.
+downwards, which makes a second template. `death=None` leaves the spike in the stream to the end.
+
+With `post_norms`, queries and keys are normalised too, and what a branch adds to the stream has
+passed a norm of its own: as in the real models of that kind, the spike is written by that norm's
+weight, which is large on the spiking channel.
 """
 
 from __future__ import annotations
@@ -34,8 +38,8 @@ from iq_export.sinks.templates import SinkTemplates
 CPU = ("CPUExecutionProvider",)
 MARKER_VALUE = 200.0
 _GAIN = 3.0
-# Ordinary tokens are this quiet on the channels of the spikes.
-_QUIET = 0.1
+# What a spike is in front of a post-norm, which it must dominate.
+_BEFORE_NORM = 600.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Spike:
     """One planted lifecycle, blocks from 0. `token` None: position 0; else that token anywhere."""
 
     birth: int
-    death: int
+    death: int | None
     size: float = 1000.0
     channel: int = 5
     marker: int = 1
@@ -65,6 +69,7 @@ class Decoder:
     positions: int = 128
     cache: bool = True
     rotary: bool = True
+    post_norms: bool = False
     spikes: tuple[Spike, ...] = (Spike(birth=1, death=3),)
     seed: int = 0
 
@@ -72,6 +77,12 @@ class Decoder:
     def special(self) -> list[int]:
         """Residual channels on which only spiking tokens are loud."""
         return sorted({c for spike in self.spikes for c in (spike.channel, spike.marker)})
+
+    @property
+    def quiet(self) -> float:
+        """Ordinary tokens' share of their usual size on these channels. Where a post-norm makes a
+        spike of whatever stands there, none."""
+        return 0.0 if self.post_norms else 0.1
 
 
 DELIMITER = 7
@@ -110,13 +121,20 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
             f"{at}mlp.up_proj.weight": normal(d, f),
             f"{at}mlp.down_proj.weight": normal(f, d, gain=0.5),
         }
-        found[f"{at}self_attn.o_proj.weight"][:, decoder.special] *= _QUIET
-        found[f"{at}mlp.down_proj.weight"][:, decoder.special] *= _QUIET
+        if decoder.post_norms:
+            found |= {
+                f"{at}self_attn.q_norm.weight": np.full(decoder.head_dim, 1.1, np.float32),
+                f"{at}self_attn.k_norm.weight": np.full(decoder.head_dim, 0.9, np.float32),
+                f"{at}self_attn.post_norm.weight": np.full(d, 0.5, np.float32),
+                f"{at}mlp.post_norm.weight": np.full(d, 0.5, np.float32),
+            }
+        found[f"{at}self_attn.o_proj.weight"][:, decoder.special] *= decoder.quiet
+        found[f"{at}mlp.down_proj.weight"][:, decoder.special] *= decoder.quiet
     found["norm.weight"] = np.ones(d, np.float32)
-    found["embed_tokens.weight"][:, decoder.special] *= _QUIET
+    found["embed_tokens.weight"][:, decoder.special] *= decoder.quiet
     if decoder.positions:
         table = 0.1 * rng.normal(size=(decoder.positions, d))
-        table[:, decoder.special] *= _QUIET
+        table[:, decoder.special] *= decoder.quiet
         found["position.weight"] = table.astype(np.float32)
     for neuron, spike in enumerate(decoder.spikes):
         _plant(found, decoder, neuron, spike)
@@ -130,11 +148,14 @@ def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: S
         found["embed_tokens.weight"][spike.token, spike.marker] = MARKER_VALUE
     # A channel that dominates its row is sqrt(hidden) after the norm, whatever its size.
     product = _GAIN**2 * decoder.hidden
-    written = spike.sign * spike.size
+    written = spike.sign * (_BEFORE_NORM if decoder.post_norms else spike.size)
+    erased = {} if decoder.post_norms else {spike.marker: -MARKER_VALUE}
     for block, read, sign, writes in (
-        (spike.birth, spike.marker, 1, {spike.channel: written, spike.marker: -MARKER_VALUE}),
+        (spike.birth, spike.marker, 1, {spike.channel: written, **erased}),
         (spike.death, spike.channel, spike.sign, {spike.channel: -written}),
     ):
+        if block is None:
+            continue
         at = f"layers.{block}."
         norm = found[f"{at}post_attention_layernorm.weight"][read]
         for name in ("gate", "up"):
@@ -145,6 +166,9 @@ def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: S
         down[neuron] = 0
         for channel, value in writes.items():
             down[neuron, channel] = value / product
+        if decoder.post_norms:  # its row is sqrt(hidden) on the spike's channel after the norm
+            post = found[f"{at}mlp.post_norm.weight"]
+            post[spike.channel] = spike.size / np.sqrt(decoder.hidden)
 
 
 @dataclass
@@ -175,7 +199,7 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
     angles = _angles(g, decoder) if decoder.rotary else None
     for i in range(decoder.blocks):
         stream = _attention(g, decoder, i, stream, mask, angles)
-        stream = _mlp(g, i, stream)
+        stream = _mlp(g, decoder, i, stream)
     normed = _norm(g, "norm", stream)
     head = g.node("Transpose", "lm_head/Transpose", "embed_tokens.weight", perm=[1, 0])
     g.node("MatMul", "lm_head", normed, head, output="logits")
@@ -299,6 +323,8 @@ def _attention(
         flat = _linear(g, f"{at}/{kind}_proj", normed)
         split = g.node("Reshape", f"{at}/{kind}_split", flat, shape)
         turned = g.node("Transpose", f"{at}/{kind}_heads", split, perm=[0, 2, 1, 3])
+        if decoder.post_norms and kind != "v":
+            turned = _norm(g, f"{at}/{kind}_norm", turned)
         if angles is None or kind == "v":
             return turned
         return g.node("RotaryEmbedding", f"{at}/{kind}_rotary", turned, *angles)
@@ -317,17 +343,24 @@ def _attention(
     together = g.node("Transpose", f"{at}/together", attended, perm=[0, 2, 1, 3])
     shape = g.constant("const.join", [0, 0, decoder.heads * decoder.head_dim])
     joined = g.node("Reshape", f"{at}/join", together, shape)
-    return g.node("Add", f"layers.{i}/Add", stream, _linear(g, f"{at}/o_proj", joined))
+    return _add(g, decoder, f"layers.{i}/Add", stream, _linear(g, f"{at}/o_proj", joined), at)
 
 
-def _mlp(g: _Graph, i: int, stream: str) -> str:
+def _add(g: _Graph, decoder: Decoder, name: str, stream: str, tail: str, at: str) -> str:
+    return g.node(
+        "Add", name, stream, _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
+    )
+
+
+def _mlp(g: _Graph, decoder: Decoder, i: int, stream: str) -> str:
     at = f"layers.{i}/mlp"
     normed = _norm(g, f"layers.{i}/post_attention_layernorm", stream)
     gate = _linear(g, f"{at}/gate_proj", normed)
     sigmoid = g.node("Sigmoid", f"{at}/act/Sigmoid", gate)
     active = g.node("Mul", f"{at}/act/Mul", gate, sigmoid)
     product = g.node("Mul", f"{at}/Mul", active, _linear(g, f"{at}/up_proj", normed))
-    return g.node("Add", f"layers.{i}/Add_2", stream, _linear(g, f"{at}/down_proj", product))
+    tail = _linear(g, f"{at}/down_proj", product)
+    return _add(g, decoder, f"layers.{i}/Add_2", stream, tail, at)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from iq_export.compile import CompileOptions
 from iq_export.progress import Progress
 from iq_export.quant.recipe import load_recipe
-from iq_export.references import write_baseline
+from iq_export.references import write_baselines
 from iq_export.rewrite import Calibration, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
@@ -31,7 +31,8 @@ def baseline(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path,
         Calibration(data, [], 64.0, 0.1, 0, CPU), Progress(quiet=True),
     )  # fmt: skip
     options = CompileOptions("model", tmp_path / "out", recipe=request.param, dtype="fp32")
-    return (*write_baseline(done, options), traced)
+    ((label, path),) = write_baselines(done, options).items()
+    return label, path, traced
 
 
 def test_baseline_is_quantized_and_runs(baseline: tuple[str, Path, Path]) -> None:

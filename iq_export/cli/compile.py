@@ -32,11 +32,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="hub id, Hugging Face folder, .gguf, .onnx (with --tokenizer) or smollm2-135m",
+        help="hub id, Hugging Face folder, .gguf, .onnx (with --tokenizer), smollm2-135m or "
+        "gemma3-270m",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="output folder; must not exist")
     parser.add_argument(
-        "--recipe", default="w8a8", help="w8a8 (default), w8a8kv8 (int8 KV cache too) or w4a16"
+        "--recipe",
+        default="w8a8",
+        help="w8a8 (default), w8a8kv8 (int8 KV cache too), w4a16 or fp16",
     )
     parser.add_argument(
         "--target", action="append", metavar="NAME", dest="targets",
@@ -87,6 +90,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true",
         help="run the Python code that comes with a hub model",
     )  # fmt: skip
+    group.add_argument(
+        "--accept-terms", action="store_true",
+        help="you have read and accept the terms of a gated model (gemma3-270m)",
+    )  # fmt: skip
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +133,7 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         alpha=args.alpha,
         insertion=args.insertion,
         trust_remote_code=args.trust_remote_code,
+        accept_terms=args.accept_terms,
     )
 
 

@@ -1,4 +1,4 @@
-"""`iq-export eval OUT`: perplexity of this bundle's model.onnx beside fp32 and round-to-nearest."""
+"""`iq-export eval OUT`: perplexity of this bundle's model.onnx beside fp32 and its baselines."""
 
 from __future__ import annotations
 

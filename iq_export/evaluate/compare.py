@@ -99,7 +99,8 @@ def compare(
 ) -> Comparison:
     """Measure `graphs` (label -> model.onnx) on `count` windows with and without BOS.
 
-    The graph labelled `fp32` is the reference, if it is there. A graph whose logits are not finite
+    The graph labelled `fp32` is the reference, if it is there. Half values are rounded op by op, as
+    hardware that computes in half does (see `open_session`). A graph whose logits are not finite
     gets a row with `error`; the reference raises GraphError. Raises DataError as `windows` does.
     """
     progress = progress or Progress(quiet=True)
@@ -138,7 +139,7 @@ def _measure(
     """The rows of one graph; fills `references` if it is the reference."""
     from iq_export.run.ort import CausalLM
 
-    model = CausalLM(path, providers=providers)
+    model = CausalLM(path, providers=providers, round_half=True)
     rows = []
     done, total = 0, sum(map(len, variants.values()))
     for bos, cut in variants.items():

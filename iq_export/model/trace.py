@@ -116,7 +116,7 @@ def trace(
     _check_opset(opset)
     begin = time.perf_counter()
     with progress.step("fetch model"):
-        source = materialize(source)
+        source = materialize(source, progress)
     sha256 = fingerprint(source)
     key = _cache_key(source, sha256, opset)
     try:

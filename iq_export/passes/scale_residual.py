@@ -1,0 +1,126 @@
+"""Make the residual stream smaller by a power of two, exactly and at no cost at run time.
+
+A norm gives the same rows for `x` and for `x / 2^n` with its epsilon divided by `4^n`. So the
+embedding and whatever each branch adds to the stream may be divided by `2^n`, folded into constants
+(a post-norm's weight, or the output product's), and every norm of the stream still gives the same
+rows. It is what half precision needs where tokens that must be computed exceed its largest number:
+a spike that is constant can be taken out by sink ops, one that varies from token to token cannot.
+
+Precondition: float32 graph, before quantization; every value of the stream is read by norms and by
+the next residual Add only. Postcondition: equal outputs, to the bit unless a weight is subnormal;
+at most one node more (a Mul, where the embedding ends in no product with a constant).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.errors import GraphError
+from iq_export.graph.edit import constant, own_constant, recompute
+from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Sites
+
+_EPSILON = 1e-5  # the operators' default
+
+
+def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
+    """Divide the stream of `sites` by `2^exponent`; returns whether the graph changed.
+
+    Raises GraphError with the node that keeps it from being exact.
+    """
+    if not exponent:
+        return False
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    branches = [branch for block in sites.blocks for branch in (block.attention, block.mlp)]
+    stream = [values[sites.embedding], *(values[branch.residual] for branch in branches)]
+    _check_readers(graph, stream)
+    tails = [
+        next(operand for operand in after.producer().inputs if operand is not before)
+        for before, after in pairwise(stream)
+    ]
+    norms = {node for value in stream for node in value.consumers() if node.op_type in NORM_OPS}
+    factor = float(2.0**-exponent)
+    _scale_embedding(graph, stream[0], factor)
+    for tail in tails:
+        _scale_tail(graph, tail, factor)
+    for norm in norms:
+        old = norm.attributes.get("epsilon")
+        epsilon = old.as_float() if old is not None else _EPSILON
+        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon * factor**2)
+    return True
+
+
+def _check_readers(graph: ir.Graph, stream: list[ir.Value]) -> None:
+    """A reader that is no norm would see other numbers."""
+    adds = {value.producer() for value in stream[1:]}
+    for value in stream:
+        for node in value.consumers():
+            if node.op_type not in NORM_OPS and node not in adds:
+                raise GraphError(
+                    f"The residual value {value.name!r} exceeds half precision and cannot be "
+                    f"scaled, since node {node.name!r} ({node.op_type}) reads it; use --dtype fp32."
+                )
+        if any(value is output for output in graph.outputs):
+            raise GraphError(
+                f"The residual value {value.name!r} exceeds half precision and cannot be scaled, "
+                "since it is an output of the graph; use --dtype fp32."
+            )
+
+
+def _scale_embedding(graph: ir.Graph, value: ir.Value, factor: float) -> None:
+    """In the constant that it is multiplied with, if any: its table is often the head's too."""
+    node = value.producer()
+    if node is not None and node.op_type == "Mul":
+        for position, operand in enumerate(node.inputs):
+            if operand.is_initializer():
+                _multiply(graph, node, position, factor)
+                return
+    scale = constant(graph, "residual.scale", np.array(factor, np.float32))
+    product = ir.node("Mul", [value, scale], name="residual/scale")
+    new = product.outputs[0]
+    new.name, new.dtype, new.shape = f"{value.name}.scaled", value.dtype, value.shape
+    for consumer, position in list(value.uses()):
+        if consumer is not product:
+            consumer.replace_input_with(position, new)
+    if node is None:
+        graph.insert_before(graph[0], product)
+    else:
+        graph.insert_after(node, product)
+
+
+def _scale_tail(graph: ir.Graph, value: ir.Value, factor: float) -> None:
+    """Fold the factor into the constants behind what a branch adds, back to the first product."""
+    node = value.producer()
+    while node is not None and len(node.outputs[0].uses()) == 1:
+        constants = [i for i, v in enumerate(node.inputs) if v is not None and v.is_initializer()]
+        if node.op_type in NORM_OPS and constants:
+            for position in constants:  # weight, and bias of a LayerNorm
+                _multiply(graph, node, position, factor)
+            return
+        if node.op_type in ("Mul", "MatMul") and constants:
+            _multiply(graph, node, constants[0], factor)
+            return
+        if node.op_type == "Add" and len(constants) == 1:  # a bias: it and what it is added to
+            _multiply(graph, node, constants[0], factor)
+            node = node.inputs[1 - constants[0]].producer()
+        elif node.op_type in LAYOUT_OPS:
+            node = node.inputs[0].producer()
+        else:
+            break
+    name = value.name if node is None else f"{node.name} ({node.op_type})"
+    raise GraphError(
+        f"The residual stream exceeds half precision and cannot be scaled at {name}: no constant "
+        "to fold the scale into, or it is read elsewhere too; use --dtype fp32."
+    )
+
+
+def _multiply(graph: ir.Graph, node: ir.Node, position: int, factor: float) -> None:
+    recompute(own_constant(graph, node, position), partial(_product, factor=factor))
+
+
+def _product(array: np.ndarray, factor: float) -> np.ndarray:
+    return array * np.float32(factor)
