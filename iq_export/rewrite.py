@@ -1,7 +1,7 @@
 """Calibrate and rewrite: from the traced graph to the graph that ships, one file per stage.
 
 Every stage reads and writes files of one work folder, so that each can be looked at, measured and
-reused: traced -> prepared (scaled, smoothed, rotated) -> inserted (sink ops) -> quantized.
+reused: traced -> rotated (weights only) -> prepared (scaled, smoothed, rotated) -> inserted (sink ops) -> quantized.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.graph.sites import Linear, Sites, find_sites
+from iq_export.graph.sites import Linear, Refusal, Sites, find_sites
+from iq_export.passes.fold_rotation import rotate_attention_values, rotate_stream
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks, set_restore
 from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.scale_residual import scale_residual
+from iq_export.passes.side_channels import side_channels
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
 from iq_export.quant.budget import smallest_prefix
 from iq_export.quant.cache import CacheScale, cache_scale
 from iq_export.quant.recipe import Recipe
-from iq_export.quant.search import INT8_MAX, choose_clip, unit_rows
+from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
@@ -45,7 +47,8 @@ from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
 from iq_export.sinks.templates import SinkTemplates
 
-PREPARED, INSERTED, QUANTIZED = "prepared.onnx", "inserted.onnx", "quantized.onnx"
+ROTATED, PREPARED = "rotated.onnx", "prepared.onnx"
+INSERTED, QUANTIZED = "inserted.onnx", "quantized.onnx"
 # Least share of the sinks that the quantized graph must still find (method.md step 8).
 LEAST_RECALL = 0.8
 _PARTIAL = "partial.onnx"
@@ -88,7 +91,7 @@ class Quantizer:
     """One activation quantizer: `before` is the traced tensor, `after` the one that is quantized.
 
     `clip` is the kept share of the semantic absmax, `output_error` the relative squared error it
-    causes on the sampled outputs of its products.
+    causes on the sampled outputs of its products, `most` its largest code.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Quantizer:
     output_error: float
     before: TensorStats
     after: TensorStats
+    most: int = INT8_MAX
 
 
 @dataclass(frozen=True)
@@ -145,21 +149,28 @@ def rewrite(
         progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
     options = _Run(providers=data.providers, progress=progress)
 
-    blocks = _int4_blocks(sites) if recipe.weight_bits == 4 else {}
+    blocks = _int4_blocks(sites, recipe) if recipe.weight_bits == 4 else {}
 
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
         lifecycles = discover(stats, alpha=data.alpha)
         surprise = surprise_warning(traced, data.windows, **options)
-    with progress.step("Observe ranges"):
-        before = _ranges_before(
-            traced, sites, lifecycles, stats, data, progress, mask=recipe.sinks == "always"
-        )
     half = dtype == "fp16"
     exponent = stream_exponent(stats, lifecycles) if half else 0
+    masked = lifecycles if recipe.sinks == "always" else []
+    with progress.step("Observe ranges"):
+        before = _ranges(traced, sites, masked, stats, data, progress)
+    ranges, turned = before, traced
+    if recipe.folded_rotation:
+        with progress.step("Fold rotations"):
+            turned = work / ROTATED
+            for refusal in _rotate(model, sites):
+                progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
+            io.save(model, turned)
+            constant = _constant(turned, sites, masked, stats, data, options)
+            ranges = _ranges(turned, sites, constant, stats, data, progress)
     with progress.step("Smooth and rotate"):
-        scale_residual(model, sites, exponent)
-        smoothing = _prepare(model, work / PREPARED, sites, before, recipe, blocks)
+        smoothing = _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent)
     with progress.step("Fit and insert sinks"):
         decisions = decide(
             work / PREPARED, sites, lifecycles, stats, data.all,
@@ -175,9 +186,8 @@ def rewrite(
         ]
         left = stream_exponent(stats, [s.lifecycle for s in sinks]) if half else 0
         if left > exponent:  # a lifecycle that stays must be held as well
-            exponent, model = left, io.load(traced)
-            scale_residual(model, sites, exponent)
-            _prepare(model, work / PREPARED, sites, before, recipe, blocks)
+            exponent = left
+            _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent)
         _insert(work, sites, sinks)
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         matching = _matching(traced, work, sites, sinks, data, options)
@@ -187,21 +197,25 @@ def rewrite(
     for warning in warnings:
         progress.note(f"warning: {warning}")
     quantizers: dict[str, Quantizer] = {}
-    if recipe.activation_bits == 8:
+    if recipe.activation_max is not None:
         with progress.step("Calibrate quantizers"):
-            quantizers = _quantizers(work / INSERTED, sites, before, sinks, data, progress)
+            quantizers = _quantizers(
+                work / INSERTED, sites, before, sinks, data, progress, recipe, blocks
+            )
     cache: dict[str, CacheScale] = {}
     if recipe.kv_bits == 8:
         with progress.step("Calibrate the KV cache"):
             cache = _cache_scales(work / INSERTED, sites, sinks, data, progress)
-    importance = _importance(sites, before, smoothing) if blocks else None
+    importance = _importance(sites, ranges, smoothing, quantizers) if blocks else None
 
     def write(quantizers: dict[str, Quantizer]) -> None:
         scales = {name: q.scale for name, q in quantizers.items()}
         model = (
             io.load(work / INSERTED)
             if recipe.weight_bits == 16
-            else quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+            else quantized_graph(
+                work / INSERTED, sites, scales, blocks, importance, recipe.activation_max
+            )
         )
         if cache:
             quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
@@ -294,6 +308,7 @@ def quantized_graph(
     activations: dict[str, float],
     blocks: dict[str, int],
     importance: dict[str, np.ndarray] | None = None,
+    activation_max: int | None = None,
 ) -> ir.Model:
     """The float32 graph `source` with Q/DQ; weights are rounded when it is saved.
 
@@ -301,7 +316,10 @@ def quantized_graph(
     """
     bits = 4 if blocks else 8
     model = io.load(source)
-    plan = QuantizePlan(tuple(sites.linears), bits, activations, blocks, importance or {})
+    plan = QuantizePlan(
+        tuple(sites.linears), bits, activations, blocks, importance or {},
+        activation_max=activation_max or INT8_MAX,
+    )  # fmt: skip
     quantize(model, plan)
     return model
 
@@ -354,52 +372,85 @@ def _everyone(stats: TokenStats, alpha: float) -> list[str]:
     ]
 
 
-def _ranges_before(
-    traced: Path,
+def _ranges(
+    graph: Path,
     sites: Sites,
-    lifecycles: Sequence[Lifecycle],
+    taken: Sequence[Lifecycle],
     stats: TokenStats,
     data: Calibration,
     progress: Progress,
-    *,
-    mask: bool,
 ) -> dict[str, TensorStats]:
     """Statistics of every product's input.
 
-    With `mask`, tokens of a lifecycle are not semantic where it lives; without, spikes will stay
-    and must be rounded well like all else.
+    Tokens of the lifecycles `taken` are not semantic where these live; those of others stay and
+    must be rounded well like all else.
     """
     spiking = {linear.input: np.zeros(stats.token.size, bool) for linear in sites.linears}
-    for lifecycle in lifecycles if mask else ():
+    for lifecycle in taken:
         for scope, members in lifecycle.scopes(sites):
             for linear in sites.linears:
                 if linear.node in scope:
                     spiking[linear.input][members] = True
     widths = {linear.input: linear.in_features for linear in sites.linears}
     return observe_ranges(
-        traced, widths, data.windows, lambda name, n, _: spiking[name][stats.window == n],
+        graph, widths, data.windows, lambda name, n, _: spiking[name][stats.window == n],
         providers=data.providers, progress=progress, seed=data.seed,
     )  # fmt: skip
 
 
+def _constant(
+    graph: Path,
+    sites: Sites,
+    lifecycles: Sequence[Lifecycle],
+    stats: TokenStats,
+    data: Calibration,
+    options: _Run,
+) -> list[Lifecycle]:
+    """The lifecycles that will be replaced: the tokens of the others are here to stay."""
+    decisions = decide(
+        graph, sites, lifecycles, stats, data.all,
+        limit=data.max_relative_deviation, seed=data.seed, **options,
+    )  # fmt: skip
+    return [d.lifecycle for d in decisions if d.replaced]
+
+
+def _rotate(model: ir.Model, sites: Sites) -> list[Refusal]:
+    refused = rotate_stream(model, sites)
+    return [*([refused] if refused else []), *rotate_attention_values(model, sites)]
+
+
 def _prepare(
-    model: ir.Model,
+    traced: Path,
     path: Path,
     sites: Sites,
     stats: dict[str, TensorStats],
     recipe: Recipe,
     blocks: dict[str, int],
+    exponent: int,
 ) -> Smoothing:
+    """Everything that keeps the function: scale the stream, rotate, smooth, side paths."""
+    model = io.load(traced)
+    scale_residual(model, sites, exponent)
+    if recipe.folded_rotation:
+        _rotate(model, sites)
     smoothing = Smoothing({}, {})
     if recipe.smoothing:
         smoothing = find_smoothing(
-            model, sites, stats, rotation=recipe.rotation, int4_blocks=blocks
-        )
+            model, sites, stats,
+            rotation=recipe.rotation, int4_blocks=blocks,
+            activation_max=recipe.activation_max, side=recipe.side_channels,
+        )  # fmt: skip
         fold_smoothing(model, sites, smoothing)
-    if recipe.rotation:
-        downs = [block.mlp.output for block in sites.blocks]
-        fitting = [d for d in downs if d.in_features % recipe.rotation == 0]
-        rotate(model, {d.node: (d, recipe.rotation) for d in fitting})
+    downs = {block.mlp.output.node: block.mlp.output for block in sites.blocks}
+    chosen = {
+        node: (down, smoothing.paths[down.input].side)
+        for node, down in downs.items()
+        if down.input in smoothing.paths and smoothing.paths[down.input].side.size
+    }
+    side_channels(model, chosen)
+    size = recipe.rotation
+    if size:
+        rotate(model, {n: (d, size) for n, d in downs.items() if d.in_features % size == 0})
     io.save(model, path)
     return smoothing
 
@@ -417,6 +468,8 @@ def _quantizers(
     sinks: Sequence[SinkTemplates],
     data: Calibration,
     progress: Progress,
+    recipe: Recipe,
+    blocks: dict[str, int],
 ) -> dict[str, Quantizer]:
     """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error."""
     model = io.load(inserted)
@@ -452,11 +505,14 @@ def _quantizers(
             )
         constants = [model.graph.initializers[linear.weight].const_value for linear in linears]
         weights = [tensor.numpy() for tensor in constants]
-        clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights)
-        scale = clip * tensor.absmax_semantic / INT8_MAX
+        rounding = Rounding(recipe.activation_max, blocks.get(linears[0].weight))
+        clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights, rounding)
+        scale = clip * tensor.absmax_semantic / recipe.activation_max
         nodes_behind = tuple(linear.node for linear in linears)
         source = before[linears[0].input]
-        found[name] = Quantizer(name, nodes_behind, scale, clip, error, source, tensor)
+        found[name] = Quantizer(
+            name, nodes_behind, scale, clip, error, source, tensor, recipe.activation_max
+        )
     return found
 
 
@@ -491,19 +547,27 @@ def _cache_scales(
     return {name: cache_scale(found) for name, found in stats.items()}
 
 
-def _int4_blocks(sites: Sites) -> dict[str, int]:
-    return {x.weight: int4_block_size(x.weight, x.in_features) for x in sites.linears}
+def _int4_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:
+    most = recipe.weight_block
+    return {x.weight: int4_block_size(x.weight, x.in_features, most) for x in sites.linears}
 
 
 def _importance(
-    sites: Sites, stats: dict[str, TensorStats], smoothing: Smoothing
+    sites: Sites,
+    stats: dict[str, TensorStats],
+    smoothing: Smoothing,
+    quantizers: dict[str, Quantizer],
 ) -> dict[str, np.ndarray]:
-    """Mean squared input per channel of every weight, as the smoothed graph sees it."""
-    return {
-        linear.weight: (unit_rows(stats[linear.input].rows) ** 2).mean(0)
-        / smoothing.factors(linear.input) ** 2
-        for linear in sites.linears
-    }
+    """Mean squared input per channel of every weight, as the prepared graph sees it."""
+    seen = {node: q.after.rows for q in quantizers.values() for node in q.linears}
+    found = {}
+    for linear in sites.linears:
+        if linear.node in seen:
+            found[linear.weight] = (seen[linear.node] ** 2).mean(0)
+        else:
+            power = (unit_rows(stats[linear.input].rows) ** 2).mean(0)
+            found[linear.weight] = power / smoothing.factors(linear.input) ** 2
+    return found
 
 
 def _restored(
@@ -550,7 +614,7 @@ def _unclipped(
         for linear in branch.linears
     }
     return {
-        name: replace(q, scale=q.after.absmax / INT8_MAX, clip=1.0) if early & set(q.linears) else q
+        name: replace(q, scale=q.after.absmax / q.most, clip=1.0) if early & set(q.linears) else q
         for name, q in quantizers.items()
     }
 
@@ -572,7 +636,10 @@ def _hiding_quantizer(
     def hides(count: int) -> bool:
         scales = {quantizer.name: quantizer.scale for quantizer in ordered[:count]}
         model = io.load(work / INSERTED)
-        quantize(model, QuantizePlan(tuple(sites.linears), FLOAT_BITS, scales))
+        plan = QuantizePlan(
+            tuple(sites.linears), FLOAT_BITS, scales, activation_max=ordered[0].most
+        )
+        quantize(model, plan)
         io.save_skeleton(model, work / _PARTIAL)
         recall = _recall(work, lifecycles, data, progress, graph=_PARTIAL)
         return recall is not None and recall < LEAST_RECALL
@@ -596,7 +663,7 @@ def _hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
         )
         text += (
             f"the range of tensor {hiding.name!r} (block {block}, {kind}) hides them from "
-            f"detection: it ends at {hiding.scale * INT8_MAX:.4g}, the tensor at "
+            f"detection: it ends at {hiding.scale * hiding.most:.4g}, the tensor at "
             f"{hiding.after.absmax:.4g}."
         )
     return f"{text} Calibrate on text nearer to the model's use, or with more samples."

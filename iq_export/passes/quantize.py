@@ -24,6 +24,7 @@ from iq_export.graph.sites import Linear
 from iq_export.quant.weights import int4_blocked, int8_per_channel, int8_scales
 
 FLOAT_BITS = 32
+INT8_MAX = 127
 _ZERO_POINT = "iq.zero_point.int8"
 
 
@@ -32,6 +33,7 @@ class QuantizePlan:
     """What to quantize. `activations`: value name -> scale. `weight_bits`: 8, 4 or 32 (as it is).
 
     `blocks`: weight name -> int4 block size. `importance`: weight name -> float32 `[in]`.
+    `activation_max`: the largest code of an activation; less than int8's is for study, with a Clip.
     """
 
     linears: tuple[Linear, ...]
@@ -39,6 +41,7 @@ class QuantizePlan:
     activations: Mapping[str, float] = field(default_factory=dict)
     blocks: Mapping[str, int] = field(default_factory=dict)
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    activation_max: int = INT8_MAX
 
 
 def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
@@ -53,7 +56,7 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
         if value.name in plan.activations:
             if value.name not in dequantized:
                 scale = plan.activations[value.name]
-                dequantized[value.name] = _activation_pair(graph, value, scale)
+                dequantized[value.name] = _activation_pair(graph, value, scale, plan.activation_max)
             node.replace_input_with(0, dequantized[value.name])
         if plan.weight_bits == FLOAT_BITS:
             continue
@@ -69,8 +72,10 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
     return bool(plan.linears)
 
 
-def _activation_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value:
+def _activation_pair(graph: ir.Graph, value: ir.Value, scale: float, most: int) -> ir.Value:
     name = str(value.name)
+    if most < INT8_MAX:
+        value = _clipped(graph, value, scale, most)
     scale_value = constant(graph, f"{name}.scale", np.array(scale, np.float32))
     zero = graph.initializers.get(_ZERO_POINT)
     if zero is None:
@@ -84,6 +89,19 @@ def _activation_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value
     assert producer is not None
     graph.insert_after(producer, [q, dq])
     return dq.outputs[0]
+
+
+def _clipped(graph: ir.Graph, value: ir.Value, scale: float, most: int) -> ir.Value:
+    """`value` bounded so that int8 codes stay within `[-most - 1, most]`."""
+    low = constant(graph, f"{value.name}.low", np.array(-(most + 1) * scale, np.float32))
+    high = constant(graph, f"{value.name}.high", np.array(most * scale, np.float32))
+    clip = ir.node("Clip", [value, low, high], name=f"{value.name}/clip")
+    clip.outputs[0].name = f"{value.name}.clipped"
+    clip.outputs[0].dtype, clip.outputs[0].shape = value.dtype, value.shape
+    producer = value.producer()
+    assert producer is not None
+    graph.insert_after(producer, clip)
+    return clip.outputs[0]
 
 
 def _int8_weight(graph: ir.Graph, weight: ir.Value, node: ir.Node) -> ir.Value:

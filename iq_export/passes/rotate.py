@@ -38,24 +38,33 @@ def rotate(model: ir.Model, rotations: Mapping[str, tuple[Linear, int]]) -> bool
         node = nodes[name]
         value, weight = node.inputs[0], own_constant(graph, node, 1)
         assert value is not None
-        matrix_name = f"iq.hadamard.{block}"
-        matrix = graph.initializers.get(matrix_name)
-        if matrix is None:
-            matrix = constant(graph, matrix_name, hadamard(block))
-        groups = linear.in_features // block
-        split = _shape(graph, f"iq.split.{groups}.{block}", [0, 0, groups, block])
-        join = _shape(graph, f"iq.join.{linear.in_features}", [0, 0, linear.in_features])
-        apart = ir.node("Reshape", [value, split], name=f"{name}/rotate_split")
-        turned = ir.node("MatMul", [apart.outputs[0], matrix], name=f"{name}/rotate")
-        joined = ir.node("Reshape", [turned.outputs[0], join], name=f"{name}/rotate_join")
-        for new in (apart, turned, joined):
-            new.outputs[0].name = f"{new.name}.out"
-            new.outputs[0].dtype = value.dtype
-        joined.outputs[0].shape = value.shape
-        graph.insert_before(node, [apart, turned, joined])
-        node.replace_input_with(0, joined.outputs[0])
+        node.replace_input_with(0, rotated_value(graph, value, block, f"{name}/rotate"))
         recompute(weight, partial(rotate_rows, block=block))
     return bool(rotations)
+
+
+def rotated_value(graph: ir.Graph, value: ir.Value, block: int, name: str) -> ir.Value:
+    """`value H` block by block as standard ops, right after `value`; its readers stay as they are.
+
+    The value may be a residual that later nodes read too, hence the place.
+    """
+    matrix_name = f"iq.hadamard.{block}"
+    matrix = graph.initializers.get(matrix_name)
+    if matrix is None:
+        matrix = constant(graph, matrix_name, hadamard(block))
+    width = value.shape[-1]
+    assert isinstance(width, int)
+    split = _shape(graph, f"iq.split.{width // block}.{block}", [0, 0, width // block, block])
+    join = _shape(graph, f"iq.join.{width}", [0, 0, width])
+    apart = ir.node("Reshape", [value, split], name=f"{name}_split")
+    turned = ir.node("MatMul", [apart.outputs[0], matrix], name=name)
+    joined = ir.node("Reshape", [turned.outputs[0], join], name=f"{name}_join")
+    for new in (apart, turned, joined):
+        new.outputs[0].name = f"{new.name}.out"
+        new.outputs[0].dtype = value.dtype
+    joined.outputs[0].shape = value.shape
+    graph.insert_after(value.producer(), [apart, turned, joined])
+    return joined.outputs[0]
 
 
 def rotate_rows(weight: np.ndarray, block: int) -> np.ndarray:

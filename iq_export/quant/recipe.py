@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -15,9 +15,13 @@ SINK_POLICIES = ("always", "for-half")
 
 @dataclass(frozen=True)
 class Recipe:
-    """`weight_bits` 4, 8 or 16, `activation_bits` 8 or 16 and `kv_bits` (of the KV cache) 8 or 16,
-    where 16 is not quantized; `rotation` the Hadamard block on the down-projection input or None;
-    `sinks` one of SINK_POLICIES."""
+    """`weight_bits` 4, 8 or 16, `activation_bits` 4, 6, 8 or 16 and `kv_bits` (of the KV cache) 8
+    or 16, where 16 is not quantized; 4- and 6-bit activations are int8 ones that use fewer codes,
+    for study: nothing multiplies them. `smoothing`: fold factors into norms and up-projections.
+    `folded_rotation`: rotate residual stream and values inside the weights. `rotation`: the
+    Hadamard block on the down-projection input at run time, or None; `side_channels`: how many of
+    its channels bypass the quantizer. `weight_block`: largest int4 block. `sinks`: one of
+    SINK_POLICIES."""
 
     name: str
     weight_bits: int
@@ -26,11 +30,24 @@ class Recipe:
     smoothing: bool
     rotation: int | None
     sinks: str
+    folded_rotation: bool = False
+    side_channels: int = 0
+    weight_block: int = 128
+
+    @property
+    def activation_max(self) -> int | None:
+        """The largest code of an activation, None if activations are not quantized."""
+        return None if self.activation_bits == 16 else 2 ** (self.activation_bits - 1) - 1
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no hardware gains from it: only the accuracy is what it would be."""
+        return self.activation_bits in (4, 6)
 
     def __post_init__(self) -> None:
-        if self.weight_bits not in (4, 8, 16) or self.activation_bits not in (8, 16):
+        if self.weight_bits not in (4, 8, 16) or self.activation_bits not in (4, 6, 8, 16):
             raise UsageError(
-                f"Recipe {self.name!r}: weight_bits is 4, 8 or 16 and activation_bits 8 or 16."
+                f"Recipe {self.name!r}: weight_bits is 4, 8 or 16 and activation_bits 4, 6, 8 or 16."
             )
         if self.weight_bits == 16 and self.activation_bits != 16:
             raise UsageError(
@@ -59,7 +76,11 @@ def load_recipe(name: str) -> Recipe:
         raise UsageError(f"Unknown recipe {name!r}: {hint}")
     text = (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
-    expected = {field.name for field in fields(Recipe)} - {"name"}
-    if set(values) != expected:
-        raise UsageError(f"Recipe {name!r} must have exactly the keys {sorted(expected)}.")
+    allowed = {field.name for field in fields(Recipe)} - {"name"}
+    required = {f.name for f in fields(Recipe) if f.default is MISSING} - {"name"}
+    if not required <= set(values) <= allowed:
+        raise UsageError(
+            f"Recipe {name!r} must have the keys {sorted(required)}, may have "
+            f"{sorted(allowed - required)} and no other."
+        )
     return Recipe(name=name, **values)

@@ -7,14 +7,14 @@ sample of semantic tokens: an error in a channel that the weights ignore costs n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from iq_export.passes.quantize import INT8_MAX
 from iq_export.passes.rotate import rotate_columns, rotate_rows
 from iq_export.quant.weights import int4_rounded, int8_per_channel
 
-INT8_MAX = 127
 # Beyond this a factor would only move the outlier, and half-precision weights lose digits.
 _MOST = 32.0
 CLIPS = (1.0, 0.87, 0.76, 0.66, 0.57, 0.5, 0.43, 0.35, 0.28, 0.22, 0.17, 0.13)
@@ -33,14 +33,27 @@ _CANDIDATES: dict[str, Candidate] = {
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What is rounded how: `activation_max` the largest code of the activation (127 for int8), None
+    if it is not rounded; `int4_block` the block of an int4 weight, None for int8 per channel."""
+
+    activation_max: int | None = INT8_MAX
+    int4_block: int | None = None
+
+
+INT8 = Rounding()
+
+
+@dataclass(frozen=True)
 class SmoothingChoice:
     """The best candidate's name, its factors float32 `[features]`, and its relative output error
-    beside that of no smoothing."""
+    beside that of no smoothing. `side`: the channels to carry beside the quantizer, int64."""
 
     name: str
     factors: np.ndarray
     error: float
     error_without: float
+    side: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def choose_smoothing(
@@ -48,22 +61,23 @@ def choose_smoothing(
     channel_absmax: np.ndarray,
     weights: Sequence[np.ndarray],
     *,
+    rounding: Rounding = INT8,
     rotation: int | None = None,
-    int4_block: int | None = None,
+    side: int = 0,
 ) -> SmoothingChoice:
     """Try all candidates on sampled semantic `rows` `[tokens, in]`; `weights`: `[in, out]` each.
 
-    With `int4_block` the weights are rounded to int4 in such blocks and the activation is not
-    (the idea of AWQ, arXiv 2306.00978), else both are rounded to int8.
+    Of the smoothed channels the `side` loudest are left out of the range, then the rest is rotated
+    in blocks of `rotation`. Where only weights are rounded, this is the idea of AWQ (arXiv
+    2306.00978), and every token counts by its relative error.
     """
     weight = np.concatenate(list(weights), axis=1)
-    if int4_block:
+    if rounding.activation_max is None:
         rows = unit_rows(rows)
     rms = np.sqrt((rows**2).mean(0))
     weight_rows = np.abs(weight).max(1)
-    exact = rows @ weight
-    energy = float((exact**2).sum()) or 1.0
-    results: dict[str, tuple[float, np.ndarray]] = {}
+    energy = float(((rows @ weight) ** 2).sum()) or 1.0
+    results: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
     for name, candidate in _CANDIDATES.items():
         factors = _normalised(
             candidate(
@@ -73,31 +87,49 @@ def choose_smoothing(
             )
         )
         smooth, scaled = rows / factors, weight * factors[:, None]
+        aside = np.sort(np.argsort(-np.abs(smooth).max(0), kind="stable")[:side])
+        if side:
+            smooth[:, aside], scaled[aside] = 0, 0
+        exact = smooth @ scaled
         if rotation:
             smooth, scaled = rotate_columns(smooth, rotation), rotate_rows(scaled, rotation)
-        if int4_block:
-            error = _int4_error(smooth, scaled, exact, int4_block)
+        rounded = rounded_weight(scaled, rounding, smooth)
+        if rounding.activation_max is None:
+            error = float(((smooth @ rounded - exact) ** 2).sum())
         else:
-            rounded = _rounded_weight(scaled)
             top = float(np.abs(smooth).max())
-            steps = [top * clip / INT8_MAX for clip in _COARSE_CLIPS]
-            error = min(_output_error(smooth, step, rounded, exact) for step in steps)
-        results[name] = (error / energy, factors)
+            steps = [top * clip / rounding.activation_max for clip in _COARSE_CLIPS]
+            error = min(
+                _output_error(smooth, step, rounding.activation_max, rounded, exact)
+                for step in steps
+            )
+        results[name] = (error / energy, factors, aside)
     best = min(results, key=lambda name: results[name][0])
-    return SmoothingChoice(best, results[best][1], results[best][0], results["none"][0])
+    error, factors, aside = results[best]
+    return SmoothingChoice(best, factors, error, results["none"][0], aside)
 
 
 def choose_clip(
-    rows: np.ndarray, absmax: float, weights: Sequence[np.ndarray]
+    rows: np.ndarray, absmax: float, weights: Sequence[np.ndarray], rounding: Rounding = INT8
 ) -> tuple[float, float]:
-    """`(clip, relative output error)` of the best per-tensor int8 range `clip * absmax`."""
+    """`(clip, relative output error)` of the best per-tensor range `clip * absmax`."""
     weight = np.concatenate(list(weights), axis=1)
     exact = rows @ weight
     energy = float((exact**2).sum()) or 1.0
-    rounded = _rounded_weight(weight)
-    errors = [_output_error(rows, absmax * c / INT8_MAX, rounded, exact) for c in CLIPS]
+    rounded = rounded_weight(weight, rounding, rows)
+    most = rounding.activation_max
+    assert most is not None
+    errors = [_output_error(rows, absmax * c / most, most, rounded, exact) for c in CLIPS]
     best = int(np.argmin(errors))
     return CLIPS[best], errors[best] / energy
+
+
+def rounded_weight(weight: np.ndarray, rounding: Rounding, rows: np.ndarray) -> np.ndarray:
+    """`weight` `[in, out]` rounded and dequantized; `rows` weigh the channels of int4 blocks."""
+    if rounding.int4_block is not None:
+        return int4_rounded(weight, rounding.int4_block, (rows**2).mean(0))
+    codes, scale = int8_per_channel(weight)
+    return codes * scale
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -111,18 +143,10 @@ def _normalised(factors: np.ndarray) -> np.ndarray:
     return np.clip(factors, 1 / _MOST, _MOST).astype(np.float32)
 
 
-def _rounded_weight(weight: np.ndarray) -> np.ndarray:
-    codes, scale = int8_per_channel(weight)
-    return codes * scale
-
-
-def _int4_error(rows: np.ndarray, weight: np.ndarray, exact: np.ndarray, block: int) -> float:
-    rounded = int4_rounded(weight, block, (rows**2).mean(0))
-    return float(((rows @ rounded - exact) ** 2).sum())
-
-
-def _output_error(rows: np.ndarray, scale: float, weight: np.ndarray, exact: np.ndarray) -> float:
+def _output_error(
+    rows: np.ndarray, scale: float, most: int, weight: np.ndarray, exact: np.ndarray
+) -> float:
     if scale == 0:  # a tensor of zeros: nothing to round
         return float((exact**2).sum())
-    rounded = np.clip(np.round(rows * np.float32(1 / scale)), -128, 127) * np.float32(scale)
+    rounded = np.clip(np.round(rows * np.float32(1 / scale)), -most - 1, most) * np.float32(scale)
     return float(((rounded @ weight - exact) ** 2).sum())

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from iq_export.calibrate.ranges import TensorStats
 from iq_export.graph.sites import Branch, Sites
-from iq_export.quant.search import SmoothingChoice, choose_smoothing
+from iq_export.quant.search import INT8_MAX, Rounding, SmoothingChoice, choose_smoothing
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,14 @@ def find_smoothing(
     *,
     rotation: int | None,
     int4_blocks: Mapping[str, int] | None = None,
+    activation_max: int | None = INT8_MAX,
+    side: int = 0,
 ) -> Smoothing:
     """Choose for every norm whose output only the branch's products read, and every up-projection
     that reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
     the down-projection input, None for no rotation; `int4_blocks` the block size of each weight if
-    weights are rounded to int4, None if weights and activations are rounded to int8."""
+    weights are rounded to int4, else to int8; `activation_max` the largest code of activations,
+    None if they are not rounded; `side` how many channels of it may bypass the quantizer."""
     sizes = int4_blocks or {}
     readers = {
         value.name: {node.name for node in value.consumers()}
@@ -56,8 +59,8 @@ def find_smoothing(
             return None
         found = stats[branch.norm_output]
         weights = [weight(linear.weight) for linear in branch.inputs]
-        block = sizes.get(branch.inputs[0].weight)
-        return choose_smoothing(found.rows, found.channel_absmax, weights, int4_block=block)
+        rounding = Rounding(activation_max, sizes.get(branch.inputs[0].weight))
+        return choose_smoothing(found.rows, found.channel_absmax, weights, rounding=rounding)
 
     norms: dict[str, SmoothingChoice] = {}
     paths: dict[str, SmoothingChoice] = {}
@@ -75,6 +78,7 @@ def find_smoothing(
                 found.channel_absmax,
                 [weight(down.weight)],
                 rotation=turned,
-                int4_block=sizes.get(down.weight),
+                rounding=Rounding(activation_max, sizes.get(down.weight)),
+                side=side,
             )
     return Smoothing(norms, paths)

@@ -40,13 +40,13 @@ def _as_shipped(scale: np.ndarray) -> np.ndarray:
         return np.where(normal, scale.astype(np.float16), scale).astype(np.float32)
 
 
-def int4_block_size(name: str, in_features: int) -> int:
-    """128 where it divides the reduction axis, else 64.
+def int4_block_size(name: str, in_features: int, most: int = 128) -> int:
+    """128 where it divides the reduction axis and `most` allows it, else 64.
 
     Raises UsageError naming the weight if neither does (TensorRT accepts only these).
     """
     for size in INT4_BLOCKS:
-        if in_features % size == 0:
+        if size <= most and in_features % size == 0:
             return size
     raise UsageError(
         f"Weight {name!r} has {in_features} input features, divisible by neither 128 nor 64: "
