@@ -28,8 +28,8 @@ _DEATH_SHARE = 0.25
 _CLAMP_EXCESS = 1.5
 # Position 0 is forced into the set if it spikes in at least this share of the windows.
 _FIRST_RATE = 0.95
-# alpha0 of the early sites is this share of alpha: before the others' birth, a token that goes on to
-# carry the spike is known by more than its size.
+# alpha0 of the early sites is this share of alpha: before the others' birth, a token that goes on
+# to carry the spike is known by more than its size.
 _EARLY_SHARE = 0.5
 
 
@@ -119,8 +119,8 @@ def discover(stats: TokenStats, *, alpha: float = 64.0) -> list[Lifecycle]:
     A token spikes at a block if its down-projection input exceeds `alpha` times the median token's
     (method.md step 1; 64 is the published peers' value). A group of spiking tokens whose residual
     jumps is a birth; one whose residual does not is the death of an earlier group. Births of
-    different tokens that share channel and death are one lifecycle. If most tokens spike, the median
-    is the spike itself and there is no lifecycle by construction.
+    different tokens that share channel and death are one lifecycle. If most tokens spike, the
+    median is the spike itself and there is no lifecycle by construction.
     """
     found: list[Lifecycle] = []
     for block in range(stats.down_max.shape[0]):
@@ -254,7 +254,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
 
 
 def _stretched(stats: TokenStats, members: np.ndarray, blocks: range) -> list[int]:
-    """The first of `blocks`, where `members` spike, and those where they still stretch the range."""
+    """The first of `blocks`, where `members` spike, and where else they stretch the range."""
     semantic = np.ones(stats.down_max.shape[1], bool)
     semantic[members] = False
     top = {b: float(stats.down_max[b, semantic].max(initial=0)) for b in blocks}

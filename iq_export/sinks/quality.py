@@ -155,7 +155,7 @@ def _spiking(lives: Sequence[Lifecycle], wanted: Lifecycle, tokens: int) -> np.n
 def _agreement(
     rows: dict[str, np.ndarray], templates: SinkTemplates, index: np.ndarray
 ) -> float | None:
-    """Share of the detected sinks whose match is the nearest after the norms, all weighing alike."""
+    """Share of the detected sinks whose match is the nearest after the norms, weighing alike."""
     features, tables = [], []
     for name, table in templates.norms.items():
         size = np.linalg.norm(table, axis=1).mean()
