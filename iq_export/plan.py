@@ -11,7 +11,7 @@ import numpy as np
 from iq_export.rewrite import Quantizer, Rewrite
 from iq_export.sinks.calibrate import Decision
 from iq_export.sinks.form import Insertion
-from iq_export.sinks.quality import MatchQuality
+from iq_export.sinks.quality import MatchQuality, order_of_appearance
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
 
 _QUANTILE = 0.999
@@ -155,6 +155,7 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
             "template_spread": fitted.template_spread,
             "thin_templates": [k + 1 for k in fitted.thin],
             "match_agreement": fitted.agreement,
+            "order_of_appearance": _order(fitted, done),
             "deviation_per_norm": fitted.deviation,
             "deviation_max_per_norm": fitted.deviation_max,
         }
@@ -175,6 +176,14 @@ def _insertion_record(insertion: Insertion) -> dict[str, Any]:
     """Losses in nats: KL to the traced graph of all tokens and of semantic ones, and the NLL."""
     losses = {form: asdict(loss) for form, loss in insertion.loss.items()}
     return {"form": insertion.form, "loss": losses, "reason": insertion.reason}
+
+
+def _order(fitted: SinkTemplates, done: Rewrite) -> dict[str, int]:
+    """How often, in calibration, the paper's rule would give another template than the nearest."""
+    index = np.zeros(done.stats.token.size, np.int64)
+    index[fitted.lifecycle.members] = fitted.assignment + 1
+    windows, differs = order_of_appearance(fitted.count, index, done.stats)
+    return {"windows": windows, "differs": differs}
 
 
 def _matching(quality: MatchQuality) -> dict[str, Any]:
