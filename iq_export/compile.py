@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import shutil
@@ -65,6 +66,7 @@ class CompileOptions:
     max_relative_deviation: float = 0.10
     alpha: float = 64.0
     insertion: str = "auto"
+    budget: float | None = None
     trust_remote_code: bool = False
     accept_terms: bool = False
 
@@ -78,7 +80,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     progress = progress or Progress(quiet=True)
     begin = time.perf_counter()
     checked = _check(options)
-    progress.total = progress.total or len(_steps(checked))
+    progress.total = progress.total or len(_steps(checked, options))
     with _work_folder(options) as work:
         traced, done = _calibrate_and_rewrite(options, checked.recipe, work, progress)
         with atomic_folder(options.out, options.force) as folder:
@@ -104,7 +106,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
         "model": f"{checked.source.name} ({checked.source.kind})",
         "recipe": asdict(checked.recipe),
         "targets": [f"{t.name}: {why_not_here(t) or 'builds here'}" for t in checked.targets],
-        "steps": _steps(checked),
+        "steps": _steps(checked, options),
         "sites": "7 products per block of a gated transformer (q, k, v, o, gate, up, down)",
         "calibration": f"{options.samples} windows of {options.length} tokens, seed {options.seed}",
         "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
@@ -170,6 +172,13 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
     if not 0 < options.max_relative_deviation < 1 or options.alpha <= 1:
         raise UsageError("max_relative_deviation lies between 0 and 1, alpha above 1.")
+    if options.budget is not None and options.budget <= 1:
+        raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
+    if options.budget is not None and recipe.activation_bits != 8:
+        raise UsageError(
+            f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "
+            "like w8a8."
+        )
     load_text(options.calibration)
     check_output(options.out, options.force)
     source = _source(options)
@@ -189,7 +198,7 @@ def _source(options: CompileOptions) -> Any:
     )  # fmt: skip
 
 
-def _steps(checked: _Checked) -> list[str]:
+def _steps(checked: _Checked, options: CompileOptions) -> list[str]:
     """Names of the steps of a compile, as its progress prints them."""
     steps = ["Trace", "Observe tokens", "Observe ranges", "Smooth and rotate"]
     steps.append("Fit and insert sinks")
@@ -197,6 +206,8 @@ def _steps(checked: _Checked) -> list[str]:
         steps.append("Calibrate quantizers")
     if checked.recipe.kv_bits == 8:
         steps.append("Calibrate the KV cache")
+    if options.budget is not None:
+        steps.append("Search a mixed plan")
     steps += ["Quantize", "Check the quantized graph"]
     if any(why_not_here(target) is None for target in checked.targets):
         steps.append("Build engines")
@@ -271,6 +282,7 @@ def _calibrate_and_rewrite(
         seed=options.seed,
         providers=PROVIDERS[options.device],
         insertion=options.insertion,
+        budget=math.inf if options.budget is None else options.budget,
     )
     data = replace(
         data,
@@ -341,7 +353,7 @@ def _manifest(
     notes: list[str],
     timings: dict[str, float],
 ) -> Manifest:
-    from iq_export.plan import lifecycle_records
+    from iq_export.plan import lifecycle_records, mixed_record
     from iq_export.report.html import write_report
     from iq_export.run.generate import Tokenizer
 
@@ -374,6 +386,7 @@ def _manifest(
         targets=list(dict.fromkeys(options.targets)),
         engines=engines,
         lifecycles=lifecycle_records(done, Tokenizer(traced.assets)),
+        mixed=mixed_record(done),
         timings=timings,
         peak_rss_bytes=_peak_rss(),
         notes=notes,
@@ -407,7 +420,7 @@ def _versions() -> dict[str, str]:
 
 
 _RECORDED = ("model", "recipe", "calibration", "samples", "length", "opset", "dtype", "seed",
-             "device", "max_relative_deviation", "alpha", "insertion",
+             "device", "max_relative_deviation", "alpha", "insertion", "budget",
              "trust_remote_code")  # fmt: skip
 
 
@@ -421,6 +434,7 @@ def _option_record(options: CompileOptions) -> dict[str, Any]:
 def _options_of(bundle: Bundle, work: Path) -> CompileOptions:
     recorded = dict(bundle.manifest.options)
     tokenizer = recorded.pop("tokenizer", None)
+    recorded.pop("budget", None)  # no reference depends on it
     return CompileOptions(
         out=bundle.folder,
         work=work,

@@ -11,7 +11,7 @@ import numpy as np
 from iq_export.rewrite import Quantizer, Rewrite
 from iq_export.sinks.calibrate import Decision
 from iq_export.sinks.form import Insertion
-from iq_export.sinks.quality import MatchQuality
+from iq_export.sinks.quality import MatchQuality, order_of_appearance
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
 
 _QUANTILE = 0.999
@@ -45,6 +45,7 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
         },
         "quantizers": [_quantizer_record(q) for q in done.quantizers.values()],
         "kv_cache": {name: asdict(found) for name, found in done.cache.items()},
+        "mixed": mixed_record(done),
         "int4_blocks": done.blocks,
         "recall": done.recall,
         "warnings": done.warnings,
@@ -58,6 +59,30 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
 def lifecycle_records(done: Rewrite, tokenizer: _Decoder) -> list[dict[str, Any]]:
     """One record per lifecycle found, replaced or not."""
     return [_lifecycle_record(d, done, tokenizer) for d in done.decisions]
+
+
+def mixed_record(done: Rewrite) -> dict[str, Any] | None:
+    """What `--budget` left in half precision; ratios are calibration perplexity over the traced's.
+
+    None without a budget.
+    """
+    mixed = done.mixed
+    if mixed is None:
+        return None
+    total = len(done.linears) + len(mixed.linears)
+    return {
+        "budget": mixed.budget,
+        "met": mixed.met,
+        "ratio": mixed.ratio,
+        "ratio_all_quantized": mixed.ratio_without,
+        "products": total,
+        "share_in_half": len(mixed.linears) / total,
+        "in_half": [
+            {"tensor": site.name, "products": list(site.linears), "harm": mixed.harm[site.name]}
+            for site in mixed.skipped
+        ],
+        "harm": dict(mixed.harm),
+    }
 
 
 def save_templates(done: Rewrite, path: Path) -> None:
@@ -130,6 +155,7 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
             "template_spread": fitted.template_spread,
             "thin_templates": [k + 1 for k in fitted.thin],
             "match_agreement": fitted.agreement,
+            "order_of_appearance": _order(fitted, done),
             "deviation_per_norm": fitted.deviation,
             "deviation_max_per_norm": fitted.deviation_max,
         }
@@ -152,6 +178,14 @@ def _insertion_record(insertion: Insertion) -> dict[str, Any]:
     return {"form": insertion.form, "loss": losses, "reason": insertion.reason}
 
 
+def _order(fitted: SinkTemplates, done: Rewrite) -> dict[str, int]:
+    """How often, in calibration, the paper's rule would give another template than the nearest."""
+    index = np.zeros(done.stats.token.size, np.int64)
+    index[fitted.lifecycle.members] = fitted.assignment + 1
+    windows, differs = order_of_appearance(fitted.count, index, done.stats)
+    return {"windows": windows, "differs": differs}
+
+
 def _matching(quality: MatchQuality) -> dict[str, Any]:
     return {
         **asdict(quality),
@@ -162,7 +196,7 @@ def _matching(quality: MatchQuality) -> dict[str, Any]:
 
 
 def _detections(decision: Decision) -> list[dict[str, Any]]:
-    """Where the lifecycle's sinks are detected, in order; each site keeps what earlier ones found."""
+    """Where the lifecycle's sinks are detected, in order; what a site found stays found."""
     life, fitted = decision.lifecycle, decision.templates
     sites = fitted.early if fitted else life.early
     thresholds = [site.threshold for site in sites]

@@ -7,7 +7,7 @@ reused: traced -> rotated (weights only) -> prepared (scaled, smoothed, rotated)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
@@ -32,13 +32,15 @@ from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.scale_residual import scale_residual
 from iq_export.passes.side_channels import side_channels
+from iq_export.passes.switches import add_switches
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
-from iq_export.quant.budget import smallest_prefix
+from iq_export.quant.budget import MixedPlan, Site, mixed_plan, smallest_prefix
 from iq_export.quant.cache import CacheScale, cache_scale
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
+from iq_export.quant.trial import Reference, Trial
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
 from iq_export.sinks.form import Insertion, choose_forms, possible_forms
@@ -70,7 +72,9 @@ class _Run(TypedDict):
 class Calibration:
     """What to calibrate on. `windows` measure ranges; `probes` are short ones that only add first
     tokens, since most sinks stand at position 0. `heldout` only tells how well sinks are found and
-    matched on text that nothing was made from. `insertion` is one of form.INSERTIONS."""
+    matched on text that nothing was made from. `insertion` is one of form.INSERTIONS. With a finite
+    `budget` (perplexity over the traced graph's) as few products as possible stay in half precision
+    to keep within it."""
 
     windows: Sequence[Window]
     probes: Sequence[Window]
@@ -80,6 +84,7 @@ class Calibration:
     providers: tuple[str, ...]
     heldout: Sequence[Window] = ()
     insertion: str = "auto"
+    budget: float = math.inf
 
     @property
     def all(self) -> list[Window]:
@@ -108,7 +113,8 @@ class Quantizer:
 class Rewrite:
     """Everything that was decided and measured on the way, and where the graphs lie.
 
-    `matching`: one for each of `sinks`, empty without held-out text. `warnings`: for people. The
+    `matching`: one for each of `sinks`, empty without held-out text. `mixed`: what stays in half
+    precision, None without a budget. `linears`: what is quantized. `warnings`: for people. The
     residual stream of all graphs but the traced one is divided by `2^scale_exponent`.
     """
 
@@ -133,6 +139,7 @@ class Rewrite:
     inserted: Path
     quantized: Path
     matching: list[MatchQuality] = field(default_factory=list)
+    mixed: MixedPlan | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -208,13 +215,25 @@ def rewrite(
             cache = _cache_scales(work / INSERTED, sites, sinks, data, progress)
     importance = _importance(sites, ranges, smoothing, quantizers) if blocks else None
 
+    mixed: MixedPlan | None = None
+    if math.isfinite(data.budget) and quantizers:
+        with progress.step("Search a mixed plan"):
+            reference = Reference.of(traced, data.windows, **options)
+            mixed = _mixed_plan(
+                work, sites, quantizers, blocks, importance, data.budget, reference, options
+            )
+        quantizers = {
+            n: q for n, q in quantizers.items() if not set(q.linears) & set(mixed.linears)
+        }
+    in_half = frozenset(mixed.linears if mixed else ())
+
     def write(quantizers: dict[str, Quantizer]) -> None:
         scales = {name: q.scale for name, q in quantizers.items()}
         model = (
             io.load(work / INSERTED)
             if recipe.weight_bits == 16
             else quantized_graph(
-                work / INSERTED, sites, scales, blocks, importance, recipe.activation_max
+                work / INSERTED, sites, scales, blocks, importance, in_half, recipe.activation_max
             )
         )
         if cache:
@@ -256,6 +275,11 @@ def rewrite(
         ends = [b.residual for block in sites.blocks for b in (block.attention, block.mlp)]
         for _ in tapped_runs(work / QUANTIZED, [["logits", *ends]], data.windows[:2], **options):
             pass  # raises if the shipped graph gives NaN or Inf
+        if mixed is not None:
+            mixed = mixed.shipped(reference.ratio(work / QUANTIZED, **options))
+            if not mixed.met:
+                warnings.append(mixed.unmet())
+                progress.note(f"warning: {warnings[-1]}")
     observed = data.windows[:_OBSERVED_WINDOWS]
     after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
     columns = stats.window < len(observed)
@@ -270,7 +294,7 @@ def rewrite(
         smoothing=smoothing,
         quantizers=quantizers,
         cache=cache,
-        linears=tuple(sites.linears),
+        linears=tuple(linear for linear in sites.linears if linear.node not in in_half),
         blocks=blocks,
         before=before,
         observed_before=_per_block(stats, columns),
@@ -281,6 +305,7 @@ def rewrite(
         inserted=work / INSERTED,
         quantized=work / QUANTIZED,
         matching=matching,
+        mixed=mixed,
         warnings=warnings,
     )
 
@@ -293,7 +318,8 @@ def stream_exponent(stats: TokenStats, taken: Sequence[Lifecycle]) -> int:
     """
     held = stats.residual_max.copy()
     for life in taken:
-        held[life.birth : life.end, life.members] = 0
+        for block, members in life.detections:
+            held[block : life.end, members] = 0
     return max(0, math.ceil(math.log2(max(2 * float(held.max()), 1.0) / HALF_MAX)))
 
 
@@ -308,16 +334,19 @@ def quantized_graph(
     activations: dict[str, float],
     blocks: dict[str, int],
     importance: dict[str, np.ndarray] | None = None,
+    left: Collection[str] = (),
     activation_max: int | None = None,
 ) -> ir.Model:
     """The float32 graph `source` with Q/DQ; weights are rounded when it is saved.
 
-    `blocks` (weight name -> size) and `importance` are for int4 weights; without, int8.
+    `blocks` (weight name -> size) and `importance` are for int4 weights; without, int8. Products
+    (node names) in `left` stay as they are.
     """
     bits = 4 if blocks else 8
     model = io.load(source)
+    linears = tuple(linear for linear in sites.linears if linear.node not in left)
     plan = QuantizePlan(
-        tuple(sites.linears), bits, activations, blocks, importance or {},
+        linears, bits, activations, blocks, importance or {},
         activation_max=activation_max or INT8_MAX,
     )  # fmt: skip
     quantize(model, plan)
@@ -619,6 +648,39 @@ def _unclipped(
     }
 
 
+def _mixed_plan(
+    work: Path,
+    sites: Sites,
+    quantizers: Mapping[str, Quantizer],
+    blocks: dict[str, int],
+    importance: dict[str, np.ndarray] | None,
+    budget: float,
+    reference: Reference,
+    options: _Run,
+) -> MixedPlan:
+    """The fewest products to leave out for the budget, measured with every weight rounded."""
+    names = list(quantizers)
+    scales = {name: q.scale for name, q in quantizers.items()}
+    model = quantized_graph(work / INSERTED, sites, scales, blocks, importance)
+    add_switches(model, names)
+    path = work / _PARTIAL
+    io.save(model, path)
+    trial = Trial(path, names, reference, providers=options["providers"])
+    harm = {}
+    for number, name in enumerate(names):
+        harm[name] = trial.harm(name)
+        options["progress"].update(number + 1, len(names))
+    found = mixed_plan(
+        [Site(q.name, q.linears) for q in quantizers.values()],
+        harm,
+        budget,
+        lambda skipped: trial.ratio({site.name for site in skipped}),
+    )
+    path.unlink()
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    return found
+
+
 def _hiding_quantizer(
     work: Path,
     sites: Sites,
@@ -627,7 +689,7 @@ def _hiding_quantizer(
     data: Calibration,
     progress: Progress,
 ) -> Quantizer | None:
-    """The first activation in graph order whose quantization, with those before it, loses the sinks.
+    """The first activation in graph order whose quantizer, with those before it, loses the sinks.
 
     None if it is no activation's doing: then weights or half precision hide them.
     """

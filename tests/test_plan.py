@@ -50,6 +50,12 @@ def test_lifecycles(done: Rewrite) -> None:
     assert record["deviation"] == max(record["deviation_per_norm"].values()) < 0.02
     assert record["common_tokens"][0]["token"] == f"w{planted.DELIMITER}"
     assert record["position_0_forced"] is True
+    assert record["match_agreement"] == 1
+    assert record["thin_templates"] == []
+    # A window has one first token and up to two delimiters; where it has one, the order is right.
+    assert record["order_of_appearance"]["differs"] == 0
+    (site,) = record["sites"]
+    assert (site["block"], site["tokens"]) == (1, record["tokens"])
 
 
 def test_kept_lifecycle_says_why(done: Rewrite) -> None:

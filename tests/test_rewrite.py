@@ -17,6 +17,7 @@ from iq_export.graph import io
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
 from iq_export.quant.recipe import load_recipe
+from iq_export.quant.trial import Reference, Trial
 from iq_export.rewrite import (
     Calibration,
     Rewrite,
@@ -61,6 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return get
 
 
+QUIET = {"providers": CPU, "progress": Progress(quiet=True)}
 SPIKY, CALM = Decoder(), planted.NO_SPIKES
 ROWS = [window.ids for window in planted.windows(SPIKY, count=4, seed=9)]
 
@@ -274,8 +276,8 @@ def test_clips_that_hide_sinks_are_rejected(
         assert "clipping factors up to the birth are rejected" in capsys.readouterr().err
     else:
         message = (
-            r"finds \d+% of the sinks, less than 80%: the range of tensor '\S+' \(block [01], \w+\) "
-            r"hides them from detection: it ends at [\d.]+, the tensor at [\d.]+\."
+            r"finds \d+% of the sinks, less than 80%: the range of tensor '\S+' \(block [01], "
+            r"\w+\) hides them from detection: it ends at [\d.]+, the tensor at [\d.]+\."
         )
         with pytest.raises(GraphError, match=message):
             rewrite(*arguments)
@@ -315,3 +317,43 @@ def test_two_births_quantized(tmp_path: Path) -> None:
     semantic[:, 0] = False
     exact, found = (logits(CausalLM(p), rows)[semantic] for p in (done.traced, done.quantized))
     assert ((found - exact) ** 2).sum() / (exact**2).sum() < 0.05
+
+
+def budgeted(folder: Path, budget: float) -> Rewrite:
+    traced = planted.save(SPIKY, folder)
+    (folder / "work").mkdir()
+    data = replace(calibration(SPIKY), budget=budget)
+    return rewrite(traced, folder / "work", load_recipe("w8a8"), "fp16", data, Progress(quiet=True))
+
+
+def test_a_budget_leaves_the_fewest_products_in_half(run: Run, tmp_path: Path) -> None:
+    whole = run(SPIKY)
+    reference = Reference.of(whole.traced, calibration(SPIKY).windows, **QUIET)
+    before = reference.ratio(whole.quantized, **QUIET)
+    assert before > 1.002
+    done = budgeted(tmp_path, budget := 1 + 0.6 * (before - 1))
+    mixed = done.mixed
+    assert mixed is not None and mixed.met and mixed.ratio <= budget
+    assert mixed.ratio_without > budget
+    assert 0 < len(mixed.linears) < 14
+    assert len(done.linears) == 28 - len(mixed.linears)
+    nodes = {node.name: node for node in io.load(done.quantized).graph}
+    for linear in done.sites.linears:
+        producers = {value.producer().op_type for value in nodes[linear.node].inputs
+                     if value.producer() is not None}  # fmt: skip
+        assert ("DequantizeLinear" in producers) == (linear.node not in mixed.linears)
+    assert not set(mixed.linears) & {n for q in done.quantizers.values() for n in q.linears}
+    assert set(mixed.harm) == set(whole.quantizers)
+    assert not (done.quantized.parent / "partial.onnx").exists()
+
+
+def test_a_budget_that_nothing_meets_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trial, "ratio", lambda *_: 1.02)
+    monkeypatch.setattr(Reference, "ratio", lambda *_, **__: 1.02)
+    done = budgeted(tmp_path, 1.005)
+    assert done.mixed is not None and not done.mixed.met
+    (warning,) = [text for text in done.warnings if "budget" in text]
+    assert "cannot be met" in warning and f"{done.mixed.ratio:.4f} x" in warning
+    InferenceSession(str(done.quantized))

@@ -70,11 +70,10 @@ def _translations(catalog: str) -> Iterator[str]:
         parts: list[str] = []
         inside = False
         for line in entry.splitlines():
-            if not line.startswith('"'):
-                inside = line.startswith("msgstr")
-                line = line.partition(" ")[2]
+            continues = line.startswith('"')
+            inside = inside if continues else line.startswith("msgstr")
             if inside:
-                parts.append(ast.literal_eval(line))
+                parts.append(ast.literal_eval(line if continues else line.partition(" ")[2]))
         yield " ".join("".join(parts).split())
 
 

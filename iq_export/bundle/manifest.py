@@ -39,7 +39,8 @@ class TensorInfo:
 class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
 
-    `engines` maps a target's name to its engine report; `accuracy` is the table of
+    `mixed` says what a `--budget` left in half precision (None without one). `engines` maps a
+    target's name to its engine report; `accuracy` is the table of
     `evaluate.compare` (None until it is measured) and `speed` its paired timing; `timings` are
     seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
     """
@@ -58,6 +59,7 @@ class Manifest:
     targets: list[str] = field(default_factory=list)
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     lifecycles: list[dict[str, Any]] = field(default_factory=list)
+    mixed: dict[str, Any] | None = None
     accuracy: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     timings: dict[str, float] = field(default_factory=dict)

@@ -6,7 +6,7 @@ a larger model is run several times over the same windows. Nothing is kept here:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -47,7 +47,7 @@ def tapped_runs(
         session = _tapped_session(model_path, names, providers)
         for number, window in enumerate(windows):
             try:
-                found = session.run(names, _feeds(session, window))
+                found = session.run(names, window_feeds(session, window))
             except ort_errors() as error:
                 reason = str(error).splitlines()[0]
                 raise GraphError(f"{model_path.name} fails in ONNX Runtime: {reason}") from error
@@ -84,13 +84,17 @@ def _tapped_session(model_path: Path, names: Sequence[str], providers: Sequence[
         return open_session(Path(file.name), providers)
 
 
-def _feeds(session: Any, window: Window) -> dict[str, np.ndarray]:
+def window_feeds(
+    session: Any, window: Window, given: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Inputs of one window with an empty cache; `given` are inputs that only this graph has."""
     ids = np.asarray(window.ids, np.int64)[None]
     known = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
         "position_ids": np.arange(ids.shape[1], dtype=np.int64)[None],
     }
+    known |= given or {}
     feeds = {}
     for node in session.get_inputs():
         if node.name in known:

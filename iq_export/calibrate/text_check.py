@@ -36,8 +36,8 @@ def token_warnings(windows: Sequence[Window], tokenizer: _Decoder) -> list[str]:
         top = tokenizer.decode([int(distinct[counts.argmax()])])
         found.append(
             f"the calibration text has {distinct.size} distinct tokens among {ids.size} "
-            f"({top!r} alone is {counts.max() / ids.size:.0%} of it): ranges and sinks of all other "
-            "tokens are not seen; give running text"
+            f"({top!r} alone is {counts.max() / ids.size:.0%} of it): ranges and sinks of all "
+            "other tokens are not seen; give running text"
         )
     texts = [tokenizer.decode([int(token)]) for token in distinct]
     fragment = np.array([len(text) == 1 or _REPLACEMENT in text for text in texts])
@@ -68,9 +68,9 @@ def surprise_warning(
         return None
     return (
         f"the model predicts the calibration text with a loss of {loss:.2f} nats per token "
-        f"(perplexity {np.exp(min(loss, 99)):.3g}); its token frequencies alone have {entropy:.2f}: "
-        "to this model it is noise, so what is measured on it says little about real use; give text "
-        "that the model was made for"
+        f"(perplexity {np.exp(min(loss, 99)):.3g}); its token frequencies alone have "
+        f"{entropy:.2f}: to this model it is noise, so what is measured on it says little about "
+        "real use; give text that the model was made for"
     )
 
 

@@ -52,6 +52,11 @@ def add_parser(subparsers: Any) -> None:
         "--plugin", choices=("auto", "on", "off"), default="auto",
         help="sink ops as TensorRT plugin layers: auto if it can be compiled here (default)",
     )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, metavar="X",
+        help="leave the fewest products in half precision that keep the calibration perplexity "
+        "within X times fp32's, e.g. 1.005",
+    )  # fmt: skip
     _add_calibration(parser)
     options.add_shapes(parser)
     _add_source(parser)
@@ -132,6 +137,7 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         max_relative_deviation=args.max_relative_deviation,
         alpha=args.alpha,
         insertion=args.insertion,
+        budget=args.budget,
         trust_remote_code=args.trust_remote_code,
         accept_terms=args.accept_terms,
     )
@@ -174,6 +180,10 @@ def _closing(bundle: Bundle, seconds: float) -> str:
     manifest = bundle.manifest
     model = sum(r.bytes for name, r in manifest.files.items() if name.startswith("model.onnx"))
     lines = [f"{bundle.folder}: {manifest.recipe}, model.onnx {options.size(model)}"]
+    if manifest.mixed is not None:
+        left = sum(len(site["products"]) for site in manifest.mixed["in_half"])
+        ratio = manifest.mixed["ratio"]
+        lines.append(f"  {left} products in half precision, calibration perplexity {ratio:.4f} x")
     for target, engine in manifest.engines.items():
         form = engine.get("form", "none")
         lines.append(f"  engine {target}: {options.size(engine.get('bytes', 0))}, sinks: {form}")

@@ -40,6 +40,7 @@ def describe(manifest: Manifest) -> str:
     sections = [
         _head(manifest),
         _section("sink lifecycles", _lifecycles(manifest)),
+        _section("mixed plan", _mixed(manifest)),
         _section("accuracy", _accuracy(manifest)),
         _section("engines", _engines(manifest)),
         _section("inputs and outputs", _tensors(manifest)),
@@ -71,6 +72,23 @@ def _lifecycles(manifest: Manifest) -> list[str]:
         first, *rest = describe_lifecycle(record)
         lines += [f"{number}. {first}", *(f"   {line}" for line in rest)]
     return lines
+
+
+def _mixed(manifest: Manifest) -> list[str]:
+    record = manifest.mixed
+    if record is None:
+        return []
+    left = record["in_half"]
+    products = sum(len(site["products"]) for site in left)
+    lines = [
+        f"budget {record['budget']:g} x fp32 on the calibration text, "
+        f"{'met' if record['met'] else 'NOT met'}: {record['ratio']:.4f} x "
+        f"({record['ratio_all_quantized']:.4f} x with every product quantized)",
+        f"{products} of {record['products']} products in half precision "
+        f"({record['share_in_half']:.1%})" + (":" if left else ""),
+    ]
+    rows = [("  " + ", ".join(site["products"]), f"KL {site['harm']:.2g} nats") for site in left]
+    return [*lines, *columns(rows)]
 
 
 def _accuracy(manifest: Manifest) -> list[str]:

@@ -168,9 +168,7 @@ def _add_detection(
     index.name = name if before is None else f"{name}.here"
     nodes = [detect]
     if before is not None:
-        none = graph.initializers.get("iq.none")
-        if none is None:
-            none = constant(graph, "iq.none", np.array(0, np.int32))
+        none = _shared(graph, "iq.no_sink", np.array(0, np.int32))
         caught = ir.node("Greater", [before, none], name=f"{detect.name}.caught")
         union = ir.node("Where", [caught.outputs[0], before, index], name=f"{detect.name}.union")
         caught.outputs[0].name, union.outputs[0].name = f"{name}.caught", name

@@ -7,7 +7,10 @@ read it: they are left in half together, since the pair of Q and DQ is theirs in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+# The search keeps a tenth of the budget for what it does not see: half precision, other text.
+_USED = 0.9
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class MixedPlan:
 
     `skipped`: sites, the most harmful first; `ratio`: the measured perplexity over the reference's
     with them left out; `ratio_without`: with everything quantized; `met`: ratio within `budget`.
+    Both are measured in full precision with every weight rounded, until `shipped` is known.
     `harm`: site name -> measured KL to the reference, nats per token, if only it is quantized.
     """
 
@@ -33,6 +37,20 @@ class MixedPlan:
     ratio: float
     ratio_without: float
     harm: Mapping[str, float]
+
+    def shipped(self, ratio: float) -> MixedPlan:
+        """The same plan with the ratio of the file that ships."""
+        return replace(self, ratio=ratio, met=ratio <= self.budget)
+
+    def unmet(self) -> str:
+        """The sentence for a budget that cannot be met."""
+        left = (
+            f"with {len(self.linears)} products in half precision" if self.skipped else "as it is"
+        )
+        return (
+            f"the budget of {self.budget:g} cannot be met by leaving products in half precision: "
+            f"the best measured is {self.ratio:.4f} x the untouched graph's perplexity, {left}"
+        )
 
     @property
     def linears(self) -> list[str]:
@@ -49,27 +67,30 @@ def mixed_plan(
     """Leave out the most harmful sites, per product, until the loss is within `budget`.
 
     `ratio(skipped)` measures the graph with these sites in half precision. The number of sites is
-    found by bisection, then sites that turn out to be needless are quantized again. If even none
-    quantized is over the budget, the plan says so and has the best ratio that was measured.
+    found by bisection, then sites that turn out to be needless are quantized again. If even nothing
+    quantized is over the budget, the plan says so and leaves out what is better of all and nothing.
     """
+    target = 1 + _USED * (budget - 1)
     ordered = sorted(sites, key=lambda site: -harm[site.name] / len(site.linears))
     measured: dict[int, float] = {}
 
     def within(count: int) -> bool:
         measured[count] = ratio(ordered[:count])
-        return measured[count] <= budget
+        return measured[count] <= target
 
     without = ratio(())
-    if without <= budget:
+    if without <= target:
         return MixedPlan(budget, True, (), without, without, harm)
     count = smallest_prefix(len(ordered), within)
     if count is None:
-        best = min(measured, key=lambda n: (measured[n], n))
-        return MixedPlan(budget, False, tuple(ordered[:best]), measured[best], without, harm)
+        reached = measured[len(ordered)]
+        if reached > budget and without <= reached:
+            return MixedPlan(budget, False, (), without, without, harm)
+        return MixedPlan(budget, reached <= budget, tuple(ordered), reached, without, harm)
     skipped, reached = list(ordered[:count]), measured[count]
     for site in sorted(skipped[:-1], key=lambda site: (harm[site.name], -len(site.linears))):
         fewer = [other for other in skipped if other is not site]
-        if (found := ratio(fewer)) > budget:
+        if (found := ratio(fewer)) > target:
             break  # the next ones do more harm
         skipped, reached = fewer, found
     return MixedPlan(budget, True, tuple(skipped), reached, without, harm)

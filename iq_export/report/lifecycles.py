@@ -57,11 +57,11 @@ def _matching(record: Mapping[str, Any]) -> str:
     parts.append(f"{held['detected'] - held['both']} others taken for sinks")
     if held.get("agreement") is not None:
         parts.append(f"{held['agreement']:.0%} matched to the nearest template")
-    if held.get("order_windows"):
-        parts.append(
-            f"order of appearance would differ in {held['order_differs']} of "
-            f"{held['order_windows']} windows"
-        )
+    order = record.get("order_of_appearance") or {}
+    windows = held.get("order_windows", 0) + order.get("windows", 0)
+    if windows:
+        differs = held.get("order_differs", 0) + order.get("differs", 0)
+        parts.append(f"order of appearance would differ in {differs} of {windows} windows")
     return "; ".join(parts)
 
 

@@ -28,9 +28,12 @@ _DEATH_SHARE = 0.25
 _CLAMP_EXCESS = 1.5
 # Position 0 is forced into the set if it spikes in at least this share of the windows.
 _FIRST_RATE = 0.95
-# alpha0 of the early sites is this share of alpha: before the others' birth, a token that goes on to
-# carry the spike is known by more than its size.
+# alpha0 of the early sites is this share of alpha: before the others' birth, a token that goes on
+# to carry the spike is known by more than its size.
 _EARLY_SHARE = 0.5
+# Several sites only if at each of them the sinks are this many times larger than all others: one
+# site without a constant threshold would keep the whole lifecycle from being replaced.
+_SITE_GAP = 2.0
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ def discover(stats: TokenStats, *, alpha: float = 64.0) -> list[Lifecycle]:
     A token spikes at a block if its down-projection input exceeds `alpha` times the median token's
     (method.md step 1; 64 is the published peers' value). A group of spiking tokens whose residual
     jumps is a birth; one whose residual does not is the death of an earlier group. Births of
-    different tokens that share channel and death are one lifecycle. If most tokens spike, the median
-    is the spike itself and there is no lifecycle by construction.
+    different tokens that share channel and death are one lifecycle. If most tokens spike, the
+    median is the spike itself and there is no lifecycle by construction.
     """
     found: list[Lifecycle] = []
     for block in range(stats.down_max.shape[0]):
@@ -178,8 +181,10 @@ def _add_birth(
         fresh = members[~carried]
         alone = _follow(stats, [(block, fresh)], channel) if fresh.size else None
         if alone is not None and (alone.death, alone.end) == (life.death, life.end):
-            found[number] = _follow(stats, [*life.detections, (block, fresh)], channel)
-            return
+            joined = _follow(stats, [*life.detections, (block, fresh)], channel)
+            if _tells_apart(stats, joined):
+                found[number] = joined
+                return
         if carried.mean() > 0.5:
             return
     found.append(_follow(stats, [(block, members)], channel))
@@ -207,7 +212,19 @@ def _with_early_site(
         return life
     later_sites = [(b, np.setdiff1d(members, early)) for b, members in life.detections]
     births = [(block, early), *(site for site in later_sites if site[1].size)]
-    return _follow(stats, births, life.channel)
+    extended = _follow(stats, births, life.channel)
+    return extended if _tells_apart(stats, extended) else life
+
+
+def _tells_apart(stats: TokenStats, life: Lifecycle) -> bool:
+    """Whether the sinks of every site stand well above all tokens that are none by then."""
+    caught = life.members[:0]
+    for block, members in life.detections:
+        caught = np.union1d(caught, members)
+        others = np.delete(stats.down_max[block], caught)
+        if stats.down_max[block, members].min() < _SITE_GAP * others.max(initial=0):
+            return False
+    return True
 
 
 def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel: int) -> Lifecycle:
@@ -254,7 +271,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
 
 
 def _stretched(stats: TokenStats, members: np.ndarray, blocks: range) -> list[int]:
-    """The first of `blocks`, where `members` spike, and those where they still stretch the range."""
+    """The first of `blocks`, where `members` spike, and where else they stretch the range."""
     semantic = np.ones(stats.down_max.shape[1], bool)
     semantic[members] = False
     top = {b: float(stats.down_max[b, semantic].max(initial=0)) for b in blocks}

@@ -129,7 +129,7 @@ def summarise(
         counted[stats.position == 0] = False
     spikes = np.zeros(index.size, bool)
     spikes[spiking] = True
-    windows, differs = _order_of_appearance(templates, index, stats)
+    windows, differs = order_of_appearance(templates.count, index, stats)
     return MatchQuality(
         tokens=index.size,
         sinks=int((spikes & counted).sum()),
@@ -155,7 +155,7 @@ def _spiking(lives: Sequence[Lifecycle], wanted: Lifecycle, tokens: int) -> np.n
 def _agreement(
     rows: dict[str, np.ndarray], templates: SinkTemplates, index: np.ndarray
 ) -> float | None:
-    """Share of the detected sinks whose match is the nearest after the norms, all weighing alike."""
+    """Share of the detected sinks whose match is the nearest after the norms, weighing alike."""
     features, tables = [], []
     for name, table in templates.norms.items():
         size = np.linalg.norm(table, axis=1).mean()
@@ -167,23 +167,21 @@ def _agreement(
     return float((after_norms + 1 == index[index > 0]).mean())
 
 
-def _order_of_appearance(
-    templates: SinkTemplates, index: np.ndarray, stats: TokenStats
-) -> tuple[int, int]:
-    """Windows with exactly K sinks, and those where the paper's order rule gives another template.
+def order_of_appearance(count: int, index: np.ndarray, stats: TokenStats) -> tuple[int, int]:
+    """Windows with exactly `count` sinks, and those where the paper's rule gives another template.
 
-    A template's place in the order is where its tokens stand on average. With one template there is
-    nothing to tell apart.
+    `index` int `[tokens]` is 0 or the number of the nearest template, from 1. A template's place in
+    the order is where its tokens stand on average. One template cannot be mistaken.
     """
-    if templates.count < 2:
+    if count < 2:
         return 0, 0
-    positions = [stats.position[index == k + 1] for k in range(templates.count)]
+    positions = [stats.position[index == k + 1] for k in range(count)]
     places = [float(p.mean()) if p.size else np.inf for p in positions]
     order = np.argsort(places, kind="stable") + 1
     windows = differs = 0
     for number in np.unique(stats.window):
         sinks = index[(stats.window == number) & (index > 0)]
-        if sinks.size == templates.count:
+        if sinks.size == count:
             windows += 1
             differs += int((sinks != order).any())
     return windows, differs

@@ -63,8 +63,8 @@ def test_windows_may_differ_in_length(spiky: Planted) -> None:
 def test_nothing_is_kept_between_windows(spiky: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     """One window's values are handed out before the next window runs."""
     ran: list[int] = []
-    feeds = taps._feeds
-    monkeypatch.setattr(taps, "_feeds", lambda s, w: ran.append(1) or feeds(s, w))
+    feeds = taps.window_feeds
+    monkeypatch.setattr(taps, "window_feeds", lambda s, w: ran.append(1) or feeds(s, w))
     runs = tapped_runs(spiky.path, [[RESIDUAL]], spiky.windows[:5], progress=Progress(quiet=True))
     for expected in (1, 2, 3):
         next(runs)

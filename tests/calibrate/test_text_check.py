@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.text_check import surprise_warning, token_warnings
 from iq_export.progress import Progress
 from iq_export.run.generate import generate
 from iq_export.run.ort import CausalLM
-from tests import planted
 from tests.planted import CPU, Planted
 
 

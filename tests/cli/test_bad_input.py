@@ -33,6 +33,8 @@ def refused(
         (("--recipe", "w4a16", "--target", "rtx-turing"), 2, "rtx-turing"),
         (("--calibration", "no-such-file.txt"), 4, "does not exist"),
         (("--opset", "17"), 2, "opset"),
+        (("--budget", "0.99"), 2, "not above 1"),
+        (("--budget", "1.005", "--recipe", "w4a16"), 2, "quantizes no activations"),
     ],
 )
 def test_wrong_options(

@@ -93,6 +93,21 @@ def test_calibration_shorter_than_one_window(
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
+def test_calibration_of_one_repeated_token(
+    compiled: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It compiles, but nobody can overlook what is missing."""
+    text = tmp_path / "text.txt"
+    text.write_text(" the" * 3000)
+    argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--calibration", str(text),
+            *SMALL[:4], *SHAPES]  # fmt: skip
+    assert main([*argv, "--work", str(compiled.parent / "work"), "--keep-work"]) == 0
+    notes = Bundle.open(tmp_path / "out").manifest.notes
+    (warning,) = [note for note in notes if "distinct tokens" in note]
+    assert "(' the' alone is 100% of it)" in warning
+    assert f"warning: {warning}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 9))
 def test_interrupt_leaves_nothing(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from iq_export.engine.build import BuildRequest, EngineReport, Profile, Range, b
 from iq_export.engine.targets import Target, resolve_target
 from iq_export.engine.worker import prove_form
 from iq_export.errors import EngineError, UsageError
+from iq_export.graph import io
+from iq_export.passes.to_half import to_half
+from tests import planted
 
 AMPERE = resolve_target("rtx-ampere")
 SMALL = Profile(Range(1, 1, 2), Range(1, 4, 8), Range(0, 4, 8))
@@ -34,6 +38,15 @@ class TestRealBuilder:
         assert report.plan == plan.name
         assert EngineReport.from_json(json.loads(json.dumps(report.to_json()))) == report
         assert [path.name for path in plan.parent.iterdir()] == [plan.name]
+
+    def test_two_sites_of_detection(self, tmp_path: Path) -> None:
+        """The frozen union is made of standard ops, which TensorRT takes as they are."""
+        decoder = replace(planted.TWO_BIRTHS, head_dim=64, heads=2, kv_heads=1, hidden=128)
+        model = planted.observe(decoder, tmp_path).load_inserted()
+        to_half(model)
+        io.save(model, tmp_path / "half.onnx")
+        report = build_engine(tmp_path / "half.onnx", tmp_path / "a.plan", AMPERE, SMALL)
+        assert (report.form, report.plugin_layers, report.sink_nodes) == ("body", 0, 12)
 
     def test_timing_cache_is_kept(self, sink_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         cache = tmp_path / "timing.cache"

@@ -23,9 +23,9 @@ from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import to_half
 from iq_export.quant.search import SmoothingChoice
 from iq_export.quant.smoothing import Smoothing
-from iq_export.sinks.lifecycle import Lifecycle
+from iq_export.sinks.lifecycle import EarlySite, Lifecycle
 from iq_export.sinks.ops import functions
-from iq_export.sinks.templates import SinkTemplates
+from iq_export.sinks.templates import EarlyTemplates, SinkTemplates
 
 FOLDER = Path(__file__).resolve().parents[2] / "graphs"
 FUNCTIONS = "sink_ops.onnxtxt"
@@ -69,6 +69,32 @@ def _insert_sinks(model: ir.Model) -> None:
     insert_sinks(model, find_sites(model), [sinks])
 
 
+def _insert_sinks_two_sites(model: ir.Model) -> None:
+    """One template is born at block 0, the other one at block 1."""
+    members, table = np.arange(2), np.float32([[64, 0, 0, 1], [0, 64, 0, 1]])
+    early = EarlySite(block=0, threshold=4.0, force_first=False, members=members[:1])
+    life = Lifecycle(
+        birth=1, death=None, end=1, channel=2, threshold=8.0, force_first=True,
+        clamp_blocks=(0, 1), members=members, down_peak=64.0, down_median=1.0,
+        residual_peak=100.0, first_rate=1.0, early=(early,),
+    )  # fmt: skip
+    norms = {"a1": np.float32([[0, 0, 2, 0], [1, 0, 0, 0]]),
+             "m1": np.float32([[0, 0, 4, 0], [0, 1, 0, 0]])}  # fmt: skip
+    sinks = SinkTemplates(
+        lifecycle=life,
+        threshold=8.0,
+        detection=table,
+        norms={},
+        deviation={},
+        deviation_max={},
+        template_spread=[],
+        assignment=members,
+        restore=np.float32([[0, 0, 0.5, 0], [0, 0, -0.5, 0]]),
+        early=(EarlyTemplates(early, 4.0, table, norms),),
+    )
+    insert_sinks(model, find_sites(model), [sinks])
+
+
 def _quantize_int8(model: ir.Model) -> None:
     scales = {"a": 0.0625, "mixed": 0.125, "m": 0.0625, "h_clamped": 0.25}
     quantize(model, QuantizePlan(tuple(find_sites(model).linears), 8, scales))
@@ -84,6 +110,7 @@ PASSES: dict[str, Callable[[ir.Model], object]] = {
     "fold_smoothing": _fold_smoothing,
     "rotate": _rotate,
     "insert_sinks": _insert_sinks,
+    "insert_sinks_two_sites": _insert_sinks_two_sites,
     "quantize_int8": _quantize_int8,
     "quantize_int4": _quantize_int4,
     "to_half": to_half,

@@ -29,5 +29,22 @@ def test_left_alone_says_why() -> None:
     assert lines[1] == "left as it is: rows vary by 19 %"
 
 
+def test_two_sites_and_held_out_text() -> None:
+    held = {
+        "tokens": 3072, "sinks": 9, "detected": 9, "both": 8, "agreement": 0.96,
+        "order_windows": 2, "order_differs": 1,
+    }  # fmt: skip
+    sites = [{"block": 1, "threshold": 31.2}, {"block": 2, "threshold": 58.91}]
+    order = {"windows": 10, "differs": 2}
+    found = describe_lifecycle({**RECORD, "sites": sites, "position_0_forced": True,
+                                "held_out": held, "order_of_appearance": order})  # fmt: skip
+    assert found[0].startswith("blocks 1 and 2 to 29, ")
+    assert found[1].endswith("thresholds 31.2 at block 1 and 58.91 at block 2")
+    assert found[2] == (
+        "on 3072 held-out tokens 8 of 9 sinks found, position 0 aside; 1 others taken for sinks; "
+        "96% matched to the nearest template; order of appearance would differ in 3 of 12 windows"
+    )
+
+
 def test_parts_may_be_missing() -> None:
     assert describe_lifecycle({"birth": 1, "death": 9}) == ["blocks 1 to 9", "replaced"]

@@ -217,7 +217,7 @@ def test_births_that_die_apart_are_two_lifecycles() -> None:
 def test_what_spikes_less_before_the_birth_is_caught_early() -> None:
     """Half of alpha is enough for tokens that go on to carry the spike; for no others."""
     stats = stats_with(Drawn(3, 6, FIRST[5:]))
-    stats.down_max[2, FIRST[:5]] = stats.down_max[2, FIRST + 7] = 40
+    stats.down_max[2, FIRST[:5]], stats.down_max[2, FIRST + 7] = 40, 18
     stats.residual_max[2:6, FIRST[:5]], stats.residual_channel[2:6, FIRST[:5]] = 1000, 3
     life = only(discover(stats))
     (early,) = life.early
@@ -225,6 +225,22 @@ def test_what_spikes_less_before_the_birth_is_caught_early() -> None:
     np.testing.assert_array_equal(early.members, FIRST[:5])
     np.testing.assert_array_equal(life.members, FIRST)
     assert not early.force_first and life.force_first
+
+
+def test_an_early_site_without_a_gap_is_none() -> None:
+    """No constant threshold would tell its tokens from others: the life stays as alpha found it."""
+    stats = stats_with(Drawn(3, 6, FIRST[5:]))
+    stats.down_max[2, FIRST[:5]] = stats.down_max[2, FIRST + 7] = 40
+    stats.residual_max[2:6, FIRST[:5]], stats.residual_channel[2:6, FIRST[:5]] = 1000, 3
+    life = only(discover(stats))
+    assert life.early == ()
+    np.testing.assert_array_equal(life.members, FIRST[5:])
+
+
+def test_births_that_no_threshold_parts_stay_two_lifecycles() -> None:
+    stats = stats_with(Drawn(1, 6, FIRST), Drawn(3, 6, FIRST + 5))
+    stats.down_max[3, FIRST + 2] = 400
+    assert [(life.birth, life.early) for life in discover(stats)] == [(1, ()), (3, ())]
 
 
 def test_an_early_sink_does_not_raise_the_later_threshold() -> None:

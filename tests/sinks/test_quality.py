@@ -61,7 +61,7 @@ def test_a_template_that_rests_on_few_tokens_is_announced(data: Planted) -> None
 
 
 def test_order_of_appearance(delimited: Planted) -> None:
-    """Two sinks in a window: the paper gives the first the first template, whatever it looks like."""
+    """Two sinks in a window: the paper gives the first the first template, whatever it is."""
     (sinks,) = delimited.sinks
     stats = delimited.stats
     windows = stats.window < 6

@@ -1,0 +1,120 @@
+"""Measure a graph with any of its activation quantizers switched off, in one session."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.taps import tapped_runs, window_feeds
+from iq_export.errors import GraphError
+from iq_export.passes.switches import switch_name
+from iq_export.progress import Progress
+from iq_export.run.ort import open_session
+
+# What one quantizer does shows in few tokens, since all else is equal; the loss needs more.
+_HARM_WINDOWS, _HARM_LENGTH, _HARM_STRIDE = 2, 256, 2
+_LOSS_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The untouched graph on some calibration windows: what every trial is compared with.
+
+    `windows` for the loss, `loss` in nats per predicted token; `short` for the harm of single
+    quantizers, `log_probabilities` float32 `[rows, vocab]` of each.
+    """
+
+    windows: list[Window]
+    loss: float
+    short: list[Window]
+    log_probabilities: list[np.ndarray]
+
+    @classmethod
+    def of(
+        cls, traced: Path, windows: Sequence[Window], *, providers: Sequence[str],
+        progress: Progress,
+    ) -> Reference:  # fmt: skip
+        """Run `traced` over the first of `windows`."""
+        chosen = list(windows[:_LOSS_WINDOWS])
+        short = [replace(w, ids=w.ids[:_HARM_LENGTH]) for w in windows[:_HARM_WINDOWS]]
+        options = _Options(providers=providers, progress=progress)
+        exact = [_log_softmax(rows[::_HARM_STRIDE]) for rows in _logits(traced, short, options)]
+        return cls(chosen, _mean_loss(chosen, _logits(traced, chosen, options)), short, exact)
+
+    def ratio(self, graph: Path, *, providers: Sequence[str], progress: Progress) -> float:
+        """Perplexity of `graph` over the untouched one's."""
+        options = _Options(providers=providers, progress=progress)
+        loss = _mean_loss(self.windows, _logits(graph, self.windows, options))
+        return float(np.exp(loss - self.loss))
+
+
+class _Options(TypedDict):
+    providers: Sequence[str]
+    progress: Progress
+
+
+def _logits(path: Path, windows: Sequence[Window], options: _Options) -> Iterator[np.ndarray]:
+    return (values["logits"] for _, values in tapped_runs(path, [["logits"]], windows, **options))
+
+
+class Trial:
+    """The switchable graph `path` (see passes/switches.py) beside its reference."""
+
+    def __init__(
+        self,
+        path: Path,
+        activations: Sequence[str],
+        reference: Reference,
+        *,
+        providers: Sequence[str],
+    ) -> None:
+        self._session = open_session(path, providers)
+        self._activations = tuple(activations)
+        self._reference = reference
+
+    def harm(self, activation: str) -> float:
+        """KL(untouched || graph) in nats per token if only `activation` is quantized."""
+        total, rows = 0.0, 0
+        reference = self._reference
+        for window, exact in zip(reference.short, reference.log_probabilities, strict=True):
+            found = _log_softmax(self._run(window, {activation})[::_HARM_STRIDE])
+            total += float((np.exp(exact) * (exact - found)).sum(dtype=np.float64))
+            rows += len(exact)
+        return total / rows
+
+    def ratio(self, skipped: Collection[str] = ()) -> float:
+        """Perplexity over the untouched graph's, all quantized but the activations `skipped`."""
+        on = set(self._activations) - set(skipped)
+        windows = self._reference.windows
+        loss = _mean_loss(windows, (self._run(window, on) for window in windows))
+        return float(np.exp(loss - self._reference.loss))
+
+    def _run(self, window: Window, on: Collection[str]) -> np.ndarray:
+        switches = {switch_name(name): np.array(name in on) for name in self._activations}
+        (logits,) = self._session.run(["logits"], window_feeds(self._session, window, switches))
+        if not np.isfinite(logits).all():
+            raise GraphError("A partly quantized graph gives NaN or Inf: its ranges are too small.")
+        return logits[0]
+
+
+def _mean_loss(windows: Sequence[Window], logits: Iterator[np.ndarray]) -> float:
+    """Mean negative log-likelihood in nats per predicted token."""
+    total, tokens = 0.0, 0
+    for window, rows in zip(windows, logits, strict=True):
+        targets = np.asarray(window.ids[1:])
+        found = _log_softmax(rows[:-1])[np.arange(targets.size), targets]
+        total -= float(found.sum(dtype=np.float64))
+        tokens += targets.size
+    return total / tokens
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural-log probabilities, float32 `[rows, vocab]`."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
