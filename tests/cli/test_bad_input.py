@@ -33,6 +33,7 @@ def refused(
         (("--recipe", "w4a16", "--target", "rtx-turing"), 2, "rtx-turing"),
         (("--calibration", "no-such-file.txt"), 4, "does not exist"),
         (("--opset", "17"), 2, "opset"),
+        (("--recipe", "w8a8kv4"), 2, "w8a8kv8"),
     ],
 )
 def test_wrong_options(
