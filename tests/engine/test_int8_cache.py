@@ -1,4 +1,4 @@
-"""TensorRT builds the graph with an int8 KV cache, sink ops as standard ops and as plugin layers."""
+"""TensorRT builds graphs with an int8 KV cache, sink ops as standard ops and as plugin layers."""
 
 from __future__ import annotations
 
