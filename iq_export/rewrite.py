@@ -193,6 +193,7 @@ def rewrite(
         ]
         left = stream_exponent(stats, [s.lifecycle for s in sinks]) if half else 0
         if left > exponent:  # a lifecycle that stays must be held as well
+            sinks = [s.residual_scaled(2.0 ** (exponent - left)) for s in sinks]
             exponent = left
             _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent)
         _insert(work, sites, sinks)

@@ -58,10 +58,23 @@ def test_lifecycles(done: Rewrite) -> None:
     assert (site["block"], site["tokens"]) == (1, record["tokens"])
 
 
+def test_insertion_says_form_losses_and_reason(done: Rewrite) -> None:
+    (record,) = plan_record(done, Words())["lifecycles"]
+    insertion = record["insertion"]
+    assert insertion["form"] == done.sinks[0].form
+    assert set(insertion["loss"]) == {"norm", "norm+kv", "kv"}
+    assert all(set(x) == {"kl", "kl_semantic", "nll"} for x in insertion["loss"].values())
+    assert insertion["reason"].startswith("KL to the traced graph")
+    attended = set(done.sinks[0].key_values.rows)
+    assert set(record["deviation_per_key_value"]) == attended
+    assert set(record["deviation_max_per_key_value"]) == attended
+
+
 def test_kept_lifecycle_says_why(done: Rewrite) -> None:
     """Replaceable, but the recipe left it: nothing of it is in the graph."""
     (record,) = plan_record(replace(done, sinks=[], insertions=[]), Words())["lifecycles"]
     assert record["replaced"] is False
+    assert "insertion" not in record
     assert record["reason"].endswith("half precision holds the spike, so this recipe leaves it")
 
 
@@ -86,6 +99,20 @@ def test_templates_file(done: Rewrite, tmp_path: Path) -> None:
     found = load_file(tmp_path / "sinks.safetensors")
     (sinks,) = done.sinks
     assert set(found) == {"0.detection", "0.restore"} | {f"0.insert.{name}" for name in sinks.norms}
+    assert sinks.form == "norm"
     np.testing.assert_array_equal(found["0.restore"], sinks.restore)
     assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    assert {array.shape[0] for array in found.values()} == {2}
+
+
+@pytest.mark.parametrize(("form", "residual"), [("kv", "set"), ("norm+kv", "restore")])
+def test_templates_of_keys_and_values(
+    done: Rewrite, tmp_path: Path, form: str, residual: str
+) -> None:
+    (sinks,) = (replace(s, form=form) for s in done.sinks)
+    save_templates(replace(done, sinks=[sinks]), tmp_path / "sinks.safetensors")
+    found = load_file(tmp_path / "sinks.safetensors")
+    inserted = {f"0.insert.{name}" for name in sinks.norms} if form != "kv" else set()
+    attended = {f"0.attend.{name}" for name in sinks.key_values.rows}
+    assert set(found) == {"0.detection", f"0.{residual}"} | inserted | attended
     assert {array.shape[0] for array in found.values()} == {2}

@@ -91,6 +91,27 @@ def test_insertion_alone_changes_next_to_nothing(run: Run) -> None:
     assert error(done.inserted, done.traced) < 1e-5
 
 
+def test_form_of_insertion_is_chosen_on_the_quantized_graph(run: Run) -> None:
+    (insertion,), (sinks,) = run(SPIKY).insertions, run(SPIKY).sinks
+    assert sinks.form == insertion.form
+    assert insertion.loss[insertion.form].kl <= min(x.kl for x in insertion.loss.values()) + 2e-4
+    # A sink's own prediction is lost in the kv form, and counts.
+    assert insertion.loss["kv"].kl > 10 * insertion.loss["kv"].kl_semantic
+
+
+@pytest.mark.parametrize("insertion", ["norm", "kv"])
+def test_form_that_is_asked_for(tmp_path: Path, insertion: str) -> None:
+    traced = planted.save(SPIKY, tmp_path)
+    (tmp_path / "work").mkdir()
+    data = replace(calibration(SPIKY), insertion=insertion)
+    recipe = load_recipe("w8a8")
+    done = rewrite(traced, tmp_path / "work", recipe, "fp32", data, Progress(quiet=True))
+    ops = [node.op_type for node in io.load(done.quantized).graph if node.domain == "iq"]
+    assert ops.count("SinkRestore") == (insertion == "norm")
+    assert done.sink_nodes == len(ops) == (8 if insertion == "norm" else 12)
+    assert error(done.quantized, done.traced) < 0.03
+
+
 def test_w8a8_beats_round_to_nearest(run: Run) -> None:
     done = run(SPIKY)
     baseline = done.quantized.with_name("nearest.onnx")

@@ -103,6 +103,13 @@ class SinkTemplates:
         """The lifecycle's figure: the worst site's mean relative deviation."""
         return max(self.deviation.values(), default=0.0)
 
+    def residual_scaled(self, factor: float) -> SinkTemplates:
+        """For the same graph with its residual stream times `factor`; norms undo it elsewhere."""
+        if self.key_values is None:
+            return self
+        residual = self.key_values.residual * np.float32(factor)
+        return replace(self, key_values=replace(self.key_values, residual=residual))
+
     def is_constant(self, limit: float) -> bool:
         return self.mean_deviation <= limit
 

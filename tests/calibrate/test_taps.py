@@ -47,6 +47,13 @@ def test_values_are_those_of_the_graph(spiky: Planted) -> None:
             np.testing.assert_allclose(values[name], step.extras[name][0], rtol=1e-4, atol=1e-3)
 
 
+def test_heads_of_keys_and_values_are_joined(spiky: Planted) -> None:
+    """`[batch, heads, seq, head_dim]` comes as its product wrote it, `[seq, features]`."""
+    flat, heads = "layers.2/self_attn/v_proj/out", "layers.2/self_attn/v_heads/out"
+    for _, values in run(spiky.path, [[flat, heads]], spiky.windows[:2]):
+        np.testing.assert_array_equal(values[heads], values[flat])
+
+
 def test_groups_run_one_after_the_other(spiky: Planted) -> None:
     found = run(spiky.path, [[RESIDUAL], [DOWN]], spiky.windows[:2], always=["embed/out"])
     assert [(number, set(values)) for number, values in found] == [

@@ -35,6 +35,7 @@ def refused(
         (("--opset", "17"), 2, "opset"),
         (("--budget", "0.99"), 2, "not above 1"),
         (("--budget", "1.005", "--recipe", "w4a16"), 2, "quantizes no activations"),
+        (("--recipe", "w8a8kv4"), 2, "w8a8kv8"),
     ],
 )
 def test_wrong_options(

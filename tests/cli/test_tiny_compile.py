@@ -73,6 +73,24 @@ def test_same_input_same_files(compiled: Path, tiny_model: Path, tmp_path: Path)
         assert engine["sha256"] == again.files[f"engines/{target}.plan"].sha256
 
 
+def test_int8_cache_through_every_command(
+    compiled: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "kv8"
+    argv = ["compile", str(tiny_model), str(out), "--recipe", "w8a8kv8", *SMALL, *SHAPES]
+    assert main([*argv, "--work", str(compiled.parent / "work"), "--keep-work"]) == 0
+    manifest = Bundle.open(out).manifest
+    caches = [t for t in (*manifest.inputs, *manifest.outputs) if t.name.endswith(".key")]
+    assert {(t.dtype, len(t.shape)) for t in caches} == {("int8", 4)}
+    plan = json.loads((out / "plan.json").read_text())
+    assert len(plan["kv_cache"]) == 4
+    assert all(found["scale"] > 0 for found in plan["kv_cache"].values())
+    for command in (["verify"], ["eval", "--bundle-only", *EVAL], ["inspect"],
+                    ["run", "--prompt", "The", "--raw", "--max-new-tokens", "3"]):  # fmt: skip
+        capsys.readouterr()
+        assert main([command[0], str(out), *command[1:]]) == 0, capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

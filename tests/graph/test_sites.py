@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
@@ -10,7 +11,8 @@ import pytest
 from onnx import helper
 
 from iq_export.errors import GraphError
-from iq_export.graph.sites import Sites, find_sites
+from iq_export.graph.sites import AttentionSite, Sites, find_sites
+from tests.passes.goldens import FOLDER as GRAPHS
 from tests.planted import Decoder, Planted, proto
 
 SMALL = Decoder(
@@ -281,6 +283,40 @@ def test_no_final_norm_is_an_error() -> None:
 
     with pytest.raises(GraphError, match=r"ends at 'layers.2/Add_2/out' without a norm"):
         sites_of(change)
+
+
+def test_keys_and_values_of_an_attention_are_those_of_this_step() -> None:
+    """After the rotary embedding, before the Concat with the cache."""
+    site = sites_of().blocks[1].attention.attention
+    at = "layers.1/self_attn"
+    assert site == AttentionSite(
+        node=f"{at}/Attention", key=f"{at}/k_rotary/out", value=f"{at}/v_heads/out",
+        heads=1, key_features=4, value_features=4,
+    )  # fmt: skip
+    assert sites_of().blocks[1].mlp.attention is None
+    without = sites_of(decoder=replace(SMALL, cache=False))
+    assert without.blocks[1].attention.attention == site
+
+
+def test_attention_on_three_axes() -> None:
+    model = onnx.parser.parse_model((GRAPHS / "insert_sinks.before.onnxtxt").read_text("utf-8"))
+    sites = find_sites(ir.from_proto(onnx.shape_inference.infer_shapes(model)))
+    assert sites.blocks[0].attention.attention == AttentionSite(
+        "attention0", "k0_out", "v0_out", None, 4, 4
+    )
+
+
+def test_attention_that_is_no_single_op_has_no_site() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        old = node(model, "layers.1/self_attn/Attention")
+        query, key, *_ = old.input
+        product = helper.make_node("MatMul", [query, key], ["scores"], name="scores")
+        value = helper.make_node("MatMul", ["scores", old.input[2]], [old.output[0]], name="mixed")
+        insert(model, old.name, product, value)
+        model.graph.node.remove(old)
+
+    branch = sites_of(change).blocks[1].attention
+    assert (branch.kind, branch.attention) == ("attention", None)
 
 
 def test_weight_as_graph_input_is_no_linear() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,19 @@ from iq_export.graph.sites import find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import insert_sinks
 from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import to_half
 from iq_export.quant.search import SmoothingChoice
 from iq_export.quant.smoothing import Smoothing
 from iq_export.sinks.lifecycle import EarlySite, Lifecycle
 from iq_export.sinks.ops import functions
-from iq_export.sinks.templates import EarlyTemplates, SinkTemplates
+from iq_export.sinks.templates import (
+    KV,
+    EarlyTemplates,
+    KeyValueTemplates,
+    SinkTemplates,
+)
 
 FOLDER = Path(__file__).resolve().parents[2] / "graphs"
 FUNCTIONS = "sink_ops.onnxtxt"
@@ -47,14 +54,14 @@ def _rotate(model: ir.Model) -> None:
     rotate(model, {down.node: (down, 4)})
 
 
-def _insert_sinks(model: ir.Model) -> None:
+def _shown_sinks() -> SinkTemplates:
     """One lifecycle from block 0 to block 1, two templates."""
     life = Lifecycle(
         birth=0, death=1, end=1, channel=2, threshold=8.0, force_first=True, clamp_blocks=(0, 1),
         members=np.arange(2), down_peak=64.0, down_median=1.0, residual_peak=100.0,
         first_rate=1.0,
     )  # fmt: skip
-    sinks = SinkTemplates(
+    return SinkTemplates(
         lifecycle=life,
         threshold=8.0,
         detection=np.float32([[64, 0, 0, 1], [0, 64, 0, 1]]),
@@ -66,6 +73,22 @@ def _insert_sinks(model: ir.Model) -> None:
         assignment=np.arange(2),
         restore=np.float32([[0, 0, 0.5, 0], [0, 0, -0.5, 0]]),
     )  # fmt: skip
+
+
+def _insert_sinks(model: ir.Model) -> None:
+    insert_sinks(model, find_sites(model), [_shown_sinks()])
+
+
+def _insert_key_values(model: ir.Model) -> None:
+    """The same lifecycle in the kv form: two heads of two channels in block 1."""
+    key_values = KeyValueTemplates(
+        rows={"key": np.float32([[1, 2, 3, 4], [-1, -2, -3, -4]]),
+              "value": np.float32([[0, 0.1, 0, 0], [0, 0, 0.1, 0]])},
+        residual=np.float32([[1, 0, 0.5, 0], [0, 1, -0.5, 0]]),
+        deviation={},
+        deviation_max={},
+    )  # fmt: skip
+    sinks = replace(_shown_sinks(), form=KV, key_values=key_values)
     insert_sinks(model, find_sites(model), [sinks])
 
 
@@ -95,6 +118,14 @@ def _insert_sinks_two_sites(model: ir.Model) -> None:
     insert_sinks(model, find_sites(model), [sinks])
 
 
+def _quantize_cache(model: ir.Model) -> None:
+    """Block 1 has a cache; its sites are those of the graph before the sink ops."""
+    traced = ir.from_proto(onnx.shape_inference.infer_shapes(before("insert_key_values")))
+    sites = find_sites(traced)
+    cached = replace(sites, blocks=sites.blocks[1:])
+    quantize_cache(model, cached, {"key": 0.03125, "value": 0.015625})
+
+
 def _quantize_int8(model: ir.Model) -> None:
     scales = {"a": 0.0625, "mixed": 0.125, "m": 0.0625, "h_clamped": 0.25}
     quantize(model, QuantizePlan(tuple(find_sites(model).linears), 8, scales))
@@ -111,8 +142,10 @@ PASSES: dict[str, Callable[[ir.Model], object]] = {
     "rotate": _rotate,
     "insert_sinks": _insert_sinks,
     "insert_sinks_two_sites": _insert_sinks_two_sites,
+    "insert_key_values": _insert_key_values,
     "quantize_int8": _quantize_int8,
     "quantize_int4": _quantize_int4,
+    "quantize_cache": _quantize_cache,
     "to_half": to_half,
 }
 

@@ -24,14 +24,19 @@ def test_no_text_without_a_pass() -> None:
 
 def outputs(model: onnx.ModelProto) -> list[np.ndarray]:
     """Two left-padded rows through the graph, as many of its inputs as it has."""
-    half = model.graph.input[-1].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    kinds = {item.name: item.type.tensor_type for item in model.graph.input}
     feeds = {
         "input_ids": np.array([[0, 1, 2, 1], [2, 0, 2, 1]]),
         "attention_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1]]),
         "position_ids": np.array([[0, 1, 2, 3], [0, 0, 1, 2]]),
         "index": np.zeros((2, 4), np.int32),
-        "past_key": np.zeros((2, 0, 4), np.float16 if half else np.float32),
+        "mask": np.tril(np.ones((2, 1, 4, 4), bool)),
+        "past_sinks.0": np.zeros((2, 0), np.int32),
     }
+    for name in {"past_key", "past_value"} & kinds.keys():
+        sizes = [dim.dim_value for dim in kinds[name].shape.dim]  # 0 where it is dynamic
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds[name].elem_type)
+        feeds[name] = np.zeros([2, *sizes[1:]], dtype)
     session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})
 

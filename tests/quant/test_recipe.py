@@ -24,6 +24,10 @@ def test_w8a8() -> None:
     )
 
 
+def test_w8a8kv8_differs_in_the_cache_alone() -> None:
+    assert replace(load_recipe("w8a8"), name="w8a8kv8", kv_bits=8) == load_recipe("w8a8kv8")
+
+
 def test_w4a16() -> None:
     found = load_recipe("w4a16")
     assert (found.weight_bits, found.activation_bits) == (4, 16)

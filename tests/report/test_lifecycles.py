@@ -24,6 +24,12 @@ def test_replaced() -> None:
     ]
 
 
+def test_form_of_insertion() -> None:
+    how = {"form": "kv", "loss": {}, "reason": "asked for"}
+    lines = describe_lifecycle({**RECORD, "insertion": how})
+    assert lines[2] == "inserted in the kv form: asked for"
+
+
 def test_left_alone_says_why() -> None:
     lines = describe_lifecycle({**RECORD, "replaced": False, "reason": "rows vary by 19 %"})
     assert lines[1] == "left as it is: rows vary by 19 %"
