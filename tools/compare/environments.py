@@ -1,6 +1,6 @@
 """Environments of the peers: one virtual environment each, built when it is first needed.
 
-Their requirements clash (NumPy 1 and 2, three releases of onnx), and the project needs none of them.
+Their requirements clash (NumPy 1 and 2, three releases of onnx); the project needs none of them.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ ALWAYS_FLOAT = "embedding, norms, attention products, LM head"
 
 @dataclass(frozen=True)
 class Method:
-    """`kind` says who makes the graph (worker.py); `options` what it is told; `label` the row's name
-    in the table, `about` one line for people. `seeded`: whether calibration decides anything."""
+    """`kind` says who makes the graph (worker.py), `options` what it is told; `label` is the row's
+    name in the table, `about` one line for people. `seeded`: whether it is calibrated;
+    `simulates`: whether it has narrower recipes; `environment`: what it runs in."""
 
     name: str
     label: str
@@ -168,8 +169,8 @@ def chosen(names: list[str] | None) -> list[Method]:
     unknown = sorted(set(names or ()) - wanted - {"ours"})
     if unknown:
         raise UsageError(
-            f"Unknown method {unknown[0]!r}: methods are {', '.join(sorted(wanted))}, or 'ours' for "
-            "every recipe of this project."
+            f"Unknown method {unknown[0]!r}: methods are {', '.join(sorted(wanted))}, or 'ours' "
+            "for every recipe of this project."
         )
     if names is None:
         return known

@@ -1,10 +1,10 @@
-"""Well-known post-training quantization, as plainly as it is written down, with bits as a parameter.
+"""Well-known post-training quantization, as plainly as it is published, with bits as a parameter.
 
 Round-to-nearest, clipping by squared error, SmoothQuant (arXiv 2211.10438), leaving the linears
 whose input spikes in full precision (QFeM's rule, arXiv 2405.14428), a prefix of outlier tokens
-(PrefixQuant, arXiv 2410.05265), each on the traced graph. Weights: int8 per output channel, or int4
-in blocks of 64. Activations: static per-tensor, symmetric; fewer than 8 bits are simulated by a Clip
-in front of an int8 quantizer.
+(PrefixQuant, arXiv 2410.05265), each on the traced graph. Weights: int8 per output channel, or
+int4 in blocks of 64. Activations: static per-tensor, symmetric; fewer than 8 bits are simulated by
+a Clip in front of an int8 quantizer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +30,7 @@ from iq_export.quant.search import SmoothingChoice
 from iq_export.quant.smoothing import Smoothing
 from iq_export.quant.weights import int4_rounded, int8_per_channel
 from iq_export.run.ort import CausalLM, open_session
-from tools.compare.prefix import ALPHA, Prefix, choose_tokens, make_prefix
+from tools.compare.prefix import Prefix, choose_tokens, make_prefix
 
 INT4_BLOCK = 64
 # Kept shares of the absmax that clipping tries; the search for a smoothing strength tries fewer.
@@ -43,9 +44,10 @@ _TAP_BYTES = 1 << 29
 class Plain:
     """What to do. `clip`: "absmax", or "mse" for the least squared error of the products' outputs.
 
-    `smoothing`: strengths to try per site, () for none; SmoothQuant's is (0.5,). `rotation`: Hadamard
-    block of the down-projection input. `leave_above`: linears whose input's largest token exceeds so
-    many times the median token's stay in full precision. `prefix`: outlier tokens in the KV cache.
+    `smoothing`: strengths to try per site, () for none; SmoothQuant's is (0.5,). `rotation`:
+    Hadamard block of the down-projection input. `leave_above`: linears whose input's largest token
+    exceeds so many times the median token's stay in full precision. `prefix`: outlier tokens in
+    the KV cache.
     """
 
     clip: str = "absmax"
@@ -208,9 +210,7 @@ def _tapped(
                 yield number, name, value[0]
 
 
-def _feed(
-    shapes: dict[str, list[int | str]], window: Window, prefix: Prefix | None
-) -> dict[str, np.ndarray]:
+def _feed(shapes: dict[str, Any], window: Window, prefix: Prefix | None) -> dict[str, np.ndarray]:
     ids = list(window.ids)
     if prefix is not None and prefix.bos is not None and ids[0] == prefix.bos:
         ids = ids[1:]

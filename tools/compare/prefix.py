@@ -1,10 +1,10 @@
 """Outlier tokens in front: find them, keep their KV in full precision, run a graph behind them.
 
 The idea and the rule for choosing the tokens are PrefixQuant's (arXiv 2410.05265): a token is an
-outlier if the largest input of a down-projection exceeds 64 times the median token's; as many tokens
-are taken as a window has outliers on average in the worst block, the most frequent ones that do not
-stand at position 0, and the BOS behind them. What the prefix is in full precision once, the KV cache
-holds for every sequence; the spikes stay outside of every quantized product.
+outlier if the largest input of a down-projection exceeds 64 times the median token's; as many are
+taken as a window has outliers on average in the worst block, the most frequent ones that do not
+stand at position 0, and the BOS behind them. Their keys and values are computed once, in full
+precision, and stand in the KV cache of every sequence: the spikes meet no quantized product.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Prefix:
     bos: int | None
 
     def save(self, path: Path) -> None:
-        arrays = {f"past.{number}": array for number, array in enumerate(self.past)}
+        arrays: dict[str, Any] = {f"past.{n}": array for n, array in enumerate(self.past)}
         bos = -1 if self.bos is None else self.bos
         np.savez(path, ids=np.asarray(self.ids), logits=self.logits, bos=bos, **arrays)
 
