@@ -70,6 +70,7 @@ class Settings:
     items: int
     environments: Environments
     keep_graphs: bool
+    accept_terms: bool
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="what `iq-export compile` takes as MODEL")
     add("--tokenizer", type=Path, help="folder with tokenizer.json, for an .onnx MODEL")
+    add("--accept-terms", action="store_true", help="of a gated model, as in `iq-export compile`")
     add("--work", type=Path, default=Path("build/compare"), help="results and graphs; resumes")
     add("--recipes", default="w8a8,w8a6,w4a8,w4a4", help="the first in full, the others in brief")
     add("--methods", help="only these, by name (--list); 'ours' is every recipe of this project")
@@ -154,6 +156,7 @@ def _run(options: argparse.Namespace) -> int:
         length=options.length, items=options.items,
         environments=Environments(folder.absolute(), build=not options.no_install),
         keep_graphs=options.keep_graphs,
+        accept_terms=options.accept_terms,
     )  # fmt: skip
     ground = _prepare(settings, options.text)
     first = [*float_jobs(names, seeds[0]), *recipe_jobs(recipes[0], names, seeds)]
@@ -201,7 +204,10 @@ def _prepare(settings: Settings, texts: list[Path] | None) -> Ground:
     compiled = work / "compile"
     compiled.mkdir(exist_ok=True)
     tokenizer = str(settings.tokenizer.absolute()) if settings.tokenizer else None
-    task = {"model": settings.model, "tokenizer": tokenizer, "work": str(compiled)}
+    task = {
+        "model": settings.model, "tokenizer": tokenizer, "work": str(compiled),
+        "accept_terms": settings.accept_terms,
+    }  # fmt: skip
     traced = _child("trace", task, work)
     if "error" in traced:
         raise DataError(traced["error"])
@@ -320,7 +326,7 @@ def _task(
         "kind": job.method.kind, "options": job.method.options, "python": python,
         "bits": bits(job.recipe) if job.recipe else None, "seed": job.seed,
         "folder": str(folder), "work": str(settings.work / "compile"),
-        "model": settings.model, "tokenizer": tokenizer,
+        "model": settings.model, "tokenizer": tokenizer, "accept_terms": settings.accept_terms,
         "traced": str(ground.traced), "assets": str(ground.assets),
         "calibration": str(ground.calibration), "samples": settings.samples,
         "calibration_length": settings.calibration_length,

@@ -112,26 +112,32 @@ METHODS = (
 
 
 def ours() -> list[Method]:
-    """One method per recipe of this project, and one with a budget if the compiler has budgets."""
-    found = [
-        Method(
-            f"ours:{path.stem}", f"iq-export {path.stem}", "ours",
-            {"recipe": path.stem, "file": path.read_text(encoding="utf-8")},
-            "iq-export compile",
-        )
-        for path in sorted(recipe_folder().glob("*.yaml"))
-    ]  # fmt: skip
-    if any(field.name == "budget" for field in fields(CompileOptions)):
-        found += [
-            Method(
-                f"{method.name}+budget", f"{method.label} --budget {_BUDGET}", "ours",
-                {**method.options, "budget": _BUDGET},
-                f"iq-export compile --budget {_BUDGET}: the worst linears stay in half",
-            )
-            for method in found
-            if method.options["recipe"] == "w8a8"
-        ]  # fmt: skip
+    """One method per recipe of this project; W8A8 also in each form of insertion, and with a budget
+    if the compiler knows budgets."""
+    found = []
+    for path in sorted(recipe_folder().glob("*.yaml")):
+        options = {"recipe": path.stem, "file": path.read_text(encoding="utf-8")}
+        # A recipe without bits in its name is half precision itself; all others have float32
+        # around their integers, like the peers.
+        options["dtype"] = "fp32" if _RECIPE.match(path.stem) else "fp16"
+        name, label = f"ours:{path.stem}", f"iq-export {path.stem}"
+        found.append(Method(name, label, "ours", options, "iq-export compile"))
+        for option, value in _variants() if path.stem == "w8a8" else ():
+            shown = f"--{option} {value}"
+            found.append(
+                Method(
+                    f"{name}+{option}-{value}", f"{label} {shown}", "ours",
+                    options | {option: value}, f"iq-export compile {shown}",
+                )
+            )  # fmt: skip
     return found
+
+
+def _variants() -> list[tuple[str, Any]]:
+    """Options of the compiler that a recipe does not hold and that make another graph."""
+    known = {field.name for field in fields(CompileOptions)}
+    wanted = [("insertion", "norm"), ("insertion", "kv"), ("budget", _BUDGET)]
+    return [(name, value) for name, value in wanted if name in known]
 
 
 def bits(recipe: str) -> tuple[int, int]:
@@ -149,7 +155,11 @@ def is_simulation(recipe: str | None) -> bool:
 
 def float_jobs(names: list[str] | None, seed: int) -> list[Job]:
     """The graphs that are not quantized; fp32 always, because all others are compared with it."""
-    return [Job(method, None, seed) for method in chosen(names) if method.kind == "float"]
+    return [
+        Job(method, None, seed)
+        for method in chosen(names)
+        if method.kind == "float" or (method.kind == "ours" and not _has_bits(method))
+    ]
 
 
 def recipe_jobs(recipe: str, names: list[str] | None, seeds: list[int]) -> list[Job]:
@@ -183,5 +193,9 @@ def offers(method: Method, recipe: str) -> bool:
     if method.kind == "float":
         return False
     if method.kind == "ours":
-        return bits(method.options["recipe"]) == bits(recipe)
+        return _has_bits(method) and bits(method.options["recipe"]) == bits(recipe)
     return bits(recipe) == (8, 8) or method.simulates
+
+
+def _has_bits(method: Method) -> bool:
+    return _RECIPE.match(method.options["recipe"]) is not None

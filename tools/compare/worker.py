@@ -42,7 +42,7 @@ def trace(task: dict[str, Any]) -> dict[str, Any]:
     from iq_export.model.trace import trace as trace_model
 
     tokenizer = Path(task["tokenizer"]) if task["tokenizer"] else None
-    source = resolve(task["model"], tokenizer=tokenizer)
+    source = resolve(task["model"], tokenizer=tokenizer, accept_terms=task["accept_terms"])
     progress = Progress()
     with progress.step("Trace"):
         traced = trace_model(source, Path(task["work"]) / "traced", opset=23, progress=progress)
@@ -159,7 +159,7 @@ def _peer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ours(task: dict[str, Any]) -> dict[str, Any]:
-    """`iq-export compile` with float32 float parts, as all rows have, and no engine."""
+    """`iq-export compile`, as the method's options say, and no engine."""
     from iq_export.compile import CompileOptions, compile
 
     folder = Path(task["folder"])
@@ -168,7 +168,8 @@ def _ours(task: dict[str, Any]) -> dict[str, Any]:
     options = CompileOptions(
         model=task["model"], out=folder / "bundle", recipe=task["options"]["recipe"], targets=(),
         calibration=task["calibration"], samples=task["samples"],
-        length=task["calibration_length"], dtype="fp32", seed=task["seed"], force=True, work=work,
+        length=task["calibration_length"], seed=task["seed"], force=True, work=work,
+        accept_terms=task["accept_terms"],
         tokenizer=Path(task["tokenizer"]) if task["tokenizer"] else None, **extra,
     )  # fmt: skip
     bundle = compile(options, Progress())
@@ -185,7 +186,7 @@ def evaluate(task: dict[str, Any]) -> dict[str, Any]:
     folder = Path(task["folder"])
     tokenizer = Tokenizer(Path(task["assets"]))
     begin = time.perf_counter()
-    model: Any = CausalLM(graph_of(task))
+    model: Any = CausalLM(graph_of(task), round_half=True)
     if (folder / PREFIX).is_file():
         model = PrefixedLM(model, Prefix.load(folder / PREFIX))
     progress = Progress()
