@@ -68,6 +68,8 @@ class Settings:
     windows: int
     length: int
     items: int
+    seeds: tuple[int, ...]
+    tasks_at_all_seeds: bool
     environments: Environments
     keep_graphs: bool
     accept_terms: bool
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--windows", type=int, default=32, help="evaluation windows per text")
     add("--length", type=int, default=512, help="their tokens")
     add("--items", type=int, default=300, help="questions per task; 0 for none")
+    add("--tasks-at-all-seeds", action="store_true", help="and not at the first one only")
     add("--quick", action="store_true", help="4 windows, seed 0, no questions, w8a8 only")
     add("--text", action="append", type=Path, metavar="FILE",
         help="evaluate on this file instead of BoolQ and Austen; repeatable")  # fmt: skip
@@ -154,6 +157,7 @@ def _run(options: argparse.Namespace) -> int:
         calibration=options.calibration, samples=options.samples,
         calibration_length=options.calibration_length, windows=options.windows,
         length=options.length, items=options.items,
+        seeds=tuple(seeds), tasks_at_all_seeds=options.tasks_at_all_seeds,
         environments=Environments(folder.absolute(), build=not options.no_install),
         keep_graphs=options.keep_graphs,
         accept_terms=options.accept_terms,
@@ -242,14 +246,16 @@ def _print_needs(settings: Settings, ground: Ground, jobs: list[Job], rest: int)
     """Memory, disk and time, before anything is spent."""
     size = sum(file.stat().st_size for file in ground.traced.parent.glob("model.onnx*"))
     per_token = size / 4 * 2 / _FLOPS
-    evaluated = len(ground.texts) * settings.windows * settings.length
-    evaluated += len(ground.tasks) * settings.items * _TOKENS_PER_ITEM
     calibrated = settings.samples * settings.calibration_length
     todo = [job for job in jobs if not _result_path(job, settings, ground).is_file()]
-    seconds = sum(
-        (evaluated + _BUILD_PASSES[job.method.kind] * calibrated) * per_token + 15 for job in todo
-    )
-    seconds += rest * ((evaluated + _BUILD_PASSES["ours"] * calibrated) * per_token + 15)
+    evaluated = len(ground.texts) * settings.windows * settings.length
+    seconds = 0.0
+    for kind, tasks in [
+        *((job.method.kind, _tasks(job, settings, ground)) for job in todo),
+        *[("ours", ground.tasks)] * rest,
+    ]:
+        asked = len(tasks) * settings.items * _TOKENS_PER_ITEM
+        seconds += (evaluated + asked + _BUILD_PASSES[kind] * calibrated) * per_token + 15
     peers = any(job.method.kind == "peer" for job in todo)
     memory = 1.2e9 + size * (13 if peers else 4)
     print(
@@ -331,20 +337,26 @@ def _task(
         "calibration": str(ground.calibration), "samples": settings.samples,
         "calibration_length": settings.calibration_length,
         "texts": {name: str(path) for name, path in ground.texts.items()},
-        "tasks": list(ground.tasks), "items": settings.items,
+        "tasks": list(_tasks(job, settings, ground)), "items": settings.items,
         "windows": settings.windows, "length": settings.length,
         "references": str(_references(settings, ground)),
         "is_reference": job.method.name == "fp32",
     }  # fmt: skip
 
 
-def _evaluation(settings: Settings, ground: Ground) -> dict[str, Any]:
+def _tasks(job: Job, settings: Settings, ground: Ground) -> tuple[str, ...]:
+    """Questions take twice as long as texts, and their error is that of 300 items, not of a seed:
+    they are asked at the first seed unless all are wanted."""
+    return ground.tasks if settings.tasks_at_all_seeds or job.seed == settings.seeds[0] else ()
+
+
+def _evaluation(settings: Settings, ground: Ground, tasks: tuple[str, ...]) -> dict[str, Any]:
     return {
         "model": [ground.checksums.get("graph"), ground.checksums.get("weights")],
         "texts": {name: ground.checksums[name] for name in ground.texts},
         "windows": settings.windows,
         "length": settings.length,
-        "tasks": list(ground.tasks),
+        "tasks": list(tasks),
         "items": settings.items,
         "code": _code_digest(_MEASURED_BY),
     }
@@ -352,7 +364,7 @@ def _evaluation(settings: Settings, ground: Ground) -> dict[str, Any]:
 
 def _references(settings: Settings, ground: Ground) -> Path:
     """Where fp32's predictions lie that the other rows are compared with."""
-    folder = settings.work / "reference" / _key(_evaluation(settings, ground))
+    folder = settings.work / "reference" / _key(_evaluation(settings, ground, ()))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -363,7 +375,7 @@ def _determined_by(job: Job, settings: Settings, ground: Ground) -> dict[str, An
         "kind": job.method.kind,
         "options": job.method.options,
         "recipe": job.recipe,
-        "evaluation": _evaluation(settings, ground),
+        "evaluation": _evaluation(settings, ground, _tasks(job, settings, ground)),
         "versions": versions(),
         "code": _code_digest(_SOURCES[job.method.kind]),
     }

@@ -23,7 +23,8 @@ ALWAYS_FLOAT = "embedding, norms, attention products, LM head"
 class Method:
     """`kind` says who makes the graph (worker.py), `options` what it is told; `label` is the row's
     name in the table, `about` one line for people. `seeded`: whether it is calibrated;
-    `simulates`: whether it has narrower recipes; `environment`: what it runs in."""
+    `simulates`: whether it has narrower recipes; `environment`: what it runs in; `brief`: one
+    seed is enough, since the row only puts another one into context."""
 
     name: str
     label: str
@@ -33,6 +34,7 @@ class Method:
     seeded: bool = True
     simulates: bool = False
     environment: str | None = None
+    brief: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Job:
         return f"{self.method.name}/{self.recipe or 'float'}/seed{self.seed}"
 
 
-def _plain(name: str, label: str, about: str, plain: Plain) -> Method:
-    return Method(name, label, "plain", asdict(plain), about, simulates=True)
+def _plain(name: str, label: str, about: str, plain: Plain, *, brief: bool = False) -> Method:
+    return Method(name, label, "plain", asdict(plain), about, simulates=True, brief=brief)
 
 
 def _peer(name: str, label: str, about: str, tool: str, env: str | None, **options: Any) -> Method:
@@ -67,7 +69,7 @@ METHODS = (
     ),
     _plain(
         "smoothquant-mse", "SmoothQuant + MSE", "the same with ranges by squared error",
-        Plain("mse", smoothing=(0.5,)),
+        Plain("mse", smoothing=(0.5,)), brief=True,
     ),
     _plain(
         "qfem", "spiking linears in float", "QFeM's rule, max / median token > 64; RTN + MSE",
@@ -85,7 +87,7 @@ METHODS = (
     _plain(
         "rotated", "smoothed and rotated, no prefix",
         "what insertion or a prefix adds to: smoothing searched, Hadamard blocks of 64, MSE",
-        Plain("mse", smoothing=_STRENGTHS, rotation=64),
+        Plain("mse", smoothing=_STRENGTHS, rotation=64), brief=True,
     ),
     _peer(
         "ort-minmax", "onnxruntime MinMax", "quantize_static, QDQ, symmetric, per channel",
@@ -128,6 +130,7 @@ def ours() -> list[Method]:
                 Method(
                     f"{name}+{option}-{value}", f"{label} {shown}", "ours",
                     options | {option: value}, f"iq-export compile {shown}",
+                    brief=option == "insertion",
                 )
             )  # fmt: skip
     return found
@@ -163,12 +166,15 @@ def float_jobs(names: list[str] | None, seed: int) -> list[Job]:
 
 
 def recipe_jobs(recipe: str, names: list[str] | None, seeds: list[int]) -> list[Job]:
-    """All rows of a recipe, method by method, so that a row's seeds come together."""
+    """All rows of a recipe, method by method, so that a row's seeds come together.
+
+    Methods that are named have all seeds; otherwise brief ones have the first.
+    """
     return [
         Job(method, recipe, seed)
         for method in chosen(names)
         if offers(method, recipe)
-        for seed in seeds
+        for seed in (seeds[:1] if method.brief and names is None else seeds)
     ]
 
 

@@ -44,7 +44,9 @@ def _row(group: Sequence[Mapping[str, Any]], exact: Mapping[str, Any]) -> dict[s
         row[name] = {f: over_seeds([d[name].get(f) for d in described]) for f in _TEXT_FIGURES}
         row["errors"] += [d[name]["error"] for d in described if "error" in d[name]]
     for name in exact["results"]["tasks"]:
-        row[name] = {f: over_seeds([d[name].get(f) for d in described]) for f in _TASK_FIGURES}
+        row[name] = {
+            f: over_seeds([d.get(name, {}).get(f) for d in described]) for f in _TASK_FIGURES
+        }
     builds = [record["build"] for record in done]
     row["share"] = over_seeds([b["quantized"] / b["linears"] for b in builds])
     row["seconds"] = over_seeds([b["seconds"] for b in builds])
