@@ -366,6 +366,12 @@ def test_every_recipe_of_the_project_is_a_row() -> None:
     assert {"rtn", "ort-minmax", "modelopt-max"} <= names
 
 
+def test_context_rows_have_one_seed_unless_named() -> None:
+    found = [job for job in methods.recipe_jobs("w8a8", None, [0, 1]) if job.method.brief]
+    assert found and all(job.seed == 0 for job in found)
+    assert [job.seed for job in methods.recipe_jobs("w8a8", ["rotated"], [0, 1])] == [0, 1]
+
+
 def test_packages_have_no_simulated_recipes() -> None:
     names = {job.method.name for job in methods.recipe_jobs("w8a6", None, [0])}
     assert "rtn" in names and "ort-minmax" not in names
@@ -408,6 +414,13 @@ def test_rows_are_medians_over_seeds() -> None:
     assert row["piqa"]["accuracy"]["median"] == 0.5
     text = table.markdown(table.summarize(records))
     assert "| rtn | w8a8 | 100.0% | 12.000 (11.000..15.000) | 1.2000 (1.1000..1.5000) |" in text
+
+
+def test_questions_of_one_seed_are_enough() -> None:
+    records = [record("fp32", kind="float"), record("rtn"), record("rtn", seed=1)]
+    records[2]["results"]["tasks"] = {}
+    row = table.summarize(records)[1]
+    assert row["seeds"] == [0, 1] and row["piqa"]["flips"]["median"] == 0
 
 
 def test_a_failed_row_says_why() -> None:
