@@ -503,6 +503,17 @@ def test_one_command_and_its_second_run(
     assert capsys.readouterr().out == first.out
 
 
+@pytest.mark.slow
+def test_ours_is_a_row_like_the_others(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(tiny, tmp_path, "--recipes", "w8a8", "--methods", "ours:w8a8,ours:fp16") == 0
+    out = capsys.readouterr().out
+    assert "| iq-export w8a8 | w8a8 | 100.0% |" in out and "1 of 1 lifecycles replaced" in out
+    assert "| iq-export fp16 | - | 0.0% |" in out
+    assert [entry.name for entry in (tmp_path / "compile").iterdir()] == ["traced"]
+
+
 def test_interrupt_prints_what_is_there(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

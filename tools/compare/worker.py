@@ -178,6 +178,9 @@ def _ours(task: dict[str, Any]) -> dict[str, Any]:
     replaced = sum(life["replaced"] for life in bundle.manifest.lifecycles)
     notes = [f"{replaced} of {len(bundle.manifest.lifecycles)} lifecycles replaced"]
     shutil.rmtree(folder / "bundle")
+    for stage in work.iterdir():  # gigabytes that nothing reads again; the traced model is kept
+        if stage.is_dir() and stage != Path(task["traced"]).parent:
+            shutil.rmtree(stage)
     return {"notes": notes, "versions": {}}
 
 
