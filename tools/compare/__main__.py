@@ -97,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     except IqError as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before the first row
+        return INTERRUPTED_EXIT_CODE
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:
