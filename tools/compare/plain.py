@@ -21,7 +21,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.calibrate.data import Window
 from iq_export.graph import io
-from iq_export.graph.edit import constant
 from iq_export.graph.sites import Branch, Linear, Sites, find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.quantize import QuantizePlan, quantize
@@ -125,9 +124,10 @@ def build(
             scales = _scales(model, linears, inputs, found, plain, bits)
     kept = tuple(linear for linear in linears if linear.node not in set(left))
     blocks = {x.weight: INT4_BLOCK for x in kept} if weight_bits == 4 else {}
-    quantize(model, QuantizePlan(_renamed(model, kept), weight_bits, scales, blocks))
-    if activation_bits < 8:
-        narrow(model, activation_bits)
+    plan = QuantizePlan(
+        _renamed(model, kept), weight_bits, scales, blocks, activation_max=_top(activation_bits)
+    )
+    quantize(model, plan)
     io.save(model, out)
     for file in (prepared, prepared.with_name(prepared.name + ".data")):
         file.unlink(missing_ok=True)
@@ -310,7 +310,7 @@ def clip_by_error(
     """`(range, squared error)`: the range whose rounding changes the products' outputs least."""
     exact = rows @ weight if exact is None else exact
     rounded = rounded_weight(weight, bits[0])
-    top = 2 ** (bits[1] - 1) - 1
+    top = _top(bits[1])
     best = (absmax, np.inf)
     for clip in clips:
         scale = np.float32(absmax * clip / top)
@@ -319,6 +319,11 @@ def clip_by_error(
         if error < best[1]:
             best = (absmax * float(clip), error)
     return best
+
+
+def _top(bits: int) -> int:
+    """The largest code of a signed integer."""
+    return int(2 ** (bits - 1) - 1)
 
 
 def rounded_weight(weight: np.ndarray, bits: int) -> np.ndarray:
@@ -348,7 +353,7 @@ def _scales(
             weights = [np.asarray(nodes[x].inputs[1].const_value.numpy()) for x in products]
             weight = np.concatenate(weights, axis=1)
             limit, _ = clip_by_error(found[name].rows, limit, weight, bits)
-        scales[name] = max(limit, 1e-8) / (2 ** (bits[1] - 1) - 1)
+        scales[name] = max(limit, 1e-8) / _top(bits[1])
     return scales
 
 
@@ -356,20 +361,3 @@ def _renamed(model: ir.Model, linears: Sequence[Linear]) -> tuple[Linear, ...]:
     """Folding may have given a product a weight of its own: the names as the graph has them now."""
     nodes = {node.name: node for node in model.graph}
     return tuple(replace(x, weight=str(nodes[x.node].inputs[1].name)) for x in linears)
-
-
-def narrow(model: ir.Model, bits: int) -> None:
-    """Limit every activation quantizer to `bits`: a Clip in front of its int8 QuantizeLinear."""
-    graph = model.graph
-    for node in list(graph):
-        if node.op_type != "QuantizeLinear":
-            continue
-        value, scale = node.inputs[0], node.inputs[1]
-        step = np.float32(scale.const_value.numpy())
-        low = constant(graph, f"{value.name}.low", np.float32(-(2 ** (bits - 1)) * step))
-        high = constant(graph, f"{value.name}.high", np.float32((2 ** (bits - 1) - 1) * step))
-        clip = ir.node("Clip", [value, low, high], name=f"{value.name}/narrow")
-        clip.outputs[0].name = f"{value.name}.narrow"
-        clip.outputs[0].dtype, clip.outputs[0].shape = value.dtype, value.shape
-        graph.insert_before(node, clip)
-        node.replace_input_with(0, clip.outputs[0])
