@@ -38,9 +38,7 @@ def gptq_int8(weight: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.n
     return codes, scale
 
 
-def gptq_int4(
-    weight: np.ndarray, hessian: np.ndarray, block: int
-) -> tuple[np.ndarray, np.ndarray]:
+def gptq_int4(weight: np.ndarray, hessian: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     """As `int4_blocked`: `(codes int4 [in, out], scale float32 [in / block, out])`.
 
     The scales of a block are chosen when it is reached, for the rows as compensated so far.
