@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,7 +18,13 @@ import onnx_ir as ir
 
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.divergence import Divergence, divergence
-from iq_export.calibrate.ranges import TensorStats, observe_ranges
+from iq_export.calibrate.ranges import (
+    TensorStats,
+    observe_ranges,
+    rows_per_window,
+    sampled_rows,
+)
+from iq_export.calibrate.sequential import BlockWalk
 from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
@@ -37,6 +44,7 @@ from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
 from iq_export.quant.budget import MixedPlan, Site, mixed_plan, smallest_prefix
 from iq_export.quant.cache import CacheScale, cache_scale
+from iq_export.quant.gptq import gptq_int4, gptq_int8
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
@@ -59,6 +67,10 @@ _OBSERVED_WINDOWS = 4
 _FORM_WINDOWS = 4
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
+
+
+# weight name -> codes and scales that GPTQ has found
+Codes = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class _Run(TypedDict):
@@ -205,9 +217,10 @@ def rewrite(
     for warning in warnings:
         progress.note(f"warning: {warning}")
     quantizers: dict[str, Quantizer] = {}
-    if recipe.activation_max is not None:
+    codes: Codes = {}
+    if recipe.activation_max is not None or recipe.gptq:
         with progress.step("Calibrate quantizers"):
-            quantizers = _quantizers(
+            quantizers, codes = _calibrate_blocks(
                 work / INSERTED, sites, before, sinks, data, progress, recipe, blocks
             )
     cache: dict[str, CacheScale] = {}
@@ -234,7 +247,14 @@ def rewrite(
             io.load(work / INSERTED)
             if recipe.weight_bits == 16
             else quantized_graph(
-                work / INSERTED, sites, scales, blocks, importance, in_half, recipe.activation_max
+                work / INSERTED,
+                sites,
+                scales,
+                blocks,
+                importance,
+                in_half,
+                recipe.activation_max,
+                codes,
             )
         )
         if cache:
@@ -337,6 +357,7 @@ def quantized_graph(
     importance: dict[str, np.ndarray] | None = None,
     left: Collection[str] = (),
     activation_max: int | None = None,
+    codes: Codes | None = None,
 ) -> ir.Model:
     """The float32 graph `source` with Q/DQ; weights are rounded when it is saved.
 
@@ -348,7 +369,7 @@ def quantized_graph(
     linears = tuple(linear for linear in sites.linears if linear.node not in left)
     plan = QuantizePlan(
         linears, bits, activations, blocks, importance or {},
-        activation_max=activation_max or INT8_MAX,
+        activation_max=activation_max or INT8_MAX, codes=codes or {},
     )  # fmt: skip
     quantize(model, plan)
     return model
@@ -491,7 +512,7 @@ def _insert(work: Path, sites: Sites, sinks: Sequence[SinkTemplates]) -> None:
     io.save_skeleton(model, work / INSERTED)
 
 
-def _quantizers(
+def _calibrate_blocks(
     inserted: Path,
     sites: Sites,
     before: dict[str, TensorStats],
@@ -500,50 +521,103 @@ def _quantizers(
     progress: Progress,
     recipe: Recipe,
     blocks: dict[str, int],
-) -> dict[str, Quantizer]:
-    """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error."""
+) -> tuple[dict[str, Quantizer], Codes]:
+    """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
+
+    Every block sees what the quantized blocks before it give. With GPTQ its weights are rounded on
+    the way, else they are rounded alike when the graph is written.
+    """
     model = io.load(inserted)
     nodes = {node.name: node for node in model.graph}
     readers: dict[str, list[Linear]] = {}
     for linear in sites.linears:
         readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
     widths = {name: linears[0].in_features for name, linears in readers.items()}
+    kept = rows_per_window(widths, len(data.windows))
     scopes = {
         name: scope
         for number, templates in enumerate(sinks)
         for name, scope in index_scopes(number, templates, sites).items()
     }
-
-    def rows(name: str, number: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        found = np.zeros(len(data.windows[number].ids), bool)
-        for index, scope in scopes.items():
-            if readers[name][0].node in scope:
-                found |= values[index] > 0
-        return found
-
-    stats = observe_ranges(
-        inserted, widths, data.windows, rows,
-        always=list(scopes), providers=data.providers, progress=progress, seed=data.seed,
-    )  # fmt: skip
-    found = {}
-    for name, linears in readers.items():
-        tensor = stats[name]
-        if tensor.absmax_semantic <= 0:
-            raise GraphError(
-                f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
-                "calibration text that resembles the model's use."
-            )
-        constants = [model.graph.initializers[linear.weight].const_value for linear in linears]
-        weights = [tensor.numpy() for tensor in constants]
-        rounding = Rounding(recipe.activation_max, blocks.get(linears[0].weight))
-        clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights, rounding)
-        scale = clip * tensor.absmax_semantic / recipe.activation_max
-        nodes_behind = tuple(linear.node for linear in linears)
-        source = before[linears[0].input]
-        found[name] = Quantizer(
-            name, nodes_behind, scale, clip, error, source, tensor, recipe.activation_max
+    walk = BlockWalk(inserted, sites, data.windows, list(scopes), data.providers)
+    found: dict[str, Quantizer] = {}
+    codes: Codes = {}
+    for block in sites.blocks:
+        inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
+        names = [name for name, linears in readers.items() if linears[0].node in inside]
+        stats = {name: TensorStats.empty(widths[name]) for name in names}
+        hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in names}
+        for number, values in walk.observe(names):
+            length = len(data.windows[number].ids)
+            sample = sampled_rows(length, kept, data.seed, number)
+            for name in names:
+                masks = [
+                    values[index] > 0
+                    for index, scope in scopes.items()
+                    if readers[name][0].node in scope
+                ]
+                sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
+                stats[name].add(values[name], sunk, sample)
+                if recipe.gptq:
+                    rows = values[name][~sunk]
+                    rows = unit_rows(rows) if recipe.activation_max is None else rows
+                    hessians[name] += rows.T @ rows
+        importance: dict[str, np.ndarray] = {}
+        for name in names:
+            linears, tensor = readers[name], stats[name]
+            if recipe.activation_max is not None:
+                weights = [_weight(model, linear) for linear in linears]
+                found[name] = _quantizer(name, linears, weights, tensor, before, recipe, blocks)
+            for linear in linears:
+                importance[linear.weight] = (tensor.rows**2).mean(0)
+                if recipe.gptq:
+                    codes[linear.weight] = _gptq(
+                        _weight(model, linear), hessians[name], blocks.get(linear.weight)
+                    )
+        plan = QuantizePlan(
+            tuple(x for name in names for x in readers[name]),
+            recipe.weight_bits,
+            {name: found[name].scale for name in names if name in found},
+            blocks,
+            importance,
+            activation_max=recipe.activation_max or INT8_MAX,
+            codes=codes,
         )
-    return found
+        walk.advance(partial(quantize, plan=plan))
+        progress.update(block.index + 1, len(sites.blocks))
+    return found, codes
+
+
+def _weight(model: ir.Model, linear: Linear) -> np.ndarray:
+    return model.graph.initializers[linear.weight].const_value.numpy()
+
+
+def _gptq(
+    weight: np.ndarray, hessian: np.ndarray, block: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    return gptq_int8(weight, hessian) if block is None else gptq_int4(weight, hessian, block)
+
+
+def _quantizer(
+    name: str,
+    linears: Sequence[Linear],
+    weights: Sequence[np.ndarray],
+    tensor: TensorStats,
+    before: Mapping[str, TensorStats],
+    recipe: Recipe,
+    blocks: Mapping[str, int],
+) -> Quantizer:
+    if tensor.absmax_semantic <= 0:
+        raise GraphError(
+            f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
+            "calibration text that resembles the model's use."
+        )
+    most = recipe.activation_max
+    rounding = Rounding(most, blocks.get(linears[0].weight))
+    clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights, rounding)
+    scale = clip * tensor.absmax_semantic / most
+    nodes = tuple(linear.node for linear in linears)
+    return Quantizer(name, nodes, scale, clip, error, before[linears[0].input], tensor, most)
 
 
 def _cache_scales(

@@ -279,7 +279,7 @@ def test_clips_that_hide_sinks_are_rejected(
 ) -> None:
     """Method step 8; where even whole ranges do not help, the compile ends with a sentence."""
     stages = importlib.import_module("iq_export.rewrite")
-    monkeypatch.setattr(stages, "choose_clip", lambda *_: (0.13, 0.0))
+    monkeypatch.setattr(stages, "choose_clip", lambda *_: (0.02, 0.0))
     if not rejecting:
         monkeypatch.setattr(stages, "_unclipped", lambda quantizers, *_: quantizers)
     decoder = planted.WITH_DELIMITER
@@ -293,7 +293,7 @@ def test_clips_that_hide_sinks_are_rejected(
         assert done.recall >= stages.LEAST_RECALL
         clips = {q.linears[0]: q.clip for q in done.quantizers.values()}
         assert clips["layers.1/mlp/gate_proj"] == 1
-        assert clips["layers.2/mlp/gate_proj"] == 0.13
+        assert clips["layers.2/mlp/gate_proj"] == 0.02
         assert "clipping factors up to the birth are rejected" in capsys.readouterr().err
     else:
         message = (

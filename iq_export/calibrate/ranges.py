@@ -112,15 +112,25 @@ def observe_ranges(
     """
     stats = {name: TensorStats.empty(width) for name, width in widths.items()}
     groups = group_by_bytes(widths, max(len(window.ids) for window in windows))
-    budget = _SAMPLE_BYTES // (4 * sum(widths.values()))
-    per_window = max(1, min(sample_tokens, budget) // len(windows))
+    per_window = rows_per_window(widths, len(windows), sample_tokens)
     for number, values in tapped_runs(
         model_path, groups, windows, always=always, providers=providers, progress=progress
     ):
-        rng = np.random.default_rng([seed, number])
-        drawn = rng.permutation(np.arange(1, len(windows[number].ids)))[: per_window - 1]
-        sample = np.append(0, np.sort(drawn))  # position 0 always: most spikes stand there
+        sample = sampled_rows(len(windows[number].ids), per_window, seed, number)
         for name, value in values.items():
             if name in stats:
                 stats[name].add(value, sinks(name, number, values), sample)
     return stats
+
+
+def rows_per_window(widths: Mapping[str, int], windows: int, most: int = 512) -> int:
+    """How many rows of every window may be kept so that all samples stay within their memory."""
+    budget = _SAMPLE_BYTES // (4 * sum(widths.values()))
+    return max(1, min(most, budget) // windows)
+
+
+def sampled_rows(length: int, count: int, seed: int, number: int) -> np.ndarray:
+    """Row numbers to keep of window `number`: position 0, where most spikes stand, and others."""
+    rng = np.random.default_rng([seed, number])
+    drawn = rng.permutation(np.arange(1, length))[: count - 1]
+    return np.append(0, np.sort(drawn))

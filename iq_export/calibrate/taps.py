@@ -46,13 +46,7 @@ def tapped_runs(
         names = list(dict.fromkeys([*always, *group]))
         session = _tapped_session(model_path, names, providers)
         for number, window in enumerate(windows):
-            try:
-                found = session.run(names, window_feeds(session, window))
-            except ort_errors() as error:
-                reason = str(error).splitlines()[0]
-                raise GraphError(f"{model_path.name} fails in ONNX Runtime: {reason}") from error
-            values = dict(zip(names, found, strict=True))
-            yield number, {name: _checked(name, v, number) for name, v in values.items()}
+            yield number, run_window(session, names, window, number, model_path.name)
             done += 1
             progress.update(done, total)
 
@@ -102,6 +96,23 @@ def window_feeds(
         else:
             feeds[node.name] = empty_cache(node, 1)
     return feeds
+
+
+def run_window(
+    session: Any,
+    names: Sequence[str],
+    window: Window,
+    number: int,
+    file: str,
+    given: Mapping[str, np.ndarray] | None = None,
+) -> Values:
+    """The outputs `names` of one window, `given` as in window_feeds; raises as tapped_runs does."""
+    try:
+        found = session.run(list(names), window_feeds(session, window, given))
+    except ort_errors() as error:
+        reason = str(error).splitlines()[0]
+        raise GraphError(f"{file} fails in ONNX Runtime: {reason}") from error
+    return {name: _checked(name, v, number) for name, v in zip(names, found, strict=True)}
 
 
 def _checked(name: str, value: np.ndarray, window: int) -> np.ndarray:

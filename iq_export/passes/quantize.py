@@ -34,6 +34,7 @@ class QuantizePlan:
 
     `blocks`: weight name -> int4 block size. `importance`: weight name -> float32 `[in]`.
     `activation_max`: the largest code of an activation; less than int8's is for study, with a Clip.
+    `codes`: weight name -> codes and scales, where they are rounded already.
     """
 
     linears: tuple[Linear, ...]
@@ -42,6 +43,7 @@ class QuantizePlan:
     blocks: Mapping[str, int] = field(default_factory=dict)
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     activation_max: int = INT8_MAX
+    codes: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
@@ -62,10 +64,13 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
             continue
         weight = node.inputs[1]
         assert weight is not None
-        if plan.weight_bits == 8:
+        block = plan.blocks.get(linear.weight)
+        if linear.weight in plan.codes:
+            new = _given_weight(graph, weight, node, block, *plan.codes[linear.weight])
+        elif plan.weight_bits == 8:
             new = _int8_weight(graph, weight, node)
         else:
-            block = plan.blocks[linear.weight]
+            assert block is not None
             new = _int4_weight(graph, weight, node, block, plan.importance.get(linear.weight))
         node.replace_input_with(1, new)
     RemoveUnusedNodesPass()(model)  # the float weights
@@ -114,6 +119,22 @@ def _int8_weight(graph: ir.Graph, weight: ir.Value, node: ir.Node) -> ir.Value:
     )
     scales = int8_scales(source.numpy())
     return _weight_dequantize(graph, weight, node, codes, scales, {"axis": 1})
+
+
+def _given_weight(
+    graph: ir.Graph,
+    weight: ir.Value,
+    node: ir.Node,
+    block: int | None,
+    codes: np.ndarray,
+    scales: np.ndarray,
+) -> ir.Value:
+    if block is None:
+        tensor = ir.Tensor(codes, dtype=ir.DataType.INT8, name=f"{weight.name}.int8")
+        return _weight_dequantize(graph, weight, node, tensor, scales, {"axis": 1})
+    tensor = ir.Tensor(codes, dtype=ir.DataType.INT4, name=f"{weight.name}.int4")
+    attributes = {"axis": 0, "block_size": block}
+    return _weight_dequantize(graph, weight, node, tensor, scales, attributes)
 
 
 def _int4_weight(

@@ -34,7 +34,7 @@ def rotate(model: ir.Model, rotations: Mapping[str, tuple[Linear, int]]) -> bool
     """Rotate the inputs of the products in `rotations` (node name -> product, block size)."""
     graph = model.graph
     nodes = {node.name: node for node in graph}
-    for name, (linear, block) in rotations.items():
+    for name, (_, block) in rotations.items():
         node = nodes[name]
         value, weight = node.inputs[0], own_constant(graph, node, 1)
         assert value is not None

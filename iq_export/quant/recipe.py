@@ -20,7 +20,8 @@ class Recipe:
     for study: nothing multiplies them. `smoothing`: fold factors into norms and up-projections.
     `folded_rotation`: rotate residual stream and values inside the weights. `rotation`: the
     Hadamard block on the down-projection input at run time, or None; `side_channels`: how many of
-    its channels bypass the quantizer. `weight_block`: largest int4 block. `sinks`: one of
+    its channels bypass the quantizer. `weight_block`: largest int4 block;
+    `gptq`: round weights with compensation. `sinks`: one of
     SINK_POLICIES."""
 
     name: str
@@ -33,6 +34,7 @@ class Recipe:
     folded_rotation: bool = False
     side_channels: int = 0
     weight_block: int = 128
+    gptq: bool = False
 
     @property
     def activation_max(self) -> int | None:
