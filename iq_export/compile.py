@@ -174,7 +174,7 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError("max_relative_deviation lies between 0 and 1, alpha above 1.")
     if options.budget is not None and options.budget <= 1:
         raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
-    if options.budget is not None and recipe.activation_bits != 8:
+    if options.budget is not None and recipe.activation_max is None:
         raise UsageError(
             f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "
             "like w8a8."
@@ -202,7 +202,7 @@ def _steps(checked: _Checked, options: CompileOptions) -> list[str]:
     """Names of the steps of a compile, as its progress prints them."""
     steps = ["Trace", "Observe tokens", "Observe ranges", "Smooth and rotate"]
     steps.append("Fit and insert sinks")
-    if checked.recipe.activation_bits == 8:
+    if checked.recipe.activation_max is not None:
         steps.append("Calibrate quantizers")
     if checked.recipe.kv_bits == 8:
         steps.append("Calibrate the KV cache")

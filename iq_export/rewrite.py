@@ -233,9 +233,11 @@ def rewrite(
     if math.isfinite(data.budget) and quantizers:
         with progress.step("Search a mixed plan"):
             reference = Reference.of(traced, data.windows, **options)
-            mixed = _mixed_plan(
-                work, sites, quantizers, blocks, importance, data.budget, reference, options
-            )
+            trial = quantized_graph(
+                work / INSERTED, sites, {name: q.scale for name, q in quantizers.items()}, blocks,
+                importance, activation_max=recipe.activation_max,
+            )  # fmt: skip
+            mixed = _mixed_plan(trial, work, quantizers, data.budget, reference, options)
         quantizers = {
             n: q for n, q in quantizers.items() if not set(q.linears) & set(mixed.linears)
         }
@@ -724,19 +726,18 @@ def _unclipped(
 
 
 def _mixed_plan(
+    model: ir.Model,
     work: Path,
-    sites: Sites,
     quantizers: Mapping[str, Quantizer],
-    blocks: dict[str, int],
-    importance: dict[str, np.ndarray] | None,
     budget: float,
     reference: Reference,
     options: _Run,
 ) -> MixedPlan:
-    """The fewest products to leave out for the budget, measured with every weight rounded."""
+    """The fewest products to leave out for the budget, measured with every weight rounded.
+
+    `model` is the fully quantized graph in float32, before it is halved.
+    """
     names = list(quantizers)
-    scales = {name: q.scale for name, q in quantizers.items()}
-    model = quantized_graph(work / INSERTED, sites, scales, blocks, importance)
     add_switches(model, names)
     path = work / _PARTIAL
     io.save(model, path)

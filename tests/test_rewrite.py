@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,7 +283,8 @@ def test_clips_that_hide_sinks_are_rejected(
     if not rejecting:
         monkeypatch.setattr(stages, "_unclipped", lambda quantizers, *_: quantizers)
     decoder = planted.WITH_DELIMITER
-    recipe = replace(load_recipe("w8a8"), smoothing=False)
+    # A rotation spreads the spike over all channels, where no clip hides it.
+    recipe = replace(load_recipe("w8a8"), smoothing=False, folded_rotation=False)
     traced = planted.save(decoder, tmp_path)
     work = tmp_path / "work"
     work.mkdir()
@@ -340,40 +341,47 @@ def test_two_births_quantized(tmp_path: Path) -> None:
     assert ((found - exact) ** 2).sum() / (exact**2).sum() < 0.05
 
 
-def budgeted(folder: Path, budget: float) -> Rewrite:
+def budgeted(folder: Path, budget: float, gain: float, monkeypatch: pytest.MonkeyPatch) -> Rewrite:
+    """With losses made up: 1.02 less `gain` per site left out. Of random tokens any rounding may be
+    the better prediction, so real ones would say nothing; the harms are measured."""
+    left: list[int] = []
+
+    def ratio(_: Trial, skipped: Collection[str] = ()) -> float:
+        left.append(len(skipped))
+        return 1.02 - gain * len(skipped)
+
+    monkeypatch.setattr(Trial, "ratio", ratio)
+    monkeypatch.setattr(Reference, "ratio", lambda *_, **__: 1.02 - gain * max(left))
     traced = planted.save(SPIKY, folder)
     (folder / "work").mkdir()
     data = replace(calibration(SPIKY), budget=budget)
     return rewrite(traced, folder / "work", load_recipe("w8a8"), "fp16", data, Progress(quiet=True))
 
 
-def test_a_budget_leaves_the_fewest_products_in_half(run: Run, tmp_path: Path) -> None:
-    whole = run(SPIKY)
-    reference = Reference.of(whole.traced, calibration(SPIKY).windows, **QUIET)
-    before = reference.ratio(whole.quantized, **QUIET)
-    assert before > 1.002
-    done = budgeted(tmp_path, budget := 1 + 0.6 * (before - 1))
+def test_a_budget_leaves_the_fewest_products_in_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = budgeted(tmp_path, 1.016, 0.002, monkeypatch)
     mixed = done.mixed
-    assert mixed is not None and mixed.met and mixed.ratio <= budget
-    assert mixed.ratio_without > budget
-    assert 0 < len(mixed.linears) < 14
+    assert mixed is not None and mixed.met and mixed.ratio_without == 1.02
+    assert len(mixed.skipped) == 3
+    worst = sorted(mixed.harm, key=lambda name: -mixed.harm[name])
+    assert min(mixed.harm.values()) >= 0 and mixed.skipped[0].name in worst[:6]
     assert len(done.linears) == 28 - len(mixed.linears)
     nodes = {node.name: node for node in io.load(done.quantized).graph}
     for linear in done.sites.linears:
         producers = {value.producer().op_type for value in nodes[linear.node].inputs
                      if value.producer() is not None}  # fmt: skip
         assert ("DequantizeLinear" in producers) == (linear.node not in mixed.linears)
+    assert len(mixed.harm) == 16
     assert not set(mixed.linears) & {n for q in done.quantizers.values() for n in q.linears}
-    assert set(mixed.harm) == set(whole.quantizers)
     assert not (done.quantized.parent / "partial.onnx").exists()
 
 
 def test_a_budget_that_nothing_meets_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trial, "ratio", lambda *_: 1.02)
-    monkeypatch.setattr(Reference, "ratio", lambda *_, **__: 1.02)
-    done = budgeted(tmp_path, 1.005)
+    done = budgeted(tmp_path, 1.005, 0.0, monkeypatch)
     assert done.mixed is not None and not done.mixed.met
     (warning,) = [text for text in done.warnings if "budget" in text]
     assert "cannot be met" in warning and f"{done.mixed.ratio:.4f} x" in warning
