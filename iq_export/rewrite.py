@@ -459,12 +459,12 @@ def _prepare(
     blocks: dict[str, int],
     exponent: int,
 ) -> Smoothing:
-    """Everything that keeps the function: scale the stream, level rows, rotate, smooth, side paths."""
+    """Everything that keeps the function: scale, level rows, rotate, smooth, side paths."""
     model = io.load(traced)
     scale_residual(model, sites, exponent)
     if recipe.folded_rotation:
         _rotate(model, sites)
-    if recipe.activation_bits < FLOAT_BITS:
+    if recipe.activation_bits < 16:
         level_rows(model, sites)
     smoothing = Smoothing({}, {})
     if recipe.smoothing:
