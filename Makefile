@@ -11,12 +11,13 @@ DEMO := build/demo/$(MODEL)
 PROMPT := What is the capital of France? Answer in one sentence.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-heavy lint clean
+.PHONY: help venv demo test test-heavy test-gated lint clean
 
 help:
 	@echo "make demo        compile $(MODEL) to W8A8, measure it, let it speak (starts from what is there)"
 	@echo "make test        the test suite"
 	@echo "make test-heavy  what it leaves out for its time: more engines of $(MODEL), and W4A16"
+	@echo "make test-gated  Gemma-3-270M in half and W8A8; you accept https://ai.google.dev/gemma/terms"
 	@echo "make lint        ruff and mypy"
 	@echo "make clean       remove $(VENV) and build/"
 
@@ -54,6 +55,10 @@ test: $(INSTALLED)
 test-heavy: $(INSTALLED)
 	-$(BIN)/python tools/fetch_trt_headers.py
 	$(BIN)/python -m pytest -m heavy
+
+# 238 MB to download, 5 GB of memory. Running it accepts the model's terms.
+test-gated: $(INSTALLED)
+	IQ_EXPORT_ACCEPT_TERMS=gemma3-270m $(BIN)/python -m pytest tests/cli/test_gated_heavy.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ from iq_export.graph.sites import Linear, Refusal, Sites, find_sites
 from iq_export.passes.fold_rotation import rotate_attention_values, rotate_stream
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks, set_restore
+from iq_export.passes.level_rows import level_rows
 from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
@@ -481,11 +482,13 @@ def _prepare(
     blocks: dict[str, int],
     exponent: int,
 ) -> Smoothing:
-    """Everything that keeps the function: scale the stream, rotate, smooth, side paths."""
+    """Everything that keeps the function: scale, level rows, rotate, smooth, side paths."""
     model = io.load(traced)
     scale_residual(model, sites, exponent)
     if recipe.folded_rotation:
         _rotate(model, sites)
+    if recipe.activation_bits < 16:
+        level_rows(model, sites)
     smoothing = Smoothing({}, {})
     if recipe.smoothing:
         smoothing = find_smoothing(
