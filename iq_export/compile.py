@@ -200,16 +200,19 @@ def _source(options: CompileOptions) -> Any:
 
 def _steps(checked: _Checked, options: CompileOptions) -> list[str]:
     """Names of the steps of a compile, as its progress prints them."""
-    steps = ["Trace", "Observe tokens", "Observe ranges", "Smooth and rotate"]
-    steps.append("Fit and insert sinks")
-    if checked.recipe.activation_max is not None:
+    steps = ["Trace", "Observe tokens", "Observe ranges"]
+    if checked.recipe.folded_rotation:
+        steps.append("Fold rotations")
+    steps += ["Smooth and rotate", "Fit and insert sinks"]
+    if checked.recipe.activation_max is not None or checked.recipe.gptq:
         steps.append("Calibrate quantizers")
     if checked.recipe.kv_bits == 8:
         steps.append("Calibrate the KV cache")
     if options.budget is not None:
         steps.append("Search a mixed plan")
     steps += ["Quantize", "Check the quantized graph"]
-    if any(why_not_here(target) is None for target in checked.targets):
+    here = any(why_not_here(target) is None for target in checked.targets)
+    if here and not checked.recipe.simulated:
         steps.append("Build engines")
     return steps
 
@@ -322,6 +325,8 @@ def _build(
     engines: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     buildable = []
+    if checked.recipe.simulated:
+        return engines, [f"recipe {checked.recipe.name} is for study: no engine was built"]
     for target in checked.targets:
         reason = why_not_here(target)
         if reason is None:

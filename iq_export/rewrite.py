@@ -1,7 +1,8 @@
 """Calibrate and rewrite: from the traced graph to the graph that ships, one file per stage.
 
 Every stage reads and writes files of one work folder, so that each can be looked at, measured and
-reused: traced -> rotated (weights only) -> prepared (scaled, smoothed, rotated) -> inserted (sink ops) -> quantized.
+reused: traced -> rotated (weights only) -> prepared (scaled, rotated, smoothed, side paths) ->
+inserted (sink ops) -> quantized.
 """
 
 from __future__ import annotations

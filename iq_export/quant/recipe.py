@@ -49,7 +49,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 8, 16) or self.activation_bits not in (4, 6, 8, 16):
             raise UsageError(
-                f"Recipe {self.name!r}: weight_bits is 4, 8 or 16 and activation_bits 4, 6, 8 or 16."
+                f"Recipe {self.name!r}: weight_bits is 4, 8 or 16, activation_bits 4, 6, 8 or 16."
             )
         if self.weight_bits == 16 and self.activation_bits != 16:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Folded rotations keep the function, leave no loud channel behind the norms, and refuse by name."""
+"""Folded rotations keep the function, spread a loud channel, and refuse by name."""
 
 from __future__ import annotations
 
