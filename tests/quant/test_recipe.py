@@ -21,7 +21,23 @@ def test_w8a8() -> None:
         smoothing=True,
         rotation=64,
         sinks="always",
+        folded_rotation=True,
+        side_channels=4,
     )
+
+
+def test_w8a8_norot_has_no_rotation_inside_a_block() -> None:
+    changed = replace(load_recipe("w8a8"), name="w8a8-norot", rotation=None, side_channels=32)
+    assert changed == load_recipe("w8a8-norot")
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "simulated"),
+    [("w8a8", 127, False), ("w4a8", 127, False), ("w8a6", 31, True), ("w4a4", 7, True)],
+)
+def test_codes_of_activations(name: str, most: int, simulated: bool) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.activation_max, recipe.simulated) == (most, simulated)
 
 
 def test_w8a8kv8_differs_in_the_cache_alone() -> None:
@@ -47,7 +63,7 @@ def test_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
 
 
 def test_unknown_name_lists_all() -> None:
-    with pytest.raises(UsageError, match=r"known recipes: .*w4a16, w8a8"):
+    with pytest.raises(UsageError, match=r"known recipes: .*w4a16, .*w8a8"):
         load_recipe("fp8-dynamic-xyz")
 
 
@@ -56,7 +72,7 @@ def test_unknown_name_lists_all() -> None:
     [
         {"weight_bits": 3},
         {"weight_bits": 16},
-        {"activation_bits": 4},
+        {"activation_bits": 5},
         {"kv_bits": 4},
         {"sinks": "sometimes"},
     ],
@@ -69,5 +85,5 @@ def test_values_out_of_range(change: dict[str, object]) -> None:
 def test_file_with_other_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yaml").write_text("weight_bits: 8\nweights: 4\n")
     monkeypatch.setattr(recipes, "recipe_folder", lambda: tmp_path)
-    with pytest.raises(UsageError, match="must have exactly the keys"):
+    with pytest.raises(UsageError, match="and no other"):
         load_recipe("mine")
