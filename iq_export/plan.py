@@ -74,6 +74,7 @@ def mixed_record(done: Rewrite) -> dict[str, Any] | None:
         "budget": mixed.budget,
         "met": mixed.met,
         "ratio": mixed.ratio,
+        "ratio_standard_error": mixed.error,
         "ratio_all_quantized": mixed.ratio_without,
         "products": total,
         "share_in_half": len(mixed.linears) / total,

@@ -301,7 +301,7 @@ def rewrite(
         for _ in tapped_runs(work / QUANTIZED, [["logits", *ends]], data.windows[:2], **options):
             pass  # raises if the shipped graph gives NaN or Inf
         if mixed is not None:
-            mixed = mixed.shipped(reference.ratio(work / QUANTIZED, **options))
+            mixed = mixed.shipped(*reference.ratio(work / QUANTIZED, **options))
             if not mixed.met:
                 warnings.append(mixed.unmet())
                 progress.note(f"warning: {warnings[-1]}")

@@ -351,7 +351,7 @@ def budgeted(folder: Path, budget: float, gain: float, monkeypatch: pytest.Monke
         return 1.02 - gain * len(skipped)
 
     monkeypatch.setattr(Trial, "ratio", ratio)
-    monkeypatch.setattr(Reference, "ratio", lambda *_, **__: 1.02 - gain * max(left))
+    monkeypatch.setattr(Reference, "ratio", lambda *_, **__: (1.02 - gain * max(left), 0.0))
     traced = planted.save(SPIKY, folder)
     (folder / "work").mkdir()
     data = replace(calibration(SPIKY), budget=budget)

@@ -83,6 +83,7 @@ def _mixed(manifest: Manifest) -> list[str]:
     lines = [
         f"budget {record['budget']:g} x fp32 on the calibration text, "
         f"{'met' if record['met'] else 'NOT met'}: {record['ratio']:.4f} x "
+        f"+- {record['ratio_standard_error']:.4f} "
         f"({record['ratio_all_quantized']:.4f} x with every product quantized)",
         f"{products} of {record['products']} products in half precision "
         f"({record['share_in_half']:.1%})" + (":" if left else ""),

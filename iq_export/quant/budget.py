@@ -27,7 +27,8 @@ class MixedPlan:
 
     `skipped`: sites, the most harmful first; `ratio`: the measured perplexity over the reference's
     with them left out; `ratio_without`: with everything quantized; `met`: ratio within `budget`.
-    Both are measured in full precision with every weight rounded, until `shipped` is known.
+    Both are measured in full precision with every weight rounded, until `shipped` is known; then
+    `error` is the standard error of `ratio` over the calibration windows.
     `harm`: site name -> measured KL to the reference, nats per token, if only it is quantized.
     """
 
@@ -37,10 +38,11 @@ class MixedPlan:
     ratio: float
     ratio_without: float
     harm: Mapping[str, float]
+    error: float = 0.0
 
-    def shipped(self, ratio: float) -> MixedPlan:
+    def shipped(self, ratio: float, error: float) -> MixedPlan:
         """The same plan with the ratio of the file that ships."""
-        return replace(self, ratio=ratio, met=ratio <= self.budget)
+        return replace(self, ratio=ratio, error=error, met=ratio <= self.budget)
 
     def unmet(self) -> str:
         """The sentence for a budget that cannot be met."""

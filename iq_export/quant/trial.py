@@ -18,19 +18,19 @@ from iq_export.run.ort import open_session
 
 # What one quantizer does shows in few tokens, since all else is equal; the loss needs more.
 _HARM_WINDOWS, _HARM_LENGTH, _HARM_STRIDE = 2, 256, 2
-_LOSS_WINDOWS = 8
+_LOSS_WINDOWS = 16
 
 
 @dataclass(frozen=True)
 class Reference:
     """The untouched graph on some calibration windows: what every trial is compared with.
 
-    `windows` for the loss, `loss` in nats per predicted token; `short` for the harm of single
-    quantizers, `log_probabilities` float32 `[rows, vocab]` of each.
+    `windows` for the loss, `losses` in nats per predicted token of each; `short` for the harm of
+    single quantizers, `log_probabilities` float32 `[rows, vocab]` of each.
     """
 
     windows: list[Window]
-    loss: float
+    losses: np.ndarray
     short: list[Window]
     log_probabilities: list[np.ndarray]
 
@@ -44,13 +44,16 @@ class Reference:
         short = [replace(w, ids=w.ids[:_HARM_LENGTH]) for w in windows[:_HARM_WINDOWS]]
         options = _Options(providers=providers, progress=progress)
         exact = [_log_softmax(rows[::_HARM_STRIDE]) for rows in _logits(traced, short, options)]
-        return cls(chosen, _mean_loss(chosen, _logits(traced, chosen, options)), short, exact)
+        return cls(chosen, _losses(chosen, _logits(traced, chosen, options)), short, exact)
 
-    def ratio(self, graph: Path, *, providers: Sequence[str], progress: Progress) -> float:
-        """Perplexity of `graph` over the untouched one's."""
+    def ratio(
+        self, graph: Path, *, providers: Sequence[str], progress: Progress
+    ) -> tuple[float, float]:
+        """Perplexity of `graph` over the untouched one's, and its standard error over windows."""
         options = _Options(providers=providers, progress=progress)
-        loss = _mean_loss(self.windows, _logits(graph, self.windows, options))
-        return float(np.exp(loss - self.loss))
+        more = _losses(self.windows, _logits(graph, self.windows, options)) - self.losses
+        ratio = float(np.exp(more.mean()))
+        return ratio, ratio * float(more.std(ddof=1) / np.sqrt(more.size)) if more.size > 1 else 0.0
 
 
 class _Options(TypedDict):
@@ -91,8 +94,8 @@ class Trial:
         """Perplexity over the untouched graph's, all quantized but the activations `skipped`."""
         on = set(self._activations) - set(skipped)
         windows = self._reference.windows
-        loss = _mean_loss(windows, (self._run(window, on) for window in windows))
-        return float(np.exp(loss - self._reference.loss))
+        losses = _losses(windows, (self._run(window, on) for window in windows))
+        return float(np.exp((losses - self._reference.losses).mean()))
 
     def _run(self, window: Window, on: Collection[str]) -> np.ndarray:
         switches = {switch_name(name): np.array(name in on) for name in self._activations}
@@ -102,15 +105,14 @@ class Trial:
         return logits[0]
 
 
-def _mean_loss(windows: Sequence[Window], logits: Iterator[np.ndarray]) -> float:
-    """Mean negative log-likelihood in nats per predicted token."""
-    total, tokens = 0.0, 0
+def _losses(windows: Sequence[Window], logits: Iterator[np.ndarray]) -> np.ndarray:
+    """Mean negative log-likelihood of every window, in nats per predicted token."""
+    found = []
     for window, rows in zip(windows, logits, strict=True):
         targets = np.asarray(window.ids[1:])
-        found = _log_softmax(rows[:-1])[np.arange(targets.size), targets]
-        total -= float(found.sum(dtype=np.float64))
-        tokens += targets.size
-    return total / tokens
+        likely = _log_softmax(rows[:-1])[np.arange(targets.size), targets]
+        found.append(-float(likely.mean(dtype=np.float64)))
+    return np.asarray(found)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

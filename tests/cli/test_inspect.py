@@ -42,12 +42,16 @@ def test_bare_manifest_and_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_mixed_plan() -> None:
     record = {
-        "budget": 1.005, "met": True, "ratio": 1.0043, "ratio_all_quantized": 1.0121,
+        "budget": 1.005, "met": True, "ratio": 1.0043, "ratio_standard_error": 0.0019,
+        "ratio_all_quantized": 1.0121,
         "products": 210, "share_in_half": 2 / 210,
         "in_half": [{"tensor": "t", "products": ["layers.3/down", "layers.3/up"], "harm": 0.0031}],
     }  # fmt: skip
     text = describe(Manifest("m", "w8a8", "fp16", 23, mixed=record))
-    assert "budget 1.005 x fp32 on the calibration text, met: 1.0043 x (1.0121 x with" in text
+    assert (
+        "budget 1.005 x fp32 on the calibration text, met: 1.0043 x +- 0.0019 (1.0121 x with"
+        in text
+    )
     assert "2 of 210 products in half precision (1.0%):" in text
     assert "layers.3/down, layers.3/up  KL 0.0031 nats" in text
     assert "NOT met" in describe(Manifest("m", "w8a8", "fp16", 23, mixed={**record, "met": False}))
