@@ -231,21 +231,8 @@ def rewrite(
             cache = _cache_scales(work / INSERTED, sites, sinks, data, progress)
     importance = _importance(sites, ranges, smoothing, quantizers) if blocks else None
 
-    mixed: MixedPlan | None = None
-    if math.isfinite(data.budget) and quantizers:
-        with progress.step("Search a mixed plan"):
-            reference = Reference.of(traced, data.windows, **options)
-            trial = quantized_graph(
-                work / INSERTED, sites, {name: q.scale for name, q in quantizers.items()}, blocks,
-                importance, activation_max=recipe.activation_max,
-            )  # fmt: skip
-            mixed = _mixed_plan(trial, work, quantizers, data.budget, reference, options)
-        quantizers = {
-            n: q for n, q in quantizers.items() if not set(q.linears) & set(mixed.linears)
-        }
-    in_half = frozenset(mixed.linears if mixed else ())
-
-    def write(quantizers: dict[str, Quantizer]) -> None:
+    def rounded(quantizers: Mapping[str, Quantizer], left: Collection[str] = ()) -> ir.Model:
+        """The inserted graph with all that the recipe quantizes but the products `left`."""
         scales = {name: q.scale for name, q in quantizers.items()}
         model = (
             io.load(work / INSERTED)
@@ -256,13 +243,29 @@ def rewrite(
                 scales,
                 blocks,
                 importance,
-                in_half,
+                left,
                 recipe.activation_max,
                 codes,
             )
         )
         if cache:
             quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
+        return model
+
+    mixed: MixedPlan | None = None
+    if math.isfinite(data.budget) and quantizers:
+        with progress.step("Search a mixed plan"):
+            reference = Reference.of(traced, data.windows, **options)
+            mixed = _mixed_plan(
+                rounded(quantizers), work, quantizers, data.budget, reference, options
+            )
+        quantizers = {
+            n: q for n, q in quantizers.items() if not set(q.linears) & set(mixed.linears)
+        }
+    in_half = frozenset(mixed.linears if mixed else ())
+
+    def write(quantizers: dict[str, Quantizer]) -> None:
+        model = rounded(quantizers, in_half)
         if half:
             to_half(model)
         io.save(model, work / QUANTIZED)
