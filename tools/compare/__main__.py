@@ -167,8 +167,8 @@ def _run(options: argparse.Namespace) -> int:
     ground = _prepare(settings, options.text)
     first = [*float_jobs(names, seeds[0]), *recipe_jobs(recipes[0], names, seeds)]
     # How many rows the other recipes have is known, which peers is not yet.
-    rest = sum(len(_brief(recipe, names, seeds, [])) for recipe in recipes[1:])
-    rest += 0 if names else _BEST * (len(recipes) - 1)
+    rest = [j.method.kind for r in recipes[1:] for j in _brief(r, names, seeds, [])]
+    rest += [] if names else ["plain"] * _BEST * (len(recipes) - 1)
     _print_needs(settings, ground, first, rest)
     records: list[dict[str, Any]] = []
     interrupted = False
@@ -244,8 +244,8 @@ def _prepare(settings: Settings, texts: list[Path] | None) -> Ground:
     return Ground(model, Path(traced["assets"]), calibration, found, tasks, checksums, notes)
 
 
-def _print_needs(settings: Settings, ground: Ground, jobs: list[Job], rest: int) -> None:
-    """Memory, disk and time, before anything is spent."""
+def _print_needs(settings: Settings, ground: Ground, jobs: list[Job], rest: list[str]) -> None:
+    """Memory, disk and time, before anything is spent. `rest`: kinds of the rows after `jobs`."""
     size = sum(file.stat().st_size for file in ground.traced.parent.glob("model.onnx*"))
     per_token = size / 4 * 2 / _FLOPS
     calibrated = settings.samples * settings.calibration_length
@@ -254,14 +254,14 @@ def _print_needs(settings: Settings, ground: Ground, jobs: list[Job], rest: int)
     seconds = 0.0
     for kind, tasks in [
         *((job.method.kind, _tasks(job, settings, ground)) for job in todo),
-        *[("ours", ground.tasks)] * rest,
+        *((kind, ground.tasks) for kind in rest),
     ]:
         asked = len(tasks) * settings.items * _TOKENS_PER_ITEM
         seconds += (evaluated + asked + _BUILD_PASSES[kind] * calibrated) * per_token + 15
     peers = any(job.method.kind == "peer" for job in todo)
     memory = 1.2e9 + size * (13 if peers else 4)
     print(
-        f"{len(jobs) + rest} rows, {len(jobs) - len(todo)} of them known; about "
+        f"{len(jobs) + len(rest)} rows, {len(jobs) - len(todo)} of them known; about "
         f"{seconds / 3600:.1f} h on 2 cores, {memory / 1e9:.0f} GB of memory"
         f"{' (the peers take most of it)' if peers else ''}, {4 * size / 1e9:.0f} GB of disk. "
         "Graphs are evaluated with float32 float parts: half is emulated, and slow, on a CPU.",
