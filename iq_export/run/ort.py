@@ -183,6 +183,8 @@ def open_session(
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
+    # By default ONNX Runtime multiplies int4 weights with activations rounded to int8 on the way.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     model: str | bytes = str(path)
