@@ -1,4 +1,4 @@
-"""A walk over the blocks gives what the whole graph gives, and carries what a block is changed to."""
+"""A walk over the blocks gives what the whole graph gives and carries a changed block on."""
 
 from __future__ import annotations
 
