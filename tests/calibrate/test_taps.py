@@ -71,7 +71,7 @@ def test_nothing_is_kept_between_windows(spiky: Planted, monkeypatch: pytest.Mon
     """One window's values are handed out before the next window runs."""
     ran: list[int] = []
     feeds = taps.window_feeds
-    monkeypatch.setattr(taps, "window_feeds", lambda s, w: ran.append(1) or feeds(s, w))
+    monkeypatch.setattr(taps, "window_feeds", lambda *a: ran.append(1) or feeds(*a))
     runs = tapped_runs(spiky.path, [[RESIDUAL]], spiky.windows[:5], progress=Progress(quiet=True))
     for expected in (1, 2, 3):
         next(runs)
