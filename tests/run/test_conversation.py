@@ -82,6 +82,7 @@ def test_a_later_turn_has_no_position_0(staggered: Planted) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(("graph", "reply"), [("insertion only", 10), ("bundle", 4)])
 def test_smollm2_talks_the_same_in_one_pass(smollm2_bundle: Path, graph: str, reply: int) -> None:
     """Three questions, each asked with the conversation so far in the cache.
