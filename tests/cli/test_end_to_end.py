@@ -105,8 +105,9 @@ def test_insertion_alone_is_exact(evaluated: Bundle) -> None:
 
 def test_w8a8_is_near_fp32_and_round_to_nearest_is_not(evaluated: Bundle) -> None:
     found = ratios(evaluated)
-    assert all(ratio <= 1.08 for ratio in one(found, "bundle"))
-    assert all(ratio > 1.08 for ratio in one(found, "round-to-nearest"))
+    # The default compile, twice as long, is at 1.004.
+    assert all(ratio <= 1.03 for ratio in one(found, "bundle"))
+    assert all(ratio > 1.5 for ratio in one(found, "round-to-nearest"))
 
 
 def test_prefill_is_timed_against_fp32(evaluated: Bundle) -> None:
