@@ -27,7 +27,7 @@ def test_w8a8() -> None:
 
 
 def test_w8a8_norot_has_no_rotation_inside_a_block() -> None:
-    changed = replace(load_recipe("w8a8"), name="w8a8-norot", rotation=None, side_channels=32)
+    changed = replace(load_recipe("w8a8"), name="w8a8-norot", rotation=None, side_channels=128)
     assert changed == load_recipe("w8a8-norot")
 
 
