@@ -112,3 +112,18 @@ def test_silent_tensor() -> None:
     rows, weights = sample()
     choice = choose_smoothing(0 * rows, np.zeros(32, np.float32), weights)
     assert choice.error == 0
+
+
+def test_loudest_channels_go_aside_and_lower_the_error() -> None:
+    rows, weights = sample(loud=200.0)
+    top = np.abs(rows).max(0)
+    plain = choose_smoothing(rows, top, weights)
+    beside = choose_smoothing(rows, top, weights, side=2)
+    assert plain.side.size == 0
+    assert beside.side.size == 2
+    assert beside.error < plain.error
+
+
+def test_at_most_an_eighth_of_the_channels_goes_aside() -> None:
+    rows, weights = sample()
+    assert choose_smoothing(rows, np.abs(rows).max(0), weights, side=32).side.size == 4
