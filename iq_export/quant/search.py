@@ -68,9 +68,9 @@ def choose_smoothing(
 ) -> SmoothingChoice:
     """Try all candidates on sampled semantic `rows` `[tokens, in]`; `weights`: `[in, out]` each.
 
-    Of the smoothed channels the `side` loudest, at most an eighth of all, are left out of the range,
-    then the rest is rotated in blocks of `rotation`. Where only weights are rounded, this is the idea of AWQ (arXiv
-    2306.00978), and every token counts by its relative error.
+    Of the smoothed channels the `side` loudest, at most an eighth of all, are left out of the
+    range, then the rest is rotated in blocks of `rotation`. Where only weights are rounded, this is
+    the idea of AWQ (arXiv 2306.00978), and every token counts by its relative error.
     """
     weight = np.concatenate(list(weights), axis=1)
     weight_rows = np.abs(weight).max(1)
