@@ -280,9 +280,11 @@ def rewrite(
         return divergence(traced, work / QUANTIZED, sample, names, **options)
 
     with progress.step("Quantize"):
+        first = [s.form for s in sinks]
         sinks, insertions = choose_forms(sinks, data.insertion, loss, int8_cache=int8_cache)
         _insert(work, sites, sinks)
-        sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
+        if [s.form for s in sinks] != first:  # what is restored was measured in the first form
+            sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         write(quantizers)
     with progress.step("Check the quantized graph"):
         recall = _recall(work, len(sinks), data, progress)
@@ -555,7 +557,8 @@ def _calibrate_blocks(
         inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
         names = [name for name, linears in readers.items() if linears[0].node in inside]
         stats = {name: TensorStats.empty(widths[name]) for name in names}
-        hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in names}
+        compensated = names if recipe.gptq else []
+        hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in compensated}
         for number, values in walk.observe(names):
             length = len(data.windows[number].ids)
             sample = sampled_rows(length, kept, data.seed, number)

@@ -48,7 +48,7 @@ def divergence(
         targets = np.asarray(windows[number].ids[1:])
         for start in range(0, targets.size, _ROWS):
             rows = slice(start, min(start + _ROWS, targets.size))
-            p, q = (_log_softmax(values["logits"][rows]) for values in (exact, found))
+            p, q = (log_softmax(values["logits"][rows]) for values in (exact, found))
             kl.append((np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64))
             nll.append(-np.take_along_axis(q, targets[rows, None], axis=-1)[:, 0])
         sinks.append(np.any([found[name][:-1] > 0 for name in indices] or [targets < 0], axis=0))
@@ -61,7 +61,7 @@ def divergence(
     )
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural-log probabilities, float32 `[rows, vocab]`."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import Values, run_window
+from iq_export.calibrate.taps import Values, run_window, tapped_session
 from iq_export.graph import io
 from iq_export.graph.sites import Sites
-from iq_export.run.ort import open_session
 
 
 @dataclass
@@ -81,14 +79,7 @@ class BlockWalk:
         return model
 
     def _run(self, model: ir.Model, names: Sequence[str]) -> Iterator[tuple[int, Values]]:
-        values = {value.name: value for node in model.graph for value in node.outputs}
-        model.graph.outputs[:] = [values[name] for name in names]
-        RemoveUnusedNodesPass()(model)
-        model.graph.inputs[:] = [value for value in model.graph.inputs if value.uses()]
-        # Beside the graph, because external data may only be referenced from its own folder.
-        with NamedTemporaryFile(dir=self.graph.parent, prefix=".block-", suffix=".onnx") as file:
-            io.save_skeleton(model, Path(file.name))
-            session = open_session(Path(file.name), self.providers)
+        session = tapped_session(model, self.graph.parent, names, self.providers)
         for number, window in enumerate(self.windows):
             carried = self.carried[number] if self.carried else {}
             given = {f"{name}.carried": value[None] for name, value in carried.items()}

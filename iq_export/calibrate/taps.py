@@ -12,6 +12,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.calibrate.data import Window
@@ -44,7 +45,7 @@ def tapped_runs(
     done, total = 0, len(groups) * len(windows)
     for group in groups:
         names = list(dict.fromkeys([*always, *group]))
-        session = _tapped_session(model_path, names, providers)
+        session = tapped_session(io.load(model_path), model_path.parent, names, providers)
         for number, window in enumerate(windows):
             yield number, run_window(session, names, window, number, model_path.name)
             done += 1
@@ -67,13 +68,16 @@ def group_by_bytes(
     return groups
 
 
-def _tapped_session(model_path: Path, names: Sequence[str], providers: Sequence[str]) -> Any:
-    model = io.load(model_path)
+def tapped_session(
+    model: ir.Model, folder: Path, names: Sequence[str], providers: Sequence[str]
+) -> Any:
+    """A session of `model`, whose weights lie in `folder`, that gives the values `names` only."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.outputs[:] = [values[name] for name in names]
     RemoveUnusedNodesPass()(model)
-    # Beside the model, because external data may only be referenced from its own folder.
-    with NamedTemporaryFile(dir=model_path.parent, prefix=".taps-", suffix=".onnx") as file:
+    model.graph.inputs[:] = [value for value in model.graph.inputs if value.uses()]
+    # Beside the weights, because external data may only be referenced from its own folder.
+    with NamedTemporaryFile(dir=folder, prefix=".taps-", suffix=".onnx") as file:
         io.save_skeleton(model, Path(file.name))
         return open_session(Path(file.name), providers)
 

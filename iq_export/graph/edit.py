@@ -21,6 +21,12 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
+def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer called `name`, registered with `array` if the graph does not have it yet."""
+    found = graph.initializers.get(name)
+    return constant(graph, name, array) if found is None else found
+
+
 def own_constant(graph: ir.Graph, node: ir.Node, position: int) -> ir.Value:
     """The initializer at input `position` of `node`, copied first if other nodes read it too."""
     value = node.inputs[position]

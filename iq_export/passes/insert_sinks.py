@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.graph.edit import constant
+from iq_export.graph.edit import constant, shared_constant
 from iq_export.graph.sites import Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
@@ -108,17 +108,22 @@ def _insert_one(
     first, never, valid = masks
     life = sinks.lifecycle
     prefix = f"iq/sinks.{number}"
+
+    def detection(
+        block: int, force_first: bool, table: np.ndarray, threshold: float, suffix: str = ""
+    ) -> ir.Node:
+        # `never` is the mask of pads, which `valid` rules out again: only the threshold decides.
+        force = first if force_first else never
+        inputs = [values[sites.blocks[block].mlp.output.input], force, valid]
+        name = f"{prefix}/detect{suffix}"
+        return _op("SinkDetect", inputs, table, name, threshold=float(threshold))
+
     index: ir.Value | None = None
     ends = [*(site.site.block for site in sinks.early[1:]), life.birth]
     for early, end in zip(sinks.early, ends, strict=False):
         site = early.site
-        force = first if site.force_first else never
-        detect = _op(
-            "SinkDetect",
-            [values[sites.blocks[site.block].mlp.output.input], force, valid],
-            early.detection,
-            f"{prefix}/detect.{site.block}",
-            threshold=float(early.threshold),
+        detect = detection(
+            site.block, site.force_first, early.detection, early.threshold, f".{site.block}"
         )
         index = _add_detection(graph, detect, _early_index_name(number, site.block), index)
         clamped = [block for block in life.clamp_blocks if site.block <= block < end]
@@ -126,15 +131,7 @@ def _insert_one(
         for norm, templates in early.norms.items():
             op = _op("SinkClampInsert", [values[norm], index], templates, f"{prefix}/insert.{norm}")
             _interpose(graph, values[norm], op, number)
-    # `never` is the mask of pads, which `valid` rules out again: only the threshold decides.
-    force = first if life.force_first else never
-    detect = _op(
-        "SinkDetect",
-        [values[sites.blocks[life.birth].mlp.output.input], force, valid],
-        sinks.detection,
-        f"{prefix}/detect",
-        threshold=float(sinks.threshold),
-    )
+    detect = detection(life.birth, life.force_first, sinks.detection, sinks.threshold)
     index = _add_detection(graph, detect, index_name(number), index)
 
     clamped = [block for block in life.clamp_blocks if block >= life.birth]
@@ -168,7 +165,7 @@ def _add_detection(
     index.name = name if before is None else f"{name}.here"
     nodes = [detect]
     if before is not None:
-        none = _shared(graph, "iq.no_sink", np.array(0, np.int32))
+        none = shared_constant(graph, "iq.no_sink", np.array(0, np.int32))
         caught = ir.node("Greater", [before, none], name=f"{detect.name}.caught")
         union = ir.node("Where", [caught.outputs[0], before, index], name=f"{detect.name}.union")
         caught.outputs[0].name, union.outputs[0].name = f"{name}.caught", name
@@ -230,11 +227,11 @@ def index_per_head(graph: ir.Graph, index: ir.Value, heads: int) -> ir.Value:
     0 stays 0. So the op needs no other layout, and keys are not transposed for it.
     """
     name = f"{index.name}.heads{heads}"
-    axis = _shared(graph, "iq.axis", np.ones([1], np.int64))
-    step = _shared(graph, f"iq.heads{heads}.step", np.array(heads, np.int32))
+    axis = shared_constant(graph, "iq.axis", np.ones([1], np.int64))
+    step = shared_constant(graph, f"iq.heads{heads}.step", np.array(heads, np.int32))
     offsets = np.arange(1 - heads, 1, dtype=np.int32)[:, None]
-    offset = _shared(graph, f"iq.heads{heads}.offset", offsets)
-    zero = _shared(graph, "iq.no_sink", np.array(0, np.int32))
+    offset = shared_constant(graph, f"iq.heads{heads}.offset", offsets)
+    zero = shared_constant(graph, "iq.no_sink", np.array(0, np.int32))
     nodes = [ir.node("Unsqueeze", [index, axis], name=f"{name}/column")]
     nodes.append(ir.node("Mul", [nodes[0].outputs[0], step], name=f"{name}/scaled"))
     nodes.append(ir.node("Add", [nodes[1].outputs[0], offset], name=f"{name}/shifted"))
@@ -247,11 +244,6 @@ def index_per_head(graph: ir.Graph, index: ir.Value, heads: int) -> ir.Value:
     assert producer is not None
     graph.insert_after(producer, nodes)
     return nodes[-1].outputs[0]
-
-
-def _shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    found = graph.initializers.get(name)
-    return constant(graph, name, array) if found is None else found
 
 
 def set_restore(model: ir.Model, sinks: Sequence[SinkTemplates]) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.graph.edit import constant
+from iq_export.graph.edit import shared_constant
 from iq_export.graph.sites import NORM_OPS, Linear, Sites
 
 # A row of zeros (a clamped sink) stays one. Half's smallest normal number.
@@ -41,8 +41,8 @@ def level_rows(model: ir.Model, sites: Sites) -> list[Linear]:
 
 
 def _level(graph: ir.Graph, product: ir.Node) -> None:
-    least = _shared(graph, "level.least", np.array(_LEAST, np.float32))
-    last = _shared(graph, "level.axis", np.array([-1], np.int64))
+    least = shared_constant(graph, "level.least", np.array(_LEAST, np.float32))
+    last = shared_constant(graph, "level.axis", np.array([-1], np.int64))
     value, output = product.inputs[0], product.outputs[0]
     (norm,) = output.consumers()
     name = f"{product.name}/level"
@@ -61,8 +61,3 @@ def _level(graph: ir.Graph, product: ir.Node) -> None:
     product.replace_input_with(0, level.outputs[0])
     graph.insert_after(product, back)
     norm.replace_input_with(0, back.outputs[0])
-
-
-def _shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    found = graph.initializers.get(name)
-    return found if found is not None else constant(graph, name, array)

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from iq_export.graph.edit import constant
+from iq_export.graph.edit import constant, shared_constant
 from iq_export.graph.sites import Linear
 from iq_export.quant.weights import int4_blocked, int8_per_channel, int8_scales
 
@@ -82,9 +82,7 @@ def _activation_pair(graph: ir.Graph, value: ir.Value, scale: float, most: int) 
     if most < INT8_MAX:
         value = _clipped(graph, value, scale, most)
     scale_value = constant(graph, f"{name}.scale", np.array(scale, np.float32))
-    zero = graph.initializers.get(_ZERO_POINT)
-    if zero is None:
-        zero = constant(graph, _ZERO_POINT, np.array(0, np.int8))
+    zero = shared_constant(graph, _ZERO_POINT, np.array(0, np.int8))
     q = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}/quantize")
     dq = ir.node("DequantizeLinear", [q.outputs[0], scale_value, zero], name=f"{name}/dequantize")
     q.outputs[0].name, dq.outputs[0].name = f"{name}.int8", f"{name}.dequantized"

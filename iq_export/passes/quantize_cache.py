@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.errors import GraphError
-from iq_export.graph.edit import constant
+from iq_export.graph.edit import constant, shared_constant
 from iq_export.graph.sites import AttentionSite, Sites
 from iq_export.passes.insert_sinks import index_name
 from iq_export.sinks.ops import DOMAIN
@@ -77,9 +77,7 @@ def _quantize_one(graph: ir.Graph, concat: ir.Node, scale: float) -> tuple[ir.Va
         ops.append(op)
         new = op.inputs[0]
     scale_value = constant(graph, f"{present.name}.scale", np.array(scale, np.float32))
-    zero = graph.initializers.get(_ZERO_POINT)
-    if zero is None:
-        zero = constant(graph, _ZERO_POINT, np.array(0, np.int8))
+    zero = shared_constant(graph, _ZERO_POINT, np.array(0, np.int8))
     q = ir.node("QuantizeLinear", [new, scale_value, zero], name=f"{present.name}/quantize")
     q.outputs[0].name = f"{present.name}.new"
     q.outputs[0].dtype, q.outputs[0].shape = ir.DataType.INT8, new.shape

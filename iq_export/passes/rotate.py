@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.graph.edit import constant, own_constant, recompute
+from iq_export.graph.edit import own_constant, recompute, shared_constant
 from iq_export.graph.sites import Linear
 
 
@@ -48,14 +48,14 @@ def rotated_value(graph: ir.Graph, value: ir.Value, block: int, name: str) -> ir
 
     The value may be a residual that later nodes read too, hence the place.
     """
-    matrix_name = f"iq.hadamard.{block}"
-    matrix = graph.initializers.get(matrix_name)
-    if matrix is None:
-        matrix = constant(graph, matrix_name, hadamard(block))
+    matrix = shared_constant(graph, f"iq.hadamard.{block}", hadamard(block))
     width = value.shape[-1]
     assert isinstance(width, int)
-    split = _shape(graph, f"iq.split.{width // block}.{block}", [0, 0, width // block, block])
-    join = _shape(graph, f"iq.join.{width}", [0, 0, width])
+    groups = width // block
+    split = shared_constant(
+        graph, f"iq.split.{groups}.{block}", np.array([0, 0, groups, block], np.int64)
+    )
+    join = shared_constant(graph, f"iq.join.{width}", np.array([0, 0, width], np.int64))
     apart = ir.node("Reshape", [value, split], name=f"{name}_split")
     turned = ir.node("MatMul", [apart.outputs[0], matrix], name=name)
     joined = ir.node("Reshape", [turned.outputs[0], join], name=f"{name}_join")
@@ -78,8 +78,3 @@ def rotate_columns(rows: np.ndarray, block: int) -> np.ndarray:
     """`x H` block by block: `[tokens, features]` -> `[tokens, features]`."""
     tokens, features = rows.shape
     return (rows.reshape(tokens, features // block, block) @ hadamard(block)).reshape(rows.shape)
-
-
-def _shape(graph: ir.Graph, name: str, sizes: list[int]) -> ir.Value:
-    found = graph.initializers.get(name)
-    return found if found is not None else constant(graph, name, np.array(sizes, np.int64))

@@ -10,6 +10,7 @@ from typing import TypedDict
 import numpy as np
 
 from iq_export.calibrate.data import Window
+from iq_export.calibrate.divergence import log_softmax
 from iq_export.calibrate.taps import tapped_runs, window_feeds
 from iq_export.errors import GraphError
 from iq_export.passes.switches import switch_name
@@ -43,7 +44,7 @@ class Reference:
         chosen = list(windows[:_LOSS_WINDOWS])
         short = [replace(w, ids=w.ids[:_HARM_LENGTH]) for w in windows[:_HARM_WINDOWS]]
         options = _Options(providers=providers, progress=progress)
-        exact = [_log_softmax(rows[::_HARM_STRIDE]) for rows in _logits(traced, short, options)]
+        exact = [log_softmax(rows[::_HARM_STRIDE]) for rows in _logits(traced, short, options)]
         return cls(chosen, _losses(chosen, _logits(traced, chosen, options)), short, exact)
 
     def ratio(
@@ -85,7 +86,7 @@ class Trial:
         total, rows = 0.0, 0
         reference = self._reference
         for window, exact in zip(reference.short, reference.log_probabilities, strict=True):
-            found = _log_softmax(self._run(window, {activation})[::_HARM_STRIDE])
+            found = log_softmax(self._run(window, {activation})[::_HARM_STRIDE])
             total += float((np.exp(exact) * (exact - found)).sum(dtype=np.float64))
             rows += len(exact)
         return total / rows
@@ -110,13 +111,6 @@ def _losses(windows: Sequence[Window], logits: Iterator[np.ndarray]) -> np.ndarr
     found = []
     for window, rows in zip(windows, logits, strict=True):
         targets = np.asarray(window.ids[1:])
-        likely = _log_softmax(rows[:-1])[np.arange(targets.size), targets]
+        likely = log_softmax(rows[:-1])[np.arange(targets.size), targets]
         found.append(-float(likely.mean(dtype=np.float64)))
     return np.asarray(found)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural-log probabilities, float32 `[rows, vocab]`."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.calibrate.data import Window
+from iq_export.calibrate.ranges import sampled_rows
+from iq_export.calibrate.taps import group_by_bytes, tapped_session
 from iq_export.graph import io
 from iq_export.graph.sites import Branch, Linear, Sites, find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
@@ -28,7 +28,7 @@ from iq_export.passes.rotate import rotate, rotate_columns, rotate_rows
 from iq_export.quant.search import SmoothingChoice
 from iq_export.quant.smoothing import Smoothing
 from iq_export.quant.weights import int4_rounded, int8_per_channel
-from iq_export.run.ort import CausalLM, open_session
+from iq_export.run.ort import CausalLM
 from tools.compare.prefix import Prefix, choose_tokens, make_prefix
 
 INT4_BLOCK = 64
@@ -168,13 +168,11 @@ def observe(
     per_window = max(2, _ROWS // len(windows))
     found: dict[str, list[list[np.ndarray]]] = {name: [[], [], []] for name in widths}
     for number, name, value in _tapped(path, widths, windows, prefix):
-        rng = np.random.default_rng([seed, number])
-        drawn = rng.permutation(np.arange(1, len(value)))[: per_window - 1]
         magnitude = np.abs(value)
         channels, peaks, rows = found[name]
         channels.append(magnitude.max(axis=0))
         peaks.append(magnitude.max(axis=1))
-        rows.append(value[np.append(0, np.sort(drawn))])  # position 0 always: spikes stand there
+        rows.append(value[sampled_rows(len(value), per_window, seed, number)])
     return {
         name: Seen(np.max(channels, axis=0), np.concatenate(peaks), np.concatenate(rows))
         for name, (channels, peaks, rows) in found.items()
@@ -186,23 +184,8 @@ def _tapped(
 ) -> Iterator[tuple[int, str, np.ndarray]]:
     """Yield `(window, name, value [seq, features])`; few values of one window at a time."""
     longest = max(len(window.ids) for window in windows)
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, width in widths.items():
-        size += 4 * width * longest
-        if groups[-1] and size > _TAP_BYTES:
-            groups.append([])
-            size = 4 * width * longest
-        groups[-1].append(name)
-    for group in groups:
-        model = io.load(path)
-        values = {value.name: value for node in model.graph for value in node.outputs}
-        model.graph.outputs[:] = [values[name] for name in group]
-        RemoveUnusedNodesPass()(model)
-        # Beside the model, because external data may only be referenced from its own folder.
-        with NamedTemporaryFile(dir=path.parent, prefix=".taps-", suffix=".onnx") as file:
-            io.save_skeleton(model, Path(file.name))
-            session = open_session(Path(file.name), ["CPUExecutionProvider"])
+    for group in group_by_bytes(widths, longest, _TAP_BYTES):
+        session = tapped_session(io.load(path), path.parent, group, ["CPUExecutionProvider"])
         shapes = {value.name: value.shape for value in session.get_inputs()}
         for number, window in enumerate(windows):
             values = session.run(group, _feed(shapes, window, prefix))
