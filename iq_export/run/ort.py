@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +186,7 @@ def open_session(
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
     # By default ONNX Runtime multiplies int4 weights with activations rounded to int8 on the way.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    threads = threads or _allowed_cores()
     if threads is not None:
         options.intra_op_num_threads = threads
     model: str | bytes = str(path)
@@ -196,6 +198,15 @@ def open_session(
         return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except ort_errors() as error:
         raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
+
+
+def _allowed_cores() -> int | None:
+    """The cores this process is bound to (taskset, a container), None if it may use all: ONNX
+    Runtime counts the machine's, and its threads then wait for each other."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or allowed) else None
 
 
 def empty_cache(value: Any, batch: int) -> NDArray[Any]:

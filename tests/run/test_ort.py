@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnx
 import pytest
 
 from iq_export.errors import EngineError, GraphError
-from iq_export.run.ort import CausalLM, left_pad
+from iq_export.run.ort import PROVIDERS, CausalLM, left_pad, open_session
 
 Maker = Callable[..., Path]
 
@@ -113,3 +114,17 @@ def test_a_run_that_fails_is_one_sentence(
         model.forward(wrong, np.ones((1, 5), np.int64), np.ones((1, 5), np.int64))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
+def test_a_process_bound_to_some_cores_takes_as_many_threads(counting: Maker) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core: nothing to leave free")
+    path = counting()
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        bound = open_session(path, PROVIDERS["cpu"])
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert bound.get_session_options().intra_op_num_threads == 1
