@@ -53,7 +53,7 @@ from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.trial import Reference, Trial
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, with_restore
-from iq_export.sinks.form import Insertion, choose_forms, possible_forms
+from iq_export.sinks.form import Insertion, calibrated_form, choose_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
 from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
@@ -202,7 +202,7 @@ def rewrite(
             sinks = [s for s in sinks if half and overflows_half(s.lifecycle)]
         int8_cache = recipe.kv_bits == 8
         sinks = [
-            replace(s, form=possible_forms(s, data.insertion, int8_cache=int8_cache)[0])
+            replace(s, form=calibrated_form(s, data.insertion, int8_cache=int8_cache))
             for s in sinks
         ]
         left = stream_exponent(stats, [s.lifecycle for s in sinks]) if half else 0

@@ -131,7 +131,9 @@ def _spikes(observations: Mapping[str, Any]) -> str:
     lead = (
         "<p>A static per-tensor int8 range must hold the largest value. A few tokens carry values "
         "thousands of times larger than the rest through the residual stream: they stretch the "
-        "range, and every other token is rounded to almost nothing.</p>"
+        "range, and every other token is rounded to almost nothing.</p>\n<p>The compiled graph's "
+        "values are those it computes with: spikes clamped, and, where the recipe folds scales or "
+        "rotations into weights, scaled and rotated.</p>"
     )
     return "\n".join([lead, *parts])
 
@@ -142,7 +144,7 @@ def _series(values: Any) -> list[Series]:
         return []
     if not isinstance(values, Mapping):
         values = {"before": values}
-    names = {"before": "traced model", "after": "with clamp and insertion"}
+    names = {"before": "traced model", "after": "compiled graph"}
     return [Series(names[key], values[key], key) for key in names if values.get(key)]
 
 

@@ -47,6 +47,13 @@ def possible_forms(
     return forms
 
 
+def calibrated_form(templates: SinkTemplates, wanted: str, *, int8_cache: bool = False) -> str:
+    """The form that blocks are calibrated in before one is chosen: exact keys and values if they
+    are possible, since behind an int8 quantizer others would be calibrated on clipped ones."""
+    forms = possible_forms(templates, wanted, int8_cache=int8_cache)
+    return NORM_AND_KV if NORM_AND_KV in forms else forms[0]
+
+
 def choose_forms(
     sinks: Sequence[SinkTemplates],
     wanted: str,

@@ -23,6 +23,7 @@ def test_w8a8() -> None:
         sinks="always",
         folded_rotation=True,
         side_channels=4,
+        gptq=True,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from iq_export.calibrate.divergence import Divergence
 from iq_export.errors import GraphError
-from iq_export.sinks.form import TIE_NATS, choose_forms
+from iq_export.sinks.form import TIE_NATS, calibrated_form, choose_forms
 from iq_export.sinks.templates import KV, NORM, NORM_AND_KV, SinkTemplates
 from tests.planted import Planted
 
@@ -105,3 +105,10 @@ def test_what_the_kv_form_sets_follows_the_scale_of_the_stream(sinks: SinkTempla
     np.testing.assert_array_equal(half.key_values.residual * 2, sinks.key_values.residual)
     assert half.key_values.rows is sinks.key_values.rows
     assert replace(sinks, key_values=None).residual_scaled(0.5).key_values is None
+
+
+def test_blocks_are_calibrated_on_exact_keys_where_they_are_possible(sinks: SinkTemplates) -> None:
+    assert calibrated_form(sinks, "auto") == NORM_AND_KV
+    assert calibrated_form(sinks, "norm") == NORM
+    assert calibrated_form(sinks, "kv") == KV
+    assert calibrated_form(replace(sinks, key_values=None), "auto") == NORM
