@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from iq_export.quant import gptq
 from iq_export.quant.gptq import gptq_int4, gptq_int8
 from iq_export.quant.weights import int4_blocked, int8_per_channel
 
@@ -46,6 +47,22 @@ def test_int4_error_is_well_below_rounding(block: int) -> None:
 
     compensated = error(rows, value(codes, scale), weight)
     assert compensated < 0.8 * error(rows, value(plain, plain_scale), weight)
+
+
+def test_later_rounds_leave_less_error_than_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weight = correlated(features=256)
+    weight[:64, 5] = 0  # a group without a code
+    hessian = rows.T @ rows
+
+    def found() -> float:
+        codes, scale = gptq_int4(weight, hessian, 64)
+        assert codes.astype(np.int8).min() >= -8 and codes.astype(np.int8).max() <= 7
+        np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
+        return error(rows, codes.astype(np.float32) * np.repeat(scale, 64, axis=0), weight)
+
+    refined = found()
+    monkeypatch.setattr(gptq, "_ROUNDS", 0)
+    assert refined < 0.95 * found()
 
 
 def test_uncorrelated_channels_are_rounded_plainly() -> None:
