@@ -113,12 +113,15 @@ def choose_smoothing(
 
 
 def choose_clip(
-    rows: np.ndarray, absmax: float, weights: Sequence[np.ndarray], rounding: Rounding = INT8
+    rows: np.ndarray,
+    absmax: float,
+    weights: Sequence[np.ndarray],
+    rounding: Rounding = INT8,
+    strength: float = 1.0,
 ) -> tuple[float, float]:
     """`(clip, relative output error)` of a per-tensor range `clip * absmax`.
 
-    Half way, as factors go, between the range of least squared error and the full one: the sample
-    misses rare tokens, and a value that is clipped matters more than its share of the error.
+    `clip` is that of least squared error to the power `strength`, 0 being no clipping at all.
     """
     weight = _some_outputs(np.concatenate(list(weights), axis=1))
     exact = rows @ weight
@@ -127,7 +130,7 @@ def choose_clip(
     most = rounding.activation_max
     assert most is not None
     errors = [_output_error(rows, absmax * c / most, most, rounded, exact) for c in CLIPS]
-    clip = float(np.sqrt(CLIPS[int(np.argmin(errors))]))
+    clip = float(CLIPS[int(np.argmin(errors))] ** strength)
     return clip, _output_error(rows, absmax * clip / most, most, rounded, exact) / energy
 
 
