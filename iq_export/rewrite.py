@@ -69,9 +69,10 @@ _OBSERVED_WINDOWS = 4
 _FORM_WINDOWS = 4
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
-# MLPs write the spikes: what is clipped in front of them costs more than its squared error says, so
-# their ranges go three quarters of the way, as factors, back to the full one (docs/design.md).
-_MLP_CLIP = 0.25
+# Shares of the way, as factors, from the full range to that of least error (docs/design.md). MLPs
+# write the spikes: what is clipped in front of them costs more than its squared error says. Without
+# a rotation a spike is one channel's, and clipping it hurts no other.
+_ATTENTION_CLIP, _MLP_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.25, 0.5
 
 
 # weight name -> codes and scales that GPTQ has found
@@ -582,7 +583,10 @@ def _calibrate_blocks(
             linears, tensor = readers[name], stats[name]
             if recipe.activation_max is not None:
                 weights = [_weight(model, linear) for linear in linears]
-                strength = _MLP_CLIP if linears[0] in block.mlp.linears else 1.0
+                strength = _ATTENTION_CLIP
+                if linears[0] in block.mlp.linears:
+                    bare = linears[0] == block.mlp.output and recipe.rotation is None
+                    strength = _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP
                 found[name] = _quantizer(
                     name, linears, weights, tensor, before, recipe, blocks, strength
                 )
