@@ -763,10 +763,14 @@ def _mixed_plan(
     path = work / _PARTIAL
     io.save(model, path)
     trial = Trial(path, names, reference, providers=options["providers"])
-    harm = {}
-    for number, name in enumerate(names):
-        harm[name] = trial.harm(name)
-        options["progress"].update(number + 1, len(names))
+
+    def harm() -> dict[str, float]:
+        found = {}
+        for number, name in enumerate(names):
+            found[name] = trial.harm(name)
+            options["progress"].update(number + 1, len(names))
+        return found
+
     found = mixed_plan(
         [Site(q.name, q.linears) for q in quantizers.values()],
         harm,

@@ -29,7 +29,8 @@ class MixedPlan:
     with them left out; `ratio_without`: with everything quantized; `met`: ratio within `budget`.
     Both are measured in full precision with every weight rounded, until `shipped` is known; then
     `error` is the standard error of `ratio` over the calibration windows.
-    `harm`: site name -> measured KL to the reference, nats per token, if only it is quantized.
+    `harm`: site name -> measured KL to the reference, nats per token, if only it is quantized;
+    empty if nothing had to be left out.
     """
 
     budget: float
@@ -62,17 +63,23 @@ class MixedPlan:
 
 def mixed_plan(
     sites: Sequence[Site],
-    harm: Mapping[str, float],
+    measure_harm: Callable[[], Mapping[str, float]],
     budget: float,
     ratio: Callable[[Sequence[Site]], float],
 ) -> MixedPlan:
     """Leave out the most harmful sites, per product, until the loss is within `budget`.
 
-    `ratio(skipped)` measures the graph with these sites in half precision. The number of sites is
-    found by bisection, then sites that turn out to be needless are quantized again. If even nothing
-    quantized is over the budget, the plan says so and leaves out what is better of all and nothing.
+    `ratio(skipped)` measures the graph with these sites in half precision; `measure_harm()`, which
+    takes longest, is asked only if the graph with nothing left out is over the budget. The number
+    of sites is found by bisection, then sites that turn out to be needless are quantized again. If
+    even nothing quantized is over the budget, the plan says so and leaves out what is better of all
+    and nothing.
     """
     target = 1 + _USED * (budget - 1)
+    without = ratio(())
+    if without <= target:
+        return MixedPlan(budget, True, (), without, without, {})
+    harm = measure_harm()
     ordered = sorted(sites, key=lambda site: -harm[site.name] / len(site.linears))
     measured: dict[int, float] = {}
 
@@ -80,9 +87,6 @@ def mixed_plan(
         measured[count] = ratio(ordered[:count])
         return measured[count] <= target
 
-    without = ratio(())
-    if without <= target:
-        return MixedPlan(budget, True, (), without, without, harm)
     count = smallest_prefix(len(ordered), within)
     if count is None:
         reached = measured[len(ordered)]

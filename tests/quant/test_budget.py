@@ -22,7 +22,7 @@ def search(budget: float, floor: float = 1.0) -> tuple[MixedPlan, list[int]]:
         left = {site.name for site in skipped}
         return floor + sum(harm for name, harm in HARM.items() if name not in left)
 
-    return mixed_plan(SITES, HARM, budget, ratio), tried
+    return mixed_plan(SITES, lambda: HARM, budget, ratio), tried
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_needless_sites_are_quantized_again() -> None:
         left = {site.name for site in skipped}
         return 1.02 - 0.01 * ("t3" in left) - 0.009 * ("t30" in left)
 
-    found = mixed_plan(SITES, HARM, 1.0015, ratio)
+    found = mixed_plan(SITES, lambda: HARM, 1.0015, ratio)
     assert {site.name for site in found.skipped} == {"t3", "t30"}
 
 
@@ -65,7 +65,7 @@ def test_a_budget_that_cannot_be_met_says_the_best() -> None:
 
 
 def test_leaving_out_what_does_not_help_leaves_nothing_out() -> None:
-    found = mixed_plan(SITES, HARM, 1.005, lambda skipped: 1.02 + 0.001 * len(skipped))
+    found = mixed_plan(SITES, lambda: HARM, 1.005, lambda skipped: 1.02 + 0.001 * len(skipped))
     assert (found.met, found.skipped, found.ratio) == (False, (), 1.02)
     assert "as it is" in found.unmet()
 
@@ -86,3 +86,11 @@ def test_smallest_prefix(size: int, first: int | None) -> None:
 
     assert smallest_prefix(size, holds) == first
     assert len(tried) <= 8
+
+
+def test_harm_is_not_measured_where_nothing_has_to_be_left_out() -> None:
+    def harm() -> dict[str, float]:
+        raise AssertionError("minutes for nothing")
+
+    found = mixed_plan(SITES, harm, 1.005, lambda _: 1.004)
+    assert (found.met, found.skipped, found.harm) == (True, (), {})
