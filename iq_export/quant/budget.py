@@ -28,7 +28,8 @@ class MixedPlan:
     `skipped`: sites, the most harmful first; `ratio`: the measured perplexity over the reference's
     with them left out; `ratio_without`: with everything quantized; `met`: ratio within `budget`.
     Both are measured in full precision with every weight rounded, until `shipped` is known; then
-    `error` is the standard error of `ratio` over the calibration windows.
+    `error` is the standard error of `ratio` over the calibration windows and `searched` what the
+    search had measured.
     `harm`: site name -> measured KL to the reference, nats per token, if only it is quantized;
     empty if nothing had to be left out.
     """
@@ -40,16 +41,26 @@ class MixedPlan:
     ratio_without: float
     harm: Mapping[str, float]
     error: float = 0.0
+    searched: float | None = None
 
     def shipped(self, ratio: float, error: float) -> MixedPlan:
         """The same plan with the ratio of the file that ships."""
-        return replace(self, ratio=ratio, error=error, met=ratio <= self.budget)
+        return replace(
+            self, ratio=ratio, error=error, met=ratio <= self.budget, searched=self.ratio
+        )
 
     def unmet(self) -> str:
-        """The sentence for a budget that cannot be met."""
+        """The sentence for a budget that is not met."""
         left = (
             f"with {len(self.linears)} products in half precision" if self.skipped else "as it is"
         )
+        if self.searched is not None and self.searched <= self.budget:
+            return (
+                f"the file that ships measures {self.ratio:.4f} x "
+                f"(standard error {self.error:.4f}) "
+                f"the untouched graph's perplexity, over the budget of {self.budget:g} that the "
+                f"search kept with {self.searched:.4f} x, {left}: ask for a smaller budget"
+            )
         return (
             f"the budget of {self.budget:g} cannot be met by leaving products in half precision: "
             f"the best measured is {self.ratio:.4f} x the untouched graph's perplexity, {left}"
