@@ -56,10 +56,9 @@ class MixedPlan:
         )
         if self.searched is not None and self.searched <= self.budget:
             return (
-                f"the file that ships measures {self.ratio:.4f} x "
-                f"(standard error {self.error:.4f}) "
-                f"the untouched graph's perplexity, over the budget of {self.budget:g} that the "
-                f"search kept with {self.searched:.4f} x, {left}: ask for a smaller budget"
+                f"the file that ships measures {self.ratio:.4f} x the untouched graph's perplexity "
+                f"(standard error {self.error:.4f}), {left}: over the budget of {self.budget:g}, "
+                f"which the search kept with {self.searched:.4f} x; ask for a smaller budget"
             )
         return (
             f"the budget of {self.budget:g} cannot be met by leaving products in half precision: "

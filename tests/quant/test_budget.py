@@ -75,7 +75,7 @@ def test_the_shipped_file_has_the_last_word() -> None:
     assert found.shipped(1.0055, 0.001).met
     over = found.shipped(1.0065, 0.001)
     assert not over.met
-    assert "1.0065 x (standard error 0.0010)" in over.unmet() and "smaller" in over.unmet()
+    assert "measures 1.0065 x" in over.unmet() and "(standard error 0.0010)" in over.unmet()
 
 
 @pytest.mark.parametrize(("size", "first"), [(0, None), (1, 1), (7, 3), (100, 64), (9, None)])
