@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,16 @@ def test_calibration_of_one_repeated_token(
     assert f"warning: {warning}" in capsys.readouterr().err
 
 
+@pytest.fixture
+def heeding_interrupts() -> Iterator[None]:
+    """A suite that a shell has put into the background ignores them, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeding_interrupts")
 @pytest.mark.parametrize("step", range(1, 9))
 def test_interrupt_leaves_nothing(
     compiled: Path, tiny_model: Path, tmp_path: Path, step: int
