@@ -31,7 +31,7 @@ from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.graph.sites import Linear, Refusal, Sites, find_sites
+from iq_export.graph.sites import Block, Linear, Refusal, Sites, find_sites
 from iq_export.passes.fold_rotation import rotate_attention_values, rotate_stream
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks, set_restore
@@ -583,10 +583,7 @@ def _calibrate_blocks(
             linears, tensor = readers[name], stats[name]
             if recipe.activation_max is not None:
                 weights = [_weight(model, linear) for linear in linears]
-                strength = _ATTENTION_CLIP
-                if linears[0] in block.mlp.linears:
-                    bare = linears[0] == block.mlp.output and recipe.rotation is None
-                    strength = _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP
+                strength = _clip_strength(linears[0], block, recipe)
                 found[name] = _quantizer(
                     name, linears, weights, tensor, before, recipe, blocks, strength
                 )
@@ -608,6 +605,13 @@ def _calibrate_blocks(
         walk.advance(partial(quantize, plan=plan))
         progress.update(block.index + 1, len(sites.blocks))
     return found, codes
+
+
+def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
+    if linear not in block.mlp.linears:
+        return _ATTENTION_CLIP
+    bare = linear == block.mlp.output and recipe.rotation is None
+    return _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP
 
 
 def _weight(model: ir.Model, linear: Linear) -> np.ndarray:

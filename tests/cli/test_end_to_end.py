@@ -105,7 +105,7 @@ def test_insertion_alone_is_exact(evaluated: Bundle) -> None:
 
 def test_w8a8_is_near_fp32_and_round_to_nearest_is_not(evaluated: Bundle) -> None:
     found = ratios(evaluated)
-    # The default compile, twice as long, is at 1.004.
+    # With twice the calibration windows, the default, it is at 1.008.
     assert all(ratio <= 1.03 for ratio in one(found, "bundle"))
     assert all(ratio > 1.5 for ratio in one(found, "round-to-nearest"))
 
