@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iq_export.rewrite import Quantizer, Rewrite
+from iq_export.quant.blockwise import Quantizer
+from iq_export.rewrite import Rewrite
 from iq_export.sinks.calibrate import Decision
 from iq_export.sinks.form import Insertion
 from iq_export.sinks.quality import MatchQuality, order_of_appearance

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,21 +21,18 @@ from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import (
     TensorStats,
     observe_ranges,
-    rows_per_window,
-    sampled_rows,
 )
-from iq_export.calibrate.sequential import BlockWalk
 from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.graph.sites import Block, Linear, Refusal, Sites, find_sites
+from iq_export.graph.sites import Linear, Refusal, Sites, find_sites
 from iq_export.passes.fold_rotation import rotate_attention_values, rotate_stream
 from iq_export.passes.fold_smoothing import fold_smoothing
-from iq_export.passes.insert_sinks import index_name, index_scopes, insert_sinks, set_restore
+from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
 from iq_export.passes.level_rows import level_rows
-from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
+from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.scale_residual import scale_residual
@@ -44,11 +40,12 @@ from iq_export.passes.side_channels import side_channels
 from iq_export.passes.switches import add_switches
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
-from iq_export.quant.budget import MixedPlan, Site, mixed_plan, smallest_prefix
+from iq_export.quant.blockwise import Codes, Quantizer, calibrate_blocks
+from iq_export.quant.budget import MixedPlan, Site, mixed_plan
 from iq_export.quant.cache import CacheScale, cache_scale
-from iq_export.quant.gptq import gptq_int4, gptq_int8
+from iq_export.quant.recall import LEAST_RECALL, hidden, hiding_quantizer, recall_of, unclipped
 from iq_export.quant.recipe import Recipe
-from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
+from iq_export.quant.search import INT8_MAX, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.trial import Reference, Trial
 from iq_export.quant.weights import int4_block_size
@@ -61,22 +58,12 @@ from iq_export.sinks.templates import SinkTemplates
 
 ROTATED, PREPARED = "rotated.onnx", "prepared.onnx"
 INSERTED, QUANTIZED = "inserted.onnx", "quantized.onnx"
-# Least share of the sinks that the quantized graph must still find (method.md step 8).
-LEAST_RECALL = 0.8
 _PARTIAL = "partial.onnx"
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
 _FORM_WINDOWS = 4
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
-# Shares of the way, as factors, from the full range to that of least error (docs/design.md). MLPs
-# write the spikes: what is clipped in front of them costs more than its squared error says. Without
-# a rotation a spike is one channel's, and clipping it hurts no other.
-_ATTENTION_CLIP, _MLP_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.25, 0.5
-
-
-# weight name -> codes and scales that GPTQ has found
-Codes = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class _Run(TypedDict):
@@ -107,24 +94,6 @@ class Calibration:
     @property
     def all(self) -> list[Window]:
         return [*self.windows, *self.probes]
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """One activation quantizer: `before` is the traced tensor, `after` the one that is quantized.
-
-    `clip` is the kept share of the semantic absmax, `output_error` the relative squared error it
-    causes on the sampled outputs of its products, `most` its largest code.
-    """
-
-    name: str
-    linears: tuple[str, ...]  # the products' nodes
-    scale: float
-    clip: float
-    output_error: float
-    before: TensorStats
-    after: TensorStats
-    most: int = INT8_MAX
 
 
 @dataclass(frozen=True)
@@ -226,9 +195,10 @@ def rewrite(
     codes: Codes = {}
     if recipe.activation_max is not None or recipe.gptq:
         with progress.step("Calibrate quantizers"):
-            quantizers, codes = _calibrate_blocks(
-                work / INSERTED, sites, before, sinks, data, progress, recipe, blocks
-            )
+            quantizers, codes = calibrate_blocks(
+                work / INSERTED, sites, before, sinks, recipe, blocks, data.windows,
+                seed=data.seed, **options,
+            )  # fmt: skip
     cache: dict[str, CacheScale] = {}
     if recipe.kv_bits == 8:
         with progress.step("Calibrate the KV cache"):
@@ -256,6 +226,27 @@ def rewrite(
             quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
         return model
 
+    def write(quantizers: dict[str, Quantizer], left: Collection[str] = ()) -> None:
+        model = rounded(quantizers, left)
+        if half:
+            to_half(model)
+        io.save(model, work / QUANTIZED)
+
+    def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
+        """Of the quantized graph: ranges hold in every form, since semantic rows are the same."""
+        _insert(work, sites, candidates)
+        write(quantizers)
+        _restored(work, QUANTIZED, sites, candidates, stats, data, options)
+        names = [index_name(number) for number in range(len(candidates))]
+        windows = data.windows[:_FORM_WINDOWS]
+        return divergence(traced, work / QUANTIZED, windows, names, **options)
+
+    with progress.step("Quantize"):
+        first = [s.form for s in sinks]
+        sinks, insertions = choose_forms(sinks, data.insertion, loss, int8_cache=int8_cache)
+        _insert(work, sites, sinks)
+        if [s.form for s in sinks] != first:  # what is restored was measured in the first form
+            sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
     mixed: MixedPlan | None = None
     if math.isfinite(data.budget) and quantizers:
         with progress.step("Search a mixed plan"):
@@ -267,42 +258,24 @@ def rewrite(
             n: q for n, q in quantizers.items() if not set(q.linears) & set(mixed.linears)
         }
     in_half = frozenset(mixed.linears if mixed else ())
-
-    def write(quantizers: dict[str, Quantizer]) -> None:
-        model = rounded(quantizers, in_half)
-        if half:
-            to_half(model)
-        io.save(model, work / QUANTIZED)
-
-    def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
-        """Of the quantized graph: ranges hold in every form, since semantic rows are the same."""
-        _insert(work, sites, candidates)
-        write(quantizers)
-        _restored(work, QUANTIZED, sites, candidates, stats, data, options)
-        names = [index_name(number) for number in range(len(candidates))]
-        sample = data.windows[:_FORM_WINDOWS]
-        return divergence(traced, work / QUANTIZED, sample, names, **options)
-
-    with progress.step("Quantize"):
-        first = [s.form for s in sinks]
-        sinks, insertions = choose_forms(sinks, data.insertion, loss, int8_cache=int8_cache)
-        _insert(work, sites, sinks)
-        if [s.form for s in sinks] != first:  # what is restored was measured in the first form
-            sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
-        write(quantizers)
+    graphs = work / QUANTIZED, work / INSERTED
+    sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
     with progress.step("Check the quantized graph"):
-        recall = _recall(work, len(sinks), data, progress)
+        write(quantizers, in_half)
+        recall = recall_of(*graphs, len(sinks), sample, **options)
         if recall is not None and recall < LEAST_RECALL:
             progress.note(
                 f"the clipped ranges hide {1 - recall:.0%} of the sinks: their clipping factors "
                 "up to the birth are rejected"
             )
-            quantizers = _unclipped(quantizers, sites, sinks)
-            write(quantizers)
-            recall = _recall(work, len(sinks), data, progress)
+            quantizers = unclipped(quantizers, sites, sinks)
+            write(quantizers, in_half)
+            recall = recall_of(*graphs, len(sinks), sample, **options)
         if recall is not None and recall < LEAST_RECALL:
-            hiding = _hiding_quantizer(work, sites, quantizers, len(sinks), data, progress)
-            raise GraphError(_hidden(recall, hiding, sites))
+            hiding = hiding_quantizer(
+                work / INSERTED, sites, quantizers, len(sinks), sample, **options
+            )
+            raise GraphError(hidden(recall, hiding, sites))
         if quantizers and sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
             sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
@@ -527,126 +500,6 @@ def _insert(work: Path, sites: Sites, sinks: Sequence[SinkTemplates]) -> None:
     io.save_skeleton(model, work / INSERTED)
 
 
-def _calibrate_blocks(
-    inserted: Path,
-    sites: Sites,
-    before: dict[str, TensorStats],
-    sinks: Sequence[SinkTemplates],
-    data: Calibration,
-    progress: Progress,
-    recipe: Recipe,
-    blocks: dict[str, int],
-) -> tuple[dict[str, Quantizer], Codes]:
-    """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
-
-    Every block sees what the quantized blocks before it give. With GPTQ its weights are rounded on
-    the way, else they are rounded alike when the graph is written.
-    """
-    model = io.load(inserted)
-    nodes = {node.name: node for node in model.graph}
-    readers: dict[str, list[Linear]] = {}
-    for linear in sites.linears:
-        readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
-    widths = {name: linears[0].in_features for name, linears in readers.items()}
-    kept = rows_per_window(widths, len(data.windows))
-    scopes = {
-        name: scope
-        for number, templates in enumerate(sinks)
-        for name, scope in index_scopes(number, templates, sites).items()
-    }
-    walk = BlockWalk(inserted, sites, data.windows, list(scopes), data.providers)
-    found: dict[str, Quantizer] = {}
-    codes: Codes = {}
-    for block in sites.blocks:
-        inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
-        names = [name for name, linears in readers.items() if linears[0].node in inside]
-        stats = {name: TensorStats.empty(widths[name]) for name in names}
-        compensated = names if recipe.gptq else []
-        hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in compensated}
-        for number, values in walk.observe(names):
-            length = len(data.windows[number].ids)
-            sample = sampled_rows(length, kept, data.seed, number)
-            for name in names:
-                masks = [
-                    values[index] > 0
-                    for index, scope in scopes.items()
-                    if readers[name][0].node in scope
-                ]
-                sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
-                stats[name].add(values[name], sunk, sample)
-                if recipe.gptq:
-                    rows = values[name][~sunk]
-                    rows = unit_rows(rows) if recipe.activation_max is None else rows
-                    hessians[name] += rows.T @ rows
-        importance: dict[str, np.ndarray] = {}
-        for name in names:
-            linears, tensor = readers[name], stats[name]
-            if recipe.activation_max is not None:
-                weights = [_weight(model, linear) for linear in linears]
-                strength = _clip_strength(linears[0], block, recipe)
-                found[name] = _quantizer(
-                    name, linears, weights, tensor, before, recipe, blocks, strength
-                )
-            for linear in linears:
-                importance[linear.weight] = (tensor.rows**2).mean(0)
-                if recipe.gptq:
-                    codes[linear.weight] = _gptq(
-                        _weight(model, linear), hessians[name], blocks.get(linear.weight)
-                    )
-        plan = QuantizePlan(
-            tuple(x for name in names for x in readers[name]),
-            recipe.weight_bits,
-            {name: found[name].scale for name in names if name in found},
-            blocks,
-            importance,
-            activation_max=recipe.activation_max or INT8_MAX,
-            codes=codes,
-        )
-        walk.advance(partial(quantize, plan=plan))
-        progress.update(block.index + 1, len(sites.blocks))
-    return found, codes
-
-
-def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
-    if linear not in block.mlp.linears:
-        return _ATTENTION_CLIP
-    bare = linear == block.mlp.output and recipe.rotation is None
-    return _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP
-
-
-def _weight(model: ir.Model, linear: Linear) -> np.ndarray:
-    return model.graph.initializers[linear.weight].const_value.numpy()
-
-
-def _gptq(
-    weight: np.ndarray, hessian: np.ndarray, block: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    return gptq_int8(weight, hessian) if block is None else gptq_int4(weight, hessian, block)
-
-
-def _quantizer(
-    name: str,
-    linears: Sequence[Linear],
-    weights: Sequence[np.ndarray],
-    tensor: TensorStats,
-    before: Mapping[str, TensorStats],
-    recipe: Recipe,
-    blocks: Mapping[str, int],
-    strength: float,
-) -> Quantizer:
-    if tensor.absmax_semantic <= 0:
-        raise GraphError(
-            f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
-            "calibration text that resembles the model's use."
-        )
-    most = recipe.activation_max
-    rounding = Rounding(most, blocks.get(linears[0].weight))
-    clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights, rounding, strength)
-    scale = clip * tensor.absmax_semantic / most
-    nodes = tuple(linear.node for linear in linears)
-    return Quantizer(name, nodes, scale, clip, error, before[linears[0].input], tensor, most)
-
-
 def _cache_scales(
     inserted: Path,
     sites: Sites,
@@ -733,23 +586,6 @@ def _restored(
     return measured
 
 
-def _unclipped(
-    quantizers: dict[str, Quantizer], sites: Sites, sinks: Sequence[SinkTemplates]
-) -> dict[str, Quantizer]:
-    """The absmax of all tokens for the quantizers that a detection lies behind."""
-    last = max(templates.lifecycle.birth for templates in sinks)
-    early = {
-        linear.node
-        for block in sites.blocks[: last + 1]
-        for branch in (block.attention, block.mlp)
-        for linear in branch.linears
-    }
-    return {
-        name: replace(q, scale=q.after.absmax / q.most, clip=1.0) if early & set(q.linears) else q
-        for name, q in quantizers.items()
-    }
-
-
 def _mixed_plan(
     model: ir.Model,
     work: Path,
@@ -784,76 +620,6 @@ def _mixed_plan(
     path.unlink()
     path.with_name(path.name + ".data").unlink(missing_ok=True)
     return found
-
-
-def _hiding_quantizer(
-    work: Path,
-    sites: Sites,
-    quantizers: Mapping[str, Quantizer],
-    lifecycles: int,
-    data: Calibration,
-    progress: Progress,
-) -> Quantizer | None:
-    """The first activation in graph order whose quantizer, with those before it, loses the sinks.
-
-    None if it is no activation's doing: then weights or half precision hide them.
-    """
-    ordered = list(quantizers.values())
-
-    def hides(count: int) -> bool:
-        scales = {quantizer.name: quantizer.scale for quantizer in ordered[:count]}
-        model = io.load(work / INSERTED)
-        plan = QuantizePlan(
-            tuple(sites.linears), FLOAT_BITS, scales, activation_max=ordered[0].most
-        )
-        quantize(model, plan)
-        io.save_skeleton(model, work / _PARTIAL)
-        recall = _recall(work, lifecycles, data, progress, graph=_PARTIAL)
-        return recall is not None and recall < LEAST_RECALL
-
-    count = smallest_prefix(len(ordered), hides)
-    (work / _PARTIAL).unlink(missing_ok=True)
-    return ordered[count - 1] if count else None
-
-
-def _hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
-    """The sentence for a graph that does not find its sinks any more."""
-    text = f"The quantized graph finds {recall:.0%} of the sinks, less than {LEAST_RECALL:.0%}: "
-    if hiding is None:
-        text += "its rounded weights hide them from detection, no single range does."
-    else:
-        block, kind = next(
-            (block.index, branch.kind)
-            for block in sites.blocks
-            for branch in (block.attention, block.mlp)
-            if {linear.node for linear in branch.linears} & set(hiding.linears)
-        )
-        text += (
-            f"the range of tensor {hiding.name!r} (block {block}, {kind}) hides them from "
-            f"detection: it ends at {hiding.scale * hiding.most:.4g}, the tensor at "
-            f"{hiding.after.absmax:.4g}."
-        )
-    return f"{text} Calibrate on text nearer to the model's use, or with more samples."
-
-
-def _recall(
-    work: Path, lifecycles: int, data: Calibration, progress: Progress, *, graph: str = QUANTIZED
-) -> float | None:
-    """R = |S_quant and S_fp| / |S_fp| over the probes and a few windows; None if they hold none."""
-    if not lifecycles:
-        return None
-    names = [index_name(number) for number in range(lifecycles)]
-    found, both = 0, 0
-    sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
-    pairs = [
-        tapped_runs(path, [names], sample, providers=data.providers, progress=progress)
-        for path in (work / INSERTED, work / graph)
-    ]
-    for (_, exact), (_, rounded) in zip(*pairs, strict=True):
-        for name in names:
-            found += int((exact[name] > 0).sum())
-            both += int(((exact[name] > 0) & (rounded[name] > 0)).sum())
-    return both / found if found else None
 
 
 def _observed_after(

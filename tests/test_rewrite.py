@@ -279,9 +279,9 @@ def test_clips_that_hide_sinks_are_rejected(
 ) -> None:
     """Method step 8; where even whole ranges do not help, the compile ends with a sentence."""
     stages = importlib.import_module("iq_export.rewrite")
-    monkeypatch.setattr(stages, "choose_clip", lambda *_: (0.02, 0.0))
+    monkeypatch.setattr("iq_export.quant.blockwise.choose_clip", lambda *_: (0.02, 0.0))
     if not rejecting:
-        monkeypatch.setattr(stages, "_unclipped", lambda quantizers, *_: quantizers)
+        monkeypatch.setattr(stages, "unclipped", lambda quantizers, *_: quantizers)
     decoder = planted.WITH_DELIMITER
     # A rotation spreads the spike over all channels, where no clip hides it.
     recipe = replace(load_recipe("w8a8"), smoothing=False, folded_rotation=False)

@@ -66,9 +66,10 @@ def gptq_int4(weight: np.ndarray, hessian: np.ndarray, block: int) -> tuple[np.n
 
     _compensate(work, inverse, rounded, block)
     curvature = damped.astype(np.float32)
+    pull = curvature @ weight
     best = (_error(weight, codes, scales, curvature), codes, scales)
     for _ in range(_ROUNDS):
-        scales = _fitted_scales(weight, codes, scales, curvature)
+        scales = _fitted_scales(pull, codes, scales, curvature)
         codes = codes.copy()
         for _ in range(_SWEEPS):
             _descend(weight, codes, scales, curvature)
@@ -103,20 +104,23 @@ def _error(
 
 
 def _fitted_scales(
-    weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, curvature: np.ndarray
+    pull: np.ndarray, codes: np.ndarray, scales: np.ndarray, curvature: np.ndarray
 ) -> np.ndarray:
-    """The scales `[groups, out]` of least output error for these codes, per output channel."""
-    block = len(weight) // len(scales)
+    """The scales `[groups, out]` of least output error for these codes, per output channel.
+
+    `pull`: H W, `[in, out]`.
+    """
+    block = len(pull) // len(scales)
     found = scales.copy()
     for start in range(0, scales.shape[1], _CHUNK):
         part = slice(start, start + _CHUNK)
-        found[:, part] = _solved(weight[:, part], codes[:, part], scales[:, part], curvature, block)
+        found[:, part] = _solved(pull[:, part], codes[:, part], scales[:, part], curvature, block)
     near = (found > scales / _MOST_SCALE) & (found < scales * _MOST_SCALE)
     return _as_shipped(np.where(near, found, scales))
 
 
 def _solved(
-    weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, curvature: np.ndarray, block: int
+    pull: np.ndarray, codes: np.ndarray, scales: np.ndarray, curvature: np.ndarray, block: int
 ) -> np.ndarray:
     """The normal equations of some output channels; `[groups, out]`."""
     groups, outputs = scales.shape
@@ -125,11 +129,11 @@ def _solved(
         rows = slice(group * block, (group + 1) * block)
         pulled = (curvature[:, rows] @ codes[rows]) * codes
         system[:, :, group] = pulled.reshape(groups, block, outputs).sum(1).T
-    target = ((curvature @ weight) * codes).reshape(groups, block, outputs).sum(1).T
+    target = (pull * codes).reshape(groups, block, outputs).sum(1).T
     # A group of zeros says nothing about its scale: it keeps the one it has.
-    pull = 1e-4 * np.einsum("ogg->o", system)[:, None] / groups + 1e-9
-    system[:, np.arange(groups), np.arange(groups)] += pull
-    solved: np.ndarray = np.linalg.solve(system, (target + pull * scales.T)[..., None])[..., 0].T
+    hold = 1e-4 * np.einsum("ogg->o", system)[:, None] / groups + 1e-9
+    system[:, np.arange(groups), np.arange(groups)] += hold
+    solved: np.ndarray = np.linalg.solve(system, (target + hold * scales.T)[..., None])[..., 0].T
     return solved
 
 

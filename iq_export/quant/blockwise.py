@@ -1,0 +1,180 @@
+"""Choose every activation's range and round every weight, one block behind the other.
+
+Every block sees what the quantized blocks before it give (method.md step 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.calibrate.data import Window
+from iq_export.calibrate.ranges import TensorStats, rows_per_window, sampled_rows
+from iq_export.calibrate.sequential import BlockWalk
+from iq_export.errors import GraphError
+from iq_export.graph import io
+from iq_export.graph.sites import Block, Linear, Sites
+from iq_export.passes.insert_sinks import index_scopes
+from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.progress import Progress
+from iq_export.quant.gptq import gptq_int4, gptq_int8
+from iq_export.quant.recipe import Recipe
+from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
+from iq_export.sinks.templates import SinkTemplates
+
+# Shares of the way, as factors, from the full range to that of least error (docs/design.md). MLPs
+# write the spikes: what is clipped in front of them costs more than its squared error says. Without
+# a rotation a spike is one channel's, and clipping it hurts no other.
+_ATTENTION_CLIP, _MLP_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.25, 0.5
+
+# weight name -> codes and scales that GPTQ has found
+Codes = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One activation quantizer: `before` is the traced tensor, `after` the one that is quantized.
+
+    `clip` is the kept share of the semantic absmax, `output_error` the relative squared error it
+    causes on the sampled outputs of its products, `most` its largest code.
+    """
+
+    name: str
+    linears: tuple[str, ...]  # the products' nodes
+    scale: float
+    clip: float
+    output_error: float
+    before: TensorStats
+    after: TensorStats
+    most: int = INT8_MAX
+
+
+def calibrate_blocks(
+    inserted: Path,
+    sites: Sites,
+    before: Mapping[str, TensorStats],
+    sinks: Sequence[SinkTemplates],
+    recipe: Recipe,
+    blocks: Mapping[str, int],
+    windows: Sequence[Window],
+    *,
+    seed: int,
+    providers: Sequence[str],
+    progress: Progress,
+) -> tuple[dict[str, Quantizer], Codes]:
+    """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
+
+    `before`: statistics of the traced graph by a product's input; `blocks`: the int4 block size by
+    weight name, empty for int8. With GPTQ the weights are rounded on the way, else they are rounded
+    when the graph is written, and no codes come back.
+
+    Raises GraphError for an activation that is zero throughout.
+    """
+    model = io.load(inserted)
+    nodes = {node.name: node for node in model.graph}
+    readers: dict[str, list[Linear]] = {}
+    for linear in sites.linears:
+        readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
+    widths = {name: linears[0].in_features for name, linears in readers.items()}
+    kept = rows_per_window(widths, len(windows))
+    scopes = {
+        name: scope
+        for number, templates in enumerate(sinks)
+        for name, scope in index_scopes(number, templates, sites).items()
+    }
+    walk = BlockWalk(inserted, sites, windows, list(scopes), providers)
+    found: dict[str, Quantizer] = {}
+    codes: Codes = {}
+    for block in sites.blocks:
+        inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
+        names = [name for name, linears in readers.items() if linears[0].node in inside]
+        stats = {name: TensorStats.empty(widths[name]) for name in names}
+        compensated = names if recipe.gptq else []
+        hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in compensated}
+        for number, values in walk.observe(names):
+            length = len(windows[number].ids)
+            sample = sampled_rows(length, kept, seed, number)
+            for name in names:
+                masks = [
+                    values[index] > 0
+                    for index, scope in scopes.items()
+                    if readers[name][0].node in scope
+                ]
+                sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
+                stats[name].add(values[name], sunk, sample)
+                if recipe.gptq:
+                    rows = values[name][~sunk]
+                    rows = unit_rows(rows) if recipe.activation_max is None else rows
+                    hessians[name] += rows.T @ rows
+        importance: dict[str, np.ndarray] = {}
+        for name in names:
+            linears, tensor = readers[name], stats[name]
+            if recipe.activation_max is not None:
+                weights = [_weight(model, linear) for linear in linears]
+                strength = _clip_strength(linears[0], block, recipe)
+                found[name] = _quantizer(
+                    name, linears, weights, tensor, before, recipe, blocks, strength
+                )
+            for linear in linears:
+                importance[linear.weight] = (tensor.rows**2).mean(0)
+                if recipe.gptq:
+                    codes[linear.weight] = _gptq(
+                        _weight(model, linear), hessians[name], blocks.get(linear.weight)
+                    )
+        plan = QuantizePlan(
+            tuple(x for name in names for x in readers[name]),
+            recipe.weight_bits,
+            {name: found[name].scale for name in names if name in found},
+            blocks,
+            importance,
+            activation_max=recipe.activation_max or INT8_MAX,
+            codes=codes,
+        )
+        walk.advance(partial(quantize, plan=plan))
+        progress.update(block.index + 1, len(sites.blocks))
+    return found, codes
+
+
+def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
+    if linear not in block.mlp.linears:
+        return _ATTENTION_CLIP
+    bare = linear == block.mlp.output and recipe.rotation is None
+    return _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP
+
+
+def _weight(model: ir.Model, linear: Linear) -> np.ndarray:
+    return model.graph.initializers[linear.weight].const_value.numpy()
+
+
+def _gptq(
+    weight: np.ndarray, hessian: np.ndarray, block: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    return gptq_int8(weight, hessian) if block is None else gptq_int4(weight, hessian, block)
+
+
+def _quantizer(
+    name: str,
+    linears: Sequence[Linear],
+    weights: Sequence[np.ndarray],
+    tensor: TensorStats,
+    before: Mapping[str, TensorStats],
+    recipe: Recipe,
+    blocks: Mapping[str, int],
+    strength: float,
+) -> Quantizer:
+    if tensor.absmax_semantic <= 0:
+        raise GraphError(
+            f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
+            "calibration text that resembles the model's use."
+        )
+    most = recipe.activation_max
+    rounding = Rounding(most, blocks.get(linears[0].weight))
+    clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights, rounding, strength)
+    scale = clip * tensor.absmax_semantic / most
+    nodes = tuple(linear.node for linear in linears)
+    return Quantizer(name, nodes, scale, clip, error, before[linears[0].input], tensor, most)
