@@ -141,6 +141,16 @@ def test_scales_are_clipped_semantic_ranges(run: Run) -> None:
         assert quantizer.scale == pytest.approx(quantizer.clip * semantic / 127)
 
 
+def test_fewer_codes_are_clipped_more(run: Run) -> None:
+    """At 8 bits an MLP's range stays near the full one; with 64 codes it must give that up."""
+
+    def mean_clip(recipe: str) -> float:
+        found = run(SPIKY, recipe=recipe).quantizers.values()
+        return float(np.mean([q.clip for q in found if "/mlp/" in q.linears[0]]))
+
+    assert mean_clip("w8a6") < 0.9 * mean_clip("w8a8")
+
+
 def test_quantized_graph_is_chunk_invariant(run: Run) -> None:
     model = CausalLM(run(SPIKY).quantized)
     once, chunked = logits(model, ROWS), logits(model, ROWS, chunk=7)

@@ -29,8 +29,10 @@ from iq_export.sinks.templates import SinkTemplates
 
 # Shares of the way, as factors, from the full range to that of least error (docs/design.md). MLPs
 # write the spikes: what is clipped in front of them costs more than its squared error says. Without
-# a rotation a spike is one channel's, and clipping it hurts no other.
-_ATTENTION_CLIP, _MLP_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.25, 0.5
+# a rotation a spike is one channel's, and clipping it hurts no other. The fewer codes, by bits, the
+# more the squared error of what is not clipped counts.
+_ATTENTION_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.5
+_MLP_CLIP = {8: 0.25, 6: 0.75, 4: 1.0}
 
 # weight name -> codes and scales that GPTQ has found
 Codes = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -144,7 +146,7 @@ def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
     if linear not in block.mlp.linears:
         return _ATTENTION_CLIP
     bare = linear == block.mlp.output and recipe.rotation is None
-    return _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP
+    return _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP[recipe.activation_bits]
 
 
 def _weight(model: ir.Model, linear: Linear) -> np.ndarray:
