@@ -93,8 +93,8 @@ def _check_manifest(folder: Path, content: bytes) -> None:
         recorded = (folder / CHECKSUM_NAME).read_bytes()
     except FileNotFoundError as error:
         raise BundleError(
-            f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, or "
-            f"if you trust it run there: sha256sum {MANIFEST_NAME} > {CHECKSUM_NAME}"
+            f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, "
+            f"or if you trust it run there: sha256sum {MANIFEST_NAME} > {CHECKSUM_NAME}"
         ) from error
     except OSError as error:
         raise BundleError(f"cannot read {folder / CHECKSUM_NAME}: {error}") from error
