@@ -75,7 +75,8 @@ CacheTensor readCache(TensorInfo const& past, Manifest const& manifest)
     CacheTensor cache{past.name, presentName(past.name), past.dtype, {}, 1, bytesOf(past.dtype)};
     bool const keys = past.shape.size() == 4;
     size_t const rows = keys ? 2 : 1;
-    if ((!keys && past.shape.size() != 2) || !isAxis(past, 0, "batch") || !isAxis(past, rows, "past"))
+    if ((!keys && past.shape.size() != 2) || !isAxis(past, 0, "batch")
+        || !isAxis(past, rows, "past"))
     {
         refuse("'" + past.name + "' is not [batch, heads, past, size] or [batch, past]");
     }
@@ -122,7 +123,7 @@ GraphIo readGraphIo(Manifest const& manifest)
         {
             if (input.dtype != "int64" || input.shape.size() != 2)
             {
-                refuse("'" + input.name + "' is not int64 [batch, " + (mask ? "total" : "seq") + "]");
+                refuse("'" + input.name + "' is not int64 with two axes");
             }
             continue;
         }

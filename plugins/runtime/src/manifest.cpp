@@ -192,7 +192,8 @@ Manifest parseManifest(std::string const& text, std::string const& where)
     int64_t const format = root["format_version"].integer(INT32_MIN, INT32_MAX);
     if (format != kFormatVersion)
     {
-        throw Refusal(Error{ErrorCode::kBundle, where + " has another format: compile the model again",
+        throw Refusal(Error{ErrorCode::kBundle,
+            where + " has another format: compile the model again",
             {{"format version", std::to_string(kFormatVersion), std::to_string(format)}}});
     }
     checkFields(root);

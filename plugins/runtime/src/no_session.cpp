@@ -9,8 +9,8 @@ namespace
 Error absent()
 {
     return {ErrorCode::kEngine,
-        "this libiq_runtime was built without CUDA, it only checks bundles: build it where nvcc and "
-        "TensorRT's headers are"};
+        "this libiq_runtime was built without CUDA, it only checks bundles: build it where nvcc "
+        "and TensorRT's headers are"};
 }
 
 } // namespace

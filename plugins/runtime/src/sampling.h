@@ -39,7 +39,7 @@ IQ_HOST_DEVICE double weightOf(float logit, float peak, float temperature)
     return static_cast<double>(expf((logit - peak) / temperature));
 }
 
-// A number in [0, 1) for a row (of fewer than 2^20) and a step: splitmix64 of a counter, twice over.
+// A number in [0, 1) for a row (of fewer than 2^20) and a step: splitmix64 of a counter, twice.
 IQ_HOST_DEVICE double uniform(uint64_t seed, uint64_t row, uint64_t step)
 {
     uint64_t bits = seed + 0x9E3779B97F4A7C15ULL * (1 + (step << 20U) + row);

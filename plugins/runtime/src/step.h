@@ -1,7 +1,7 @@
 // The plan of a step, for host and device.
 //
-// A batch is padded on the left, as iq_export/run/ort.py `left_pad` does it, and so is the cache: its
-// window of past rows is as long as the step's shape says, and the tokens stand at its right end.
+// A batch is padded on the left, as iq_export/run/ort.py `left_pad` does it, and so is the cache:
+// its window of past rows is as long as the step's shape says, the tokens stand at its right end.
 // Prefill goes in chunks over a window of exactly what was read; decode over a window that is
 // rounded up, so that its shapes, and with them a CUDA graph, last for many steps. Each step leaves
 // `past + seq` rows, of which the last ones become the next window.

@@ -28,7 +28,7 @@ constexpr Flavour kBuiltFlavour = Flavour::kRtx;
 constexpr Flavour kBuiltFlavour = Flavour::kEnterprise;
 #endif
 
-// TensorRT keeps the first logger it is given for its plugin registry: there is one for the process.
+// TensorRT keeps the first logger it is given for its plugin registry: the process has but one.
 class Logger final : public nvinfer1::ILogger
 {
 public:
@@ -671,8 +671,8 @@ void checkPrompts(std::vector<std::vector<int64_t>> const& prompts, EngineInfo c
         if (prompt.empty() || static_cast<int64_t>(prompt.size()) > info.past.max)
         {
             throw Refusal(ErrorCode::kData,
-                "a prompt has " + std::to_string(prompt.size()) + " tokens, the engine's cache holds "
-                "1 to " + std::to_string(info.past.max));
+                "a prompt has " + std::to_string(prompt.size())
+                    + " tokens, the engine's cache holds 1 to " + std::to_string(info.past.max));
         }
         for (int64_t const id : prompt)
         {
@@ -740,7 +740,8 @@ Status TextSession::decode()
         if (state.used > state.capacity)
         {
             return Error{ErrorCode::kData,
-                "the cache is full: the engine holds " + std::to_string(state.capacity) + " tokens"};
+                "the cache is full: the engine holds " + std::to_string(state.capacity)
+                    + " tokens"};
         }
         check(cudaSetDevice(state.shared.device), "cudaSetDevice");
         state.step();

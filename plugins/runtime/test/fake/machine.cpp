@@ -2,8 +2,8 @@
 //
 // Whatever the plan, its model has two heads of key and value rows (half, four elements) and a sink
 // index. It writes each token and its position into its cache rows. The next token is the sum of
-// (token + 1) x (position + 1) over all rows that the mask shows, modulo the vocabulary: a wrong mask,
-// position, window or cache row gives other tokens.
+// (token + 1) x (position + 1) over all rows that the mask shows, modulo the vocabulary: a wrong
+// mask, position, window or cache row gives other tokens.
 #include <cstdlib>
 #include <cstring>
 #include <map>
