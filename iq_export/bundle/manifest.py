@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from iq_export.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# Beside it, as `sha256sum` writes and checks it: a manifest cannot hold its own checksum.
+CHECKSUM_NAME = "manifest.json.sha256"
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,21 @@ class Manifest:
         return cls(**values)
 
     def write(self, folder: Path) -> Path:
-        """Write `folder/manifest.json` atomically: readers see the old text or the new one."""
-        path = folder / MANIFEST_NAME
-        write_atomically(path, self.to_json())
+        """Write `folder/manifest.json` and its checksum: readers see the old text or the new one.
+
+        Both are on the disk before the first is put in place, and an interrupt between the two
+        does not keep the second from its place.
+        """
+        path, text = folder / MANIFEST_NAME, self.to_json()
+        with (
+            _staged(path, text) as manifest,
+            _staged(folder / CHECKSUM_NAME, checksum_line(text.encode())) as checksum,
+        ):
+            try:
+                manifest.replace(path)
+            finally:
+                if not manifest.exists():
+                    checksum.replace(folder / CHECKSUM_NAME)
         return path
 
 
@@ -123,8 +139,20 @@ def json_safe(value: Any) -> Any:
     return value
 
 
+def checksum_line(manifest: bytes) -> str:
+    """What `manifest.json.sha256` holds for a manifest of these bytes."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST_NAME}\n"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) through a temporary sibling and a rename."""
+    with _staged(path, text) as temporary:
+        temporary.replace(path)
+
+
+@contextmanager
+def _staged(path: Path, text: str) -> Iterator[Path]:
+    """A sibling of `path` that holds `text`, on the disk; removed unless the block renames it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
@@ -134,7 +162,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(stream.fileno())
         # mkstemp makes the file private; a bundle is meant to be shared like any other output.
         temporary.chmod(0o644)
-        temporary.replace(path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -142,11 +170,12 @@ def write_atomically(path: Path, text: str) -> None:
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
     """Size and checksum of the files of `folder` by their `/`-separated relative name.
 
-    `names` restricts it to those; default: every file below `folder` but the manifest, sorted.
+    `names` restricts it to those; default: every file below `folder` but the manifest and its
+    checksum, sorted.
     """
     if names is None:
         found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        names = sorted(name for name in found if name != MANIFEST_NAME)
+        names = sorted(name for name in found if name not in (MANIFEST_NAME, CHECKSUM_NAME))
     return {
         name: FileRecord((folder / name).stat().st_size, sha256_file(folder / name))
         for name in names

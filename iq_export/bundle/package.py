@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, record_files
+from iq_export.bundle.manifest import (
+    CHECKSUM_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    checksum_line,
+    record_files,
+)
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
 
@@ -30,7 +36,7 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
-        """Read a bundle and, with `verify`, compare every file with its checksum.
+        """Read a bundle, its manifest compared with its checksum, and with `verify` every file.
 
         Raises BundleError if it is no bundle, or with a table of the files that differ.
         """
@@ -39,11 +45,13 @@ class Bundle:
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
         try:
-            text = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
+            text = content.decode()
         except FileNotFoundError as error:
             raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"cannot read {path}: {error}") from error
+        _check_manifest(folder, content)
         bundle = cls(folder, Manifest.from_json(text, str(path)))
         if verify:
             mismatches = bundle.mismatches()
@@ -77,6 +85,24 @@ class Bundle:
             elif (found := sha256_file(path)) != expected.sha256:
                 rows.append((name, f"sha256 {expected.sha256[:16]}", f"sha256 {found[:16]}"))
         return rows
+
+
+def _check_manifest(folder: Path, content: bytes) -> None:
+    """BundleError if the manifest is not the one that its checksum was written for."""
+    try:
+        recorded = (folder / CHECKSUM_NAME).read_bytes()
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, "
+            f"or if you trust it run there: sha256sum {MANIFEST_NAME} > {CHECKSUM_NAME}"
+        ) from error
+    except OSError as error:
+        raise BundleError(f"cannot read {folder / CHECKSUM_NAME}: {error}") from error
+    if recorded != checksum_line(content).encode():
+        raise BundleError(
+            f"{folder / MANIFEST_NAME} is not the one that {CHECKSUM_NAME} was written for: "
+            "copy the bundle again or compile it again"
+        )
 
 
 def _mismatch_text(folder: Path, rows: Sequence[tuple[str, str, str]]) -> str:

@@ -70,7 +70,7 @@ class EngineReport:
     (standard ops, no PLUGIN_V3 layer) or "none" (the model has no sink ops). `layers` counts the
     layers of the parsed network, before TensorRT fuses them. With `plugin_embedded` the plan
     carries the plugin library, and a runtime must allow host code; else it must load the library
-    first. `peak_rss_bytes` is the child's.
+    first; `plugin_version` is that of its layers. `peak_rss_bytes` is the child's.
     """
 
     target: str
@@ -92,6 +92,7 @@ class EngineReport:
     strip_weights: bool
     peak_rss_bytes: int
     warnings: tuple[str, ...] = ()
+    plugin_version: str = ""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineReport:

@@ -23,6 +23,7 @@ from iq_export.engine.trt import BuildLog, TensorRT, load
 from iq_export.errors import EngineError, IqError
 
 _PLUGIN_NAMESPACE = "iq"
+_PLUGIN_VERSION = "1"  # the nodes carry it as well, see sinks/ops.py
 
 
 def main() -> int:
@@ -89,6 +90,7 @@ def build(request: BuildRequest) -> EngineReport:
         strip_weights=request.strip_weights,
         peak_rss_bytes=_peak_rss_bytes(),
         warnings=tuple(log.warnings),
+        plugin_version=_PLUGIN_VERSION if form == "plugin" else "",
     )
 
 

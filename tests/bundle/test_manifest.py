@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from iq_export.bundle.manifest import (
+    CHECKSUM_NAME,
     FORMAT_VERSION,
     FileRecord,
     Manifest,
     TensorInfo,
+    checksum_line,
     record_files,
 )
 from iq_export.errors import BundleError
@@ -63,3 +65,36 @@ def test_record_files_hashes_everything_but_the_manifest(tmp_path: Path) -> None
     files = record_files(tmp_path)
     assert list(files) == ["engines/a.plan", "model.onnx"]
     assert files["engines/a.plan"] == FileRecord(4, hashlib.sha256(b"plan").hexdigest())
+
+
+def test_the_checksum_beside_it_is_sha256sums(tmp_path: Path) -> None:
+    path = sample().write(tmp_path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (tmp_path / CHECKSUM_NAME).read_text() == f"{digest}  manifest.json\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", CHECKSUM_NAME]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("renamed", [True, False])
+def test_manifest_and_checksum_never_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], renamed: bool
+) -> None:
+    """Whether a failure comes just before or just after the manifest is in its place."""
+    sample().write(tmp_path)
+    rename = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        is_manifest = Path(target).name == "manifest.json"
+        if renamed or not is_manifest:
+            rename(self, target)
+        if is_manifest:
+            raise error
+        return Path(target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(error):
+        Manifest("other", "w8a8", "float16", 23).write(tmp_path)
+    content = (tmp_path / "manifest.json").read_bytes()
+    assert Manifest.from_json(content.decode()).name == ("other" if renamed else "tiny")
+    assert (tmp_path / CHECKSUM_NAME).read_text() == checksum_line(content)
+    assert len(list(tmp_path.iterdir())) == 2

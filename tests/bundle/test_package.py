@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.bundle.manifest import Manifest, record_files
+from iq_export.bundle.manifest import CHECKSUM_NAME, Manifest, record_files
 from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
@@ -116,6 +116,21 @@ def test_open_refuses_what_is_no_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path / "none")
     with pytest.raises(BundleError, match="no manifest"):
         Bundle.open(tmp_path)
+
+
+def test_open_refuses_a_manifest_without_its_checksum(bundle: Path) -> None:
+    """Also with verify off: the manifest is what all else is compared with."""
+    seal = bundle / CHECKSUM_NAME
+    line = seal.read_text()
+    seal.write_text("0" + line[1:])
+    with pytest.raises(BundleError, match="is not the one"):
+        Bundle.open(bundle, verify=False)
+    seal.unlink()
+    with pytest.raises(BundleError, match=r"earlier versions.*sha256sum"):
+        Bundle.open(bundle, verify=False)
+    seal.mkdir()
+    with pytest.raises(BundleError, match="cannot read"):
+        Bundle.open(bundle, verify=False)
 
 
 def test_update_manifest_rehashes_what_changed(bundle: Path) -> None:

@@ -83,6 +83,7 @@ def test_engine_is_added_and_rebuilt(built: Path, capsys: pytest.CaptureFixture[
     assert sorted(path.name for path in built.iterdir()) == [
         "engines",
         "manifest.json",
+        "manifest.json.sha256",
         "model.onnx",
     ]
 

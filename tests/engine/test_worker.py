@@ -17,6 +17,7 @@ from iq_export.engine.build import BuildRequest, Profile, Range
 from iq_export.engine.targets import ENTERPRISE
 from iq_export.engine.worker import build
 from iq_export.errors import EngineError
+from iq_export.sinks import ops
 
 PROFILE = Profile(Range(1, 1, 2), Range(1, 4, 8), Range(0, 4, 8))
 
@@ -163,6 +164,7 @@ def test_enterprise_lines(
     assert builder.config.profiles[0].shapes == {"attention_mask": ((1, 1), (1, 8), (2, 16))}
     assert builder.config.flags == []
     assert (report.form, report.plugin_layers, report.plugin_embedded) == ("plugin", 1, False)
+    assert report.plugin_version == str(ops.VERSION)
     assert (report.tensorrt_version, report.bytes) == (version, 4)
     assert Path(request_.plan).read_bytes() == b"plan"
 
