@@ -138,9 +138,10 @@ def build_engine(
 
     With `plugin` the sink ops become its layers, fused with what stands around them in a copy of
     the graph (`passes/fuse.py`), and the library is embedded in the plan where the flavour can do
-    that; without, their function bodies are built. `form_reason` goes into the report. Either way the form is proven by
-    counting PLUGIN_V3 layers. `sink_nodes` is counted in the graph if not given. Axes of the inputs
-    must be named batch, seq, past or total. Ctrl-C stops the child as well.
+    that; without, their function bodies are built. Either way the form is proven by counting
+    PLUGIN_V3 layers; `form_reason` goes into the report. `sink_nodes` is counted in the graph if
+    not given. Axes of the inputs must be named batch, seq, past or total. Ctrl-C stops the child as
+    well.
 
     Raises UsageError for an option that is unknown or that the target lacks, and EngineError if
     TensorRT is missing, too old for the graph's opset, refuses the graph or the target, dies, or
@@ -213,9 +214,7 @@ def _build_fused(onnx_path: Path, request: BuildRequest, progress: Progress) -> 
         report = _run_worker(replace(request, model=str(copy), plugin_nodes=nodes), progress)
     finally:
         copy.unlink(missing_ok=True)
-    return replace(
-        report, fused=dict(fusion.ops), absorbed=fusion.absorbed, unfused=fusion.reasons
-    )
+    return replace(report, fused=dict(fusion.ops), absorbed=fusion.absorbed, unfused=fusion.reasons)
 
 
 def _run_worker(request: BuildRequest, progress: Progress) -> EngineReport:

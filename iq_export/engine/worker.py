@@ -95,9 +95,9 @@ def build(request: BuildRequest) -> EngineReport:
 def prove_form(sink_nodes: int, plugin_layers: int, plugin_nodes: int) -> str:
     """ "plugin", "body" or "none"; EngineError if the layers do not match what was asked for.
 
-    `plugin_nodes` are the sink and fused nodes that the plugin is to take. TensorRT takes a function
-    body silently where a plugin was meant (a node without `plugin_namespace`, a version mismatch),
-    so the count of layers is the only proof.
+    `plugin_nodes` are the sink and fused nodes that the plugin is to take. TensorRT takes a
+    function body silently where a plugin was meant (a node without `plugin_namespace`, a version
+    mismatch), so the count of layers is the only proof.
     """
     if plugin_layers != plugin_nodes:
         raise EngineError(

@@ -3,7 +3,7 @@
 1. residual Add -> RMS/LayerNorm [-> SinkClampInsert] -> QuantizeLinear becomes Add*Norm*Quantize,
    which gives the sum for the residual stream, and the codes.
 2. Mul(Mul(gate, Sigmoid(gate)), up) [-> SinkClampInsert of zeros] [-> side channels] [-> block
-   Hadamard] -> QuantizeLinear becomes SiluMul*Quantize, which gives the codes and the side channels.
+   Hadamard] -> QuantizeLinear becomes SiluMul*Quantize, which gives codes and side channels.
 
 DequantizeLinear stays in front of the product. A quantizer that fits neither is left as it is, with
 the reason. The ops are the TensorRT plugin's; `sinks/ops.py` holds their meaning, which rounds less

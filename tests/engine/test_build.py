@@ -208,6 +208,7 @@ def test_interrupt_ends_the_child(
 
 def test_request_round_trip() -> None:
     request = BuildRequest(
-        "s", "m", "p", "t", "trt", (86,), SMALL.to_json(), 23, 0, 0, None, None, False, False, "none"
+        "s", "m", "p", "t", "trt", (86,), SMALL.to_json(), 23, 0, 0, None, None, False, False,
+        "none",
     )  # fmt: skip
     assert BuildRequest.from_json(request.to_json()) == request

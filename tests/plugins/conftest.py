@@ -1,4 +1,4 @@
-"""The test libraries of the plugin's sources, each compiled once per session and only if asked for."""
+"""The test libraries of the plugin's sources, each compiled once per session if asked for."""
 
 from __future__ import annotations
 

@@ -160,9 +160,7 @@ def test_add_norm_of_long_rows(rows: ctypes.CDLL, dtype: str, layer: bool, hidde
 
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_add_norm_of_rows_that_are_no_numbers(
-    rows: ctypes.CDLL, dtype: str, layer: bool
-) -> None:
+def test_add_norm_of_rows_that_are_no_numbers(rows: ctypes.CDLL, dtype: str, layer: bool) -> None:
     case = _norm(dtype, 6, 64, 2, layer, True, 3)
     x = case.x.copy()
     x[0, 5], x[1, 7], x[2, 9], x[3, :] = np.nan, np.inf, -np.inf, 0

@@ -96,7 +96,14 @@ def _bodies(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_the_function_bodies(
-    rows: ctypes.CDLL, dtype: str, count: int, hidden: int, k: int, lanes: int, shift: int, seed: int
+    rows: ctypes.CDLL,
+    dtype: str,
+    count: int,
+    hidden: int,
+    k: int,
+    lanes: int,
+    shift: int,
+    seed: int,
 ) -> None:
     case = _case(dtype, count, hidden, k, seed)
     index, clamped, restored = _bodies(case)

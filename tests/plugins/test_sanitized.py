@@ -1,4 +1,4 @@
-"""The plugin on a CPU under AddressSanitizer and UBSan, with a TensorRT and a CUDA that are fakes."""
+"""The plugin on a CPU under ASan and UBSan, with a TensorRT and a CUDA that are fakes."""
 
 from __future__ import annotations
 
