@@ -130,6 +130,10 @@ def _match_norm(graph: ir.Graph, quantizer: ir.Node) -> _Found:
     add = norm.inputs[0].producer()
     if add is None or add.op_type != "Add" or any(v.is_initializer() for v in add.inputs):
         raise _Refused(f"its norm reads {add.op_type if add else 'an input'}, not a residual Add")
+    if not _same_shape(*add.inputs):
+        raise _Refused("its residual Add is of two shapes")
+    if norm.inputs[1].shape is None or len(norm.inputs[1].shape) != 1:
+        raise _Refused("the weight of its norm is no vector")
     axis = norm.attributes.get("axis")
     if axis is not None and axis.as_int() not in (-1, len(norm.inputs[0].shape or []) - 1):
         raise _Refused("its norm is not over the last axis")
@@ -215,8 +219,11 @@ def _match_rotation(node: ir.Node, value: ir.Value) -> tuple[int, float, list[ir
         raise _Refused(f"is rotated in blocks of {block}, more than {LARGEST_BLOCK}")
     if block & (block - 1) or not np.array_equal(entries, np.sign(hadamard(block)) * factor):
         raise _Refused("is turned by another matrix than Hadamard's")
-    groups = split.inputs[1].const_value
-    if groups is None or groups.numpy()[-1] != block:
+    apart, whole = split.inputs[1].const_value, join.inputs[1].const_value
+    if apart is None or whole is None:
+        raise _Refused("is reshaped by no rotation")
+    groups, size = apart.numpy()[-2:]
+    if size != block or whole.numpy()[-1] != groups * block:
         raise _Refused("is not rotated along its last axis")
     return block, factor, [join, product, split]
 
@@ -269,11 +276,12 @@ def _match_silu(value: ir.Value, readers: set[ir.Node]) -> tuple[list[ir.Value],
 
 
 def _scale(quantizer: ir.Node) -> float:
-    scale, zero = quantizer.inputs[1].const_value, quantizer.inputs[2].const_value
-    if scale is None or zero is None or scale.size != 1 or zero.numpy().any():
-        raise _Refused("no constant scale of the whole tensor, or a zero point")
-    if zero.dtype != ir.DataType.INT8:
+    values = [None if v is None else v.const_value for v in (*quantizer.inputs, None)]
+    _, scale, zero = values[:3]
+    if zero is None or zero.dtype != ir.DataType.INT8:
         raise _Refused("its codes are not int8")
+    if scale is None or scale.size != 1 or zero.numpy().any():
+        raise _Refused("no constant scale of the whole tensor, or a zero point")
     return float(scale.numpy())
 
 
@@ -294,6 +302,15 @@ def _check_readers(value: ir.Value, readers: set[ir.Node]) -> None:
     others = sorted({user.op_type for user in value.consumers() if user not in readers})
     if others:
         raise _Refused(f"a value within is read by {', '.join(others)} too")
+
+
+def _same_shape(a: ir.Value, b: ir.Value) -> bool:
+    """As far as is known: the plugin looks again when it is built."""
+    if a.shape is None or b.shape is None:
+        return True
+    pairs = zip(a.shape, b.shape, strict=False)
+    known = [(x, y) for x, y in pairs if isinstance(x, int) and isinstance(y, int)]
+    return len(a.shape) == len(b.shape) and all(x == y for x, y in known)
 
 
 def _is_index(value: ir.Value) -> bool:

@@ -161,6 +161,17 @@ def test_headers_version(tmp_path: Path, prefix: str) -> None:
     assert headers_version(tmp_path / "absent") == ()
 
 
+@pytest.mark.parametrize(("mode", "why"), [("auto", "headers are here"), ("on", "asked for")])
+def test_the_choice_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, why: str
+) -> None:
+    made = PluginBuild(path=tmp_path, architectures=(86, 87), headers="10.14.1")
+    monkeypatch.setattr(plugin_module, "build_plugin", lambda *_: made)
+    reason = provide_plugin(mode, tmp_path, [86, 87], 3).reason
+    assert why in reason
+    assert "sm_86, sm_87 with headers 10.14.1" in reason
+
+
 def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(plugin_module, "find_nvcc", lambda: None)
     assert "nvcc" in provide_plugin("auto", tmp_path, [86], 3).reason

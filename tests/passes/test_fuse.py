@@ -229,6 +229,10 @@ def _unsigned(model: ir.Model) -> None:
     _nodes(model)["quantize"].replace_input_with(2, zero)
 
 
+def _broadcast(model: ir.Model) -> None:
+    model.graph.inputs[1].shape = ir.Shape(["batch", "seq", 1])
+
+
 def _late_index(model: ir.Model) -> None:
     """An index that is computed from the sum itself."""
     nodes = _nodes(model)
@@ -251,6 +255,8 @@ def _late_index(model: ir.Model) -> None:
         (lambda m: _output(m, "norm"), "an output of the graph lies within"),
         (_second_lifecycle, "two lifecycles insert their templates here"),
         (_unsigned, "its codes are not int8"),
+        (lambda m: _nodes(m)["quantize"].resize_inputs(2), "its codes are not int8"),
+        (_broadcast, "its residual Add is of two shapes"),
         (_late_index, "its sink index depends on what is fused"),
     ],
 )
