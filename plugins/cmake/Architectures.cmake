@@ -1,5 +1,5 @@
-# CMAKE_CUDA_ARCHITECTURES, where it is not given: every GPU that the plugin is for (Orin is 87, Thor
-# 110, or 101 in CUDA 12) and that this nvcc knows, with PTX of the last one for those to come.
+# CMAKE_CUDA_ARCHITECTURES, where it is not given: every GPU that the plugin is for (Orin is 87,
+# Thor 110, or 101 in CUDA 12) and that this nvcc knows, with PTX of the last one for those to come.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   execute_process(COMMAND "${CUDAToolkit_NVCC_EXECUTABLE}" --list-gpu-arch
     OUTPUT_VARIABLE _known ERROR_QUIET)

@@ -1,11 +1,12 @@
 # The folder with TensorRT's headers: TensorRTHeaders_FOUND, TENSORRT_INCLUDE_DIR.
 #
 # Looked for, in this order: TENSORRT_INCLUDE_DIR, as a CMake or environment variable (nothing else
-# is tried then); the SDK in TensorRT_ROOT, TENSORRT_ROOT or TRT_ROOT; Debian's and JetPack's folder;
+# is tried then); the SDK in TensorRT_ROOT, TENSORRT_ROOT or TRT_ROOT; Debian's, JetPack's folder;
 # the usual folders of the tarball; and what Python wheels carry. Enterprise TensorRT and TensorRT
 # for RTX have the same headers as far as this plugin goes.
 if(NOT TENSORRT_INCLUDE_DIR AND DEFINED ENV{TENSORRT_INCLUDE_DIR})
-  set(TENSORRT_INCLUDE_DIR "$ENV{TENSORRT_INCLUDE_DIR}" CACHE PATH "Folder with NvInferRuntime.h" FORCE)
+  set(TENSORRT_INCLUDE_DIR "$ENV{TENSORRT_INCLUDE_DIR}"
+    CACHE PATH "Folder with NvInferRuntime.h" FORCE)
 endif()
 
 if(NOT TENSORRT_INCLUDE_DIR)

@@ -124,7 +124,7 @@ nvinfer1::IPluginRegistry& registryOf(nvinfer1::IPluginResourceContext* context)
     {
         throw std::runtime_error("there is no context to attach to");
     }
-    // An object starts with the address of its table of virtual functions, which lies in the library.
+    // An object starts with the address of its table of virtual functions: in the library.
     void const* virtuals = nullptr;
     std::memcpy(&virtuals, static_cast<void const*>(context), sizeof(virtuals));
     Dl_info where{};

@@ -357,7 +357,8 @@ void Op::checkShapes(std::vector<Dims> const& inputs) const
     Dims const& x = inputs[0];
     if (x.nbDims < 1)
     {
-        throw std::invalid_argument(std::string("input '") + mKind.inputs[0].name + "' has no axis");
+        throw std::invalid_argument(
+            std::string("input '") + mKind.inputs[0].name + "' has no axis");
     }
     for (size_t i = 1; i < inputs.size(); ++i)
     {

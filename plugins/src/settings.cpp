@@ -270,8 +270,9 @@ std::shared_ptr<Settings const> readSettings(std::vector<FieldSpec const*> const
     }
     checkTogether(*settings);
     auto const& shape = settings->templateShape;
-    settings->device = settings->channels.empty() ? tableBytes(settings->templates, shape[0], shape[1])
-                                                  : slotBytes(settings->channels);
+    settings->device = settings->channels.empty()
+        ? tableBytes(settings->templates, shape[0], shape[1])
+        : slotBytes(settings->channels);
     for (FieldSpec const* const spec : specs)
     {
         settings->fields.push_back(spec->write(*settings));

@@ -1,5 +1,5 @@
 // The launches of kernels.h for tests/plugins, from host memory to host memory. Linked with the
-// kernels it runs on a GPU, linked with host_launches.cpp and fake_cuda.cpp on a CPU. Every function
+// kernels it runs on a GPU, linked with host_launches.cpp and fake_cuda.cpp on a CPU. Each function
 // returns a cudaError_t. `shift`: elements by which tensors miss the alignment of cudaMalloc.
 #include <algorithm>
 #include <vector>

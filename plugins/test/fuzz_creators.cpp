@@ -142,7 +142,8 @@ extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size)
     auto const& known = *creator.getFieldNames();
     // Mostly the creator's own fields, so that something gets past the names.
     bool const own = source.byte() % 4 != 0;
-    size_t const fieldCount = own ? static_cast<size_t>(known.nbFields) : source.byte() % kMostFields;
+    size_t const fieldCount
+        = own ? static_cast<size_t>(known.nbFields) : source.byte() % kMostFields;
     std::vector<PluginField> fields;
     std::vector<std::unique_ptr<uint8_t[]>> owned;
     for (size_t i = 0; i < fieldCount; ++i)
@@ -161,8 +162,8 @@ extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size)
             oddity == 255 ? -static_cast<int32_t>(length) : static_cast<int32_t>(length));
     }
     uint8_t const whole = source.byte();
-    PluginFieldCollection const collection{
-        whole == 1 ? -1 : static_cast<int32_t>(fields.size()), whole == 2 ? nullptr : fields.data()};
+    PluginFieldCollection const collection{whole == 1 ? -1 : static_cast<int32_t>(fields.size()),
+        whole == 2 ? nullptr : fields.data()};
     tryFields(creator, whole == 3 ? nullptr : &collection);
     logged.take();
     return 0;

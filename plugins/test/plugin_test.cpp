@@ -1,4 +1,4 @@
-// The plugin on a CPU, with a TensorRT and a CUDA that are not there: what it refuses and says, that
+// The plugin on a CPU, with a TensorRT and a CUDA that are fakes: what it refuses and says, that
 // equal constants are on the device once, and that threads do not disturb each other.
 #include <cstdio>
 #include <cstdlib>
@@ -43,14 +43,14 @@ using Plugin = std::unique_ptr<IPluginV3>;
 iq::test::Log logged;
 int failures = 0;
 
-#define CHECK(condition)                                                                            \
-    do                                                                                              \
-    {                                                                                               \
-        if (!(condition))                                                                           \
-        {                                                                                           \
-            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);                             \
-            ++failures;                                                                             \
-        }                                                                                           \
+#define CHECK(condition) \
+    do \
+    { \
+        if (!(condition)) \
+        { \
+            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            ++failures; \
+        } \
     } while (false)
 
 void checkSaid(std::string const& words, int line)
@@ -183,7 +183,7 @@ void refused(std::string const& op, std::function<void(std::vector<PluginField>&
     CHECK(create(op, fields) == nullptr);
     checkSaid(words, line);
 }
-#define REFUSED(op, change, words)                                                                  \
+#define REFUSED(op, change, words) \
     refused(op, [&](std::vector<PluginField>& f) { change; }, words, __LINE__)
 
 void testFieldsAreRefused()
@@ -192,7 +192,8 @@ void testFieldsAreRefused()
     int32_t const large[]{INT32_MAX, INT32_MAX}, three = 3, twice[]{1, 1}, below[]{-1, 0};
     int64_t const huge[]{1LL << 40, 1};
     std::string const norm = "AddRmsNormInsertQuantize", gated = "SiluMulSideQuantize";
-    // Fields of norm: epsilon, scale, templates, template_shape; of gated: block, factor, scale, channels.
+    // Fields of norm: epsilon, scale, templates, template_shape;
+    // of gated: block, factor, scale, channels.
     REFUSED(norm, f.pop_back(), "field 'template_shape' is missing");
     REFUSED(norm, f.push_back(f[0]), "field 'epsilon' is there twice");
     REFUSED(norm, f.emplace_back("colour"), "field 'colour' is unknown");
@@ -211,11 +212,12 @@ void testFieldsAreRefused()
     REFUSED(norm, f[3].length = 1, "field 'template_shape' is not [templates, hidden]");
     REFUSED(norm, (f[3] = {"template_shape", huge, PluginFieldType::kINT64, 2}), "beyond 32 bits");
     REFUSED(gated, f[0].data = &three, "field 'block' is not a power of two");
-    REFUSED(gated, f[0].type = PluginFieldType::kFLOAT32, "field 'block' is not of an integer type");
+    auto const real = PluginFieldType::kFLOAT32;
+    REFUSED(gated, f[0].type = real, "field 'block' is not of an integer type");
     REFUSED(gated, f[3].data = twice, "field 'channels' has a negative channel, or one twice");
     REFUSED(gated, f[3].data = below, "field 'channels' has a negative channel, or one twice");
     REFUSED(gated, f[3].data = large, "field 'channels' has a negative channel, or one twice");
-    REFUSED(gated, (f[3].data = large + 1, f[3].length = 1), "field 'channels' has a channel beyond");
+    REFUSED(gated, (f[3].data = large, f[3].length = 1), "field 'channels' has a channel beyond");
     REFUSED("SinkDetect", f[2].data = &nan, "field 'threshold' is not a number");
     auto spoilt = kValues;
     spoilt[3] = nan;
@@ -324,7 +326,8 @@ void testConstantsAreSharedAndReleased()
     CHECK_SAID("there is no context to attach to");
     {
         iq::test::Context first, second;
-        Plugin const a(runtime(one).attachToContext(&first)), b(runtime(one).attachToContext(&second));
+        Plugin const a(runtime(one).attachToContext(&first));
+        Plugin const b(runtime(one).attachToContext(&second));
         Plugin const c(runtime(two).attachToContext(&first)), d(a->clone());
         CHECK(iq::test::registry().copies() == 1);
         Plugin const e(runtime(other).attachToContext(&first));

@@ -3,13 +3,9 @@
 
 #include <string>
 
-#include "iq/constants.h"
+#include <NvInferRuntime.h>
 
-namespace nvinfer1
-{
-class IPluginRegistry;
-class IPluginResourceContext;
-} // namespace nvinfer1
+#include "iq/constants.h"
 
 namespace iq
 {

@@ -2,8 +2,8 @@
 // channels taken out, block Hadamard transform, quantizer. The meaning is the ONNX functions
 // SiluMul*Quantize in iq_export/sinks/ops.py.
 //
-// A worker holds `kPer` neighbouring elements; a Hadamard block is block / kPer neighbouring workers
-// of one warp, or less than one worker. The transform is the fast one: log2(block) rounds of sums
+// A worker holds `kPer` neighbouring elements; a Hadamard block is block / kPer neighbours of one
+// warp, or less than one worker. The transform is the fast one: log2(block) rounds of sums
 // and differences, first within a worker, then between workers.
 #pragma once
 

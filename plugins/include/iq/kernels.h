@@ -1,5 +1,5 @@
-// Launches of the ops' kernels. All pointers are device pointers; nothing allocates or synchronises,
-// so a launch can be captured in a CUDA graph. Any alignment and any size will do: what is aligned
+// Launches of the ops' kernels. All pointers are device pointers; nothing allocates or waits, so a
+// launch can be captured in a CUDA graph. Any alignment and any size will do: what is aligned
 // to 16 bytes and made of whole packs is read and written 16 bytes at a time.
 #pragma once
 
@@ -61,8 +61,8 @@ struct AddNorm
 
 cudaError_t launchAddNorm(Element element, AddNorm const& op, cudaStream_t stream);
 
-// codes = the quantized block Hadamard transform of SiLU(gate) * up without its side channels, which
-// go to `side` [rows, sides]; all are 0 on sink rows. `index`, and `slots` with `side`, may be null.
+// codes = the quantized block Hadamard transform of SiLU(gate) * up without its side channels; they
+// go to `side` [rows, sides]. All are 0 on sink rows. `index` may be null, and `slots` with `side`.
 // `slots` is described in gated.cuh; `slotCount` is a multiple of 16 and it is aligned so.
 struct SiluMul
 {

@@ -1,5 +1,5 @@
-// The arithmetic of the fused residual Add + norm + insertion + quantizer on one row. The meaning is
-// the ONNX functions Add*Norm*Quantize in iq_export/sinks/ops.py.
+// The arithmetic of the fused residual Add + norm + insertion + quantizer on one row; it means the
+// ONNX functions Add*Norm*Quantize in iq_export/sinks/ops.py.
 #pragma once
 
 #include "iq/rows.cuh"
@@ -24,7 +24,7 @@ struct NormRow
 };
 
 // One worker's packs of the row: read once, added, written as the sum, and kept in up to `kChunks`
-// packs of registers. With `kChunks` 0 (a row too long for that) the worker reads its own sums again.
+// packs of registers. With `kChunks` 0 (a row too long for that) the worker reads its sums again.
 template <typename T, int kWidth, int kChunks>
 class RowSlice
 {

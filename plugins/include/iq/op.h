@@ -17,7 +17,7 @@ namespace iq
 constexpr char const* kNamespace = "iq";
 constexpr char const* kVersion = "1";
 
-// What an input or output is, next to the first input x [..., hidden] of type float, half or bfloat16.
+// What an input or output is, next to the first input x [..., hidden], float, half or bfloat16.
 enum class Role
 {
     kRows,   // type and shape of x
@@ -60,8 +60,8 @@ struct OpKind
 // All ops of this library.
 std::vector<OpKind const*> const& opKinds();
 
-// Written against the API of TensorRT 10.3. Nothing in an Op changes after its construction, so that
-// its const functions may run on any number of threads.
+// Written against the API of TensorRT 10.3. Nothing in an Op changes after its construction: any
+// number of threads may use it.
 class Op final : public nvinfer1::IPluginV3,
                  public nvinfer1::IPluginV3OneCore,
                  public nvinfer1::IPluginV3OneBuild,

@@ -13,8 +13,8 @@
 namespace iq
 {
 
-// The values of an op's fields; those that an op does not have keep their defaults. It never changes
-// once it is read, and all clones of a plugin share it.
+// The values of an op's fields; those that an op does not have keep their defaults. They never
+// change once they are read, and all clones of a plugin share them.
 struct Settings
 {
     std::string node; // for messages
