@@ -1,15 +1,12 @@
 #include "iq/device_data.h"
 
-#include <cstring>
-#include <memory>
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
-
-#include <NvInferRuntime.h>
-
-#include "iq/log.h"
 
 namespace iq
 {
@@ -24,129 +21,60 @@ void check(cudaError_t status, char const* what)
     }
 }
 
-// What the registry holds: it clones what it is given, and only clones are on the device.
-class Resource final : public nvinfer1::IPluginResource
+struct Copies
 {
-public:
-    explicit Resource(Bytes const& bytes)
-        : mBytes(bytes)
-    {
-    }
-
-    nvinfer1::IPluginResource* clone() noexcept override
-    {
-        return guarded<nvinfer1::IPluginResource*>("constants", nullptr, [this] {
-            auto copy = std::make_unique<Resource>(mBytes);
-            copy->upload();
-            return copy.release();
-        });
-    }
-
-    int32_t release() noexcept override
-    {
-        // At the end of the process the driver may be gone already: nothing is left to free then.
-        static_cast<void>(cudaFree(mDevice));
-        mDevice = nullptr;
-        return 0;
-    }
-
-    Bytes const& bytes() const noexcept
-    {
-        return mBytes;
-    }
-    unsigned char const* device() const noexcept
-    {
-        return static_cast<unsigned char const*>(mDevice);
-    }
-
-private:
-    void upload()
-    {
-        void* device = nullptr;
-        check(cudaMalloc(&device, mBytes.size()), "no device memory");
-        cudaError_t const copied
-            = cudaMemcpy(device, mBytes.data(), mBytes.size(), cudaMemcpyHostToDevice);
-        if (copied != cudaSuccess)
-        {
-            static_cast<void>(cudaFree(device));
-            check(copied, "cannot copy to the device");
-        }
-        mDevice = device;
-    }
-
-    Bytes mBytes;
-    void* mDevice{nullptr};
+    std::mutex mutex;
+    std::map<std::pair<int, Bytes>, std::weak_ptr<DeviceData const>> byDevice;
 };
 
-// FNV-1a. Equal keys of different content are caught when the content is compared.
-uint64_t hashOf(Bytes const& bytes)
+// Never destroyed: an engine may outlive the statics of this library.
+Copies& copies()
 {
-    uint64_t hash = 14695981039346656037ULL;
-    for (unsigned char const byte : bytes)
-    {
-        hash = (hash ^ byte) * 1099511628211ULL;
-    }
-    return hash;
+    static Copies& one = *new Copies;
+    return one;
 }
 
 } // namespace
 
-DeviceData::DeviceData(nvinfer1::IPluginRegistry& registry, Bytes const& bytes)
-    : mRegistry(registry)
+std::shared_ptr<DeviceData const> DeviceData::of(Bytes const& bytes)
 {
     int device = 0;
     check(cudaGetDevice(&device), "no device");
-    mKey = "iq." + std::to_string(device) + "." + std::to_string(bytes.size()) + "."
-        + std::to_string(hashOf(bytes));
-    Resource wanted(bytes);
-    auto const* const found
-        = static_cast<Resource*>(mRegistry.acquirePluginResource(mKey.c_str(), &wanted));
-    if (found == nullptr)
+    auto& all = copies();
+    std::lock_guard<std::mutex> const lock(all.mutex);
+    auto const found = all.byDevice.find({device, bytes});
+    if (found != all.byDevice.end())
     {
-        throw std::runtime_error("the plugin registry has no copy of its constants");
+        if (auto held = found->second.lock())
+        {
+            return held;
+        }
     }
-    if (found->bytes() != bytes)
+    auto const made = std::make_shared<DeviceData const>(bytes);
+    for (auto entry = all.byDevice.begin(); entry != all.byDevice.end();)
     {
-        static_cast<void>(mRegistry.releasePluginResource(mKey.c_str()));
-        throw std::runtime_error("other constants are registered as '" + mKey + "'");
+        entry = entry->second.expired() ? all.byDevice.erase(entry) : std::next(entry);
     }
-    mData = found->device();
+    all.byDevice[{device, bytes}] = made;
+    return made;
+}
+
+DeviceData::DeviceData(Bytes const& bytes)
+{
+    check(cudaMalloc(&mDevice, bytes.size()), "no device memory for the constants");
+    cudaError_t const copied
+        = cudaMemcpy(mDevice, bytes.data(), bytes.size(), cudaMemcpyHostToDevice);
+    if (copied != cudaSuccess)
+    {
+        static_cast<void>(cudaFree(mDevice));
+        check(copied, "cannot copy the constants to the device");
+    }
 }
 
 DeviceData::~DeviceData()
 {
-    static_cast<void>(mRegistry.releasePluginResource(mKey.c_str()));
-}
-
-nvinfer1::IPluginRegistry& registryOf(nvinfer1::IPluginResourceContext* context)
-{
-    if (context == nullptr)
-    {
-        throw std::runtime_error("there is no context to attach to");
-    }
-    // An object starts with the address of its table of virtual functions: in the library.
-    void const* virtuals = nullptr;
-    std::memcpy(&virtuals, static_cast<void const*>(context), sizeof(virtuals));
-    Dl_info where{};
-    if (dladdr(virtuals, &where) == 0)
-    {
-        throw std::runtime_error("the TensorRT library of the context is not found");
-    }
-    void* const library = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    void* const symbol
-        = dlsym(library == nullptr ? RTLD_DEFAULT : library, "getPluginRegistry");
-    if (library != nullptr)
-    {
-        dlclose(library); // it stays loaded: it made the context
-    }
-    auto* const get = reinterpret_cast<nvinfer1::IPluginRegistry* (*) ()>(symbol);
-    auto* const registry = get == nullptr ? nullptr : get();
-    if (registry == nullptr)
-    {
-        throw std::runtime_error(
-            std::string("no plugin registry in '") + where.dli_fname + "'");
-    }
-    return *registry;
+    // At the end of the process the driver may be gone already: nothing is left to free then.
+    static_cast<void>(cudaFree(mDevice));
 }
 
 } // namespace iq

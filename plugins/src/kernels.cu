@@ -61,8 +61,7 @@ __device__ float reduceBlock(float value, Combine combine)
 // One block per row. All branches depend on the row alone, so the block stays together.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kMostThreads) detectKernel(T const* x, bool const* first,
-    bool const* valid, float const* table, float const* energies, float threshold, Shape shape,
-    int32_t* index)
+    bool const* valid, float const* table, float threshold, Shape shape, int32_t* index)
 {
     for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x)
     {
@@ -76,10 +75,9 @@ __global__ void __launch_bounds__(kMostThreads) detectKernel(T const* x, bool co
             for (int64_t k = 0; k < shape.templates; ++k)
             {
                 float const* const entry = table + k * shape.hidden;
-                float const dot = reduceBlock(
-                    partialDot<kWidth>(values, entry, shape.hidden, threadIdx.x, blockDim.x),
+                float const distance = reduceBlock(
+                    partialDistance<kWidth>(values, entry, shape.hidden, threadIdx.x, blockDim.x),
                     Sum{});
-                float const distance = templateDistance(energies[k], dot);
                 if (k == 0 || distance < best)
                 {
                     best = distance;
@@ -201,8 +199,7 @@ cudaError_t startAddNorm(AddNorm const& op, unsigned threads, cudaStream_t strea
 } // namespace
 
 cudaError_t launchDetect(Element element, void const* x, bool const* first, bool const* valid,
-    float const* table, float const* energies, float threshold, Shape const& shape, int32_t* index,
-    cudaStream_t stream)
+    float const* table, float threshold, Shape const& shape, int32_t* index, cudaStream_t stream)
 {
     if (isEmpty(shape.rows, shape.hidden))
     {
@@ -214,8 +211,7 @@ cudaError_t launchDetect(Element element, void const* x, bool const* first, bool
             constexpr int kWidth = decltype(width)::value;
             detectKernel<T, kWidth>
                 <<<blocks(shape.rows), threads(shape.hidden / kWidth), 0, stream>>>(
-                    static_cast<T const*>(x), first, valid, table, energies, threshold, shape,
-                    index);
+                    static_cast<T const*>(x), first, valid, table, threshold, shape, index);
             return cudaGetLastError();
         });
 }

@@ -292,14 +292,14 @@ int32_t Op::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /
     });
 }
 
-nvinfer1::IPluginV3* Op::attachToContext(nvinfer1::IPluginResourceContext* context) noexcept
+nvinfer1::IPluginV3* Op::attachToContext(nvinfer1::IPluginResourceContext* /*context*/) noexcept
 {
     nvinfer1::IPluginV3* attached = nullptr;
     static_cast<void>(attempt([&] {
         std::shared_ptr<DeviceData const> device;
         if (!mSettings->device.empty())
         {
-            device = std::make_shared<DeviceData const>(registryOf(context), mSettings->device);
+            device = DeviceData::of(mSettings->device);
         }
         attached = new Op(mKind, mSettings, std::move(device));
         return kSuccess;

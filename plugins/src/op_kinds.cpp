@@ -24,9 +24,8 @@ float const* table(Call const& call)
 
 cudaError_t detect(Call const& call)
 {
-    float const* const energies = table(call) + call.settings.templates.size();
     return launchDetect(call.element, call.inputs[0], input<bool>(call, 1), input<bool>(call, 2),
-        table(call), energies, call.settings.threshold, shapeOf(call),
+        table(call), call.settings.threshold, shapeOf(call),
         static_cast<int32_t*>(call.outputs[0]), call.stream);
 }
 

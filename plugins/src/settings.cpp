@@ -269,9 +269,8 @@ std::shared_ptr<Settings const> readSettings(std::vector<FieldSpec const*> const
         }
     }
     checkTogether(*settings);
-    auto const& shape = settings->templateShape;
     settings->device = settings->channels.empty()
-        ? tableBytes(settings->templates, shape[0], shape[1])
+        ? bytesOf(settings->templates)
         : slotBytes(settings->channels);
     for (FieldSpec const* const spec : specs)
     {

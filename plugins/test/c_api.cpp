@@ -72,16 +72,6 @@ private:
     void* mDevice{nullptr};
 };
 
-iq::Bytes tableOf(float const* table, iq::Shape const& shape)
-{
-    std::vector<float> values;
-    if (table != nullptr)
-    {
-        values.assign(table, table + shape.templates * shape.hidden);
-    }
-    return iq::tableBytes(values, table == nullptr ? 0 : shape.templates, shape.hidden);
-}
-
 cudaError_t finish(cudaError_t launched, std::vector<Tensor const*> const& tensors,
     std::vector<Tensor const*> const& outputs)
 {
@@ -117,15 +107,13 @@ IQ_TEST int iq_detect(int element, void const* x, bool const* first, bool const*
     int64_t shift, int32_t* index)
 {
     iq::Shape const shape{rows, hidden, templates};
-    auto const bytes = tableOf(table, shape);
     Tensor const deviceX(x, rows * hidden, bytesOf(element), shift);
     Tensor const deviceFirst(first, rows, 1), deviceValid(valid, rows, 1);
-    Tensor const deviceTable(bytes.data(), static_cast<int64_t>(bytes.size()), 1);
+    Tensor const deviceTable(table, templates * hidden, sizeof(float));
     Tensor const deviceIndex(index, rows, sizeof(int32_t));
-    auto const* const entries = deviceTable.as<float>();
     auto const launched = iq::launchDetect(static_cast<Element>(element), deviceX.as<void>(),
-        deviceFirst.as<bool>(), deviceValid.as<bool>(), entries, entries + templates * hidden,
-        threshold, shape, deviceIndex.as<int32_t>(), nullptr);
+        deviceFirst.as<bool>(), deviceValid.as<bool>(), deviceTable.as<float>(), threshold,
+        shape, deviceIndex.as<int32_t>(), nullptr);
     return finish(launched,
         {&deviceX, &deviceFirst, &deviceValid, &deviceTable, &deviceIndex}, {&deviceIndex});
 }
@@ -134,10 +122,9 @@ IQ_TEST int iq_change(int element, bool restore, void const* x, int32_t const* i
     float const* table, int64_t rows, int64_t hidden, int64_t templates, int64_t shift, void* y)
 {
     iq::Shape const shape{rows, hidden, templates};
-    auto const bytes = tableOf(table, shape);
     Tensor const deviceX(x, rows * hidden, bytesOf(element), shift);
     Tensor const deviceIndex(index, rows, sizeof(int32_t));
-    Tensor const deviceTable(bytes.data(), static_cast<int64_t>(bytes.size()), 1);
+    Tensor const deviceTable(table, templates * hidden, sizeof(float));
     Tensor const deviceY(y, rows * hidden, bytesOf(element), shift);
     auto* const launch = restore ? iq::launchRestore : iq::launchClampInsert;
     auto const launched = launch(static_cast<Element>(element), deviceX.as<void>(),
@@ -153,13 +140,11 @@ IQ_TEST int iq_add_norm(int element, void const* x, void const* branch, void con
 {
     size_t const size = bytesOf(element);
     iq::Shape const shape{rows, hidden, templates};
-    auto const bytes = tableOf(table, shape);
     Tensor const deviceX(x, rows * hidden, size, shift);
     Tensor const deviceBranch(branch, rows * hidden, size, shift);
     Tensor const deviceWeight(weight, hidden, size, shift), deviceBias(bias, hidden, size, shift);
     Tensor const deviceIndex(index, rows, sizeof(int32_t));
-    Tensor const deviceTable(
-        table == nullptr ? nullptr : bytes.data(), static_cast<int64_t>(bytes.size()), 1);
+    Tensor const deviceTable(table, templates * hidden, sizeof(float));
     Tensor const deviceSum(sum, rows * hidden, size, shift);
     Tensor const deviceCodes(codes, rows * hidden, 1, shift);
     iq::AddNorm const op{deviceX.as<void>(), deviceBranch.as<void>(), deviceWeight.as<void>(),

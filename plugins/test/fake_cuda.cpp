@@ -1,23 +1,37 @@
 // The few functions of the CUDA runtime that the plugin calls, on the host's memory: with them and
 // host_launches.cpp the plugin runs where there is no GPU, under sanitizers.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
 #include <cuda_runtime_api.h>
 
+#include "fake_cuda.h"
+
 namespace
 {
 constexpr size_t kAlignment = 256; // as cudaMalloc
+std::atomic<int> allocations{0};
 } // namespace
+
+int iq::test::liveAllocations()
+{
+    return allocations;
+}
 
 extern "C" cudaError_t cudaMalloc(void** pointer, size_t bytes)
 {
-    return posix_memalign(pointer, kAlignment, bytes) == 0 ? cudaSuccess
-                                                           : cudaErrorMemoryAllocation;
+    if (posix_memalign(pointer, kAlignment, bytes) != 0)
+    {
+        return cudaErrorMemoryAllocation;
+    }
+    ++allocations;
+    return cudaSuccess;
 }
 
 extern "C" cudaError_t cudaFree(void* pointer)
 {
+    allocations -= pointer != nullptr;
     std::free(pointer);
     return cudaSuccess;
 }

@@ -22,7 +22,7 @@ namespace
 {
 
 template <int kWidth, typename T>
-int32_t detectRow(T const* row, float const* table, float const* energies, Shape const& shape,
+int32_t detectRow(T const* row, float const* table, Shape const& shape,
     float threshold, bool first, bool valid)
 {
     int64_t const lanes = workers;
@@ -39,12 +39,12 @@ int32_t detectRow(T const* row, float const* table, float const* energies, Shape
     int32_t matched = 0;
     for (int64_t k = 0; k < shape.templates; ++k)
     {
-        float dot = 0.0F;
+        float distance = 0.0F;
         for (int64_t lane = 0; lane < lanes; ++lane)
         {
-            dot += partialDot<kWidth>(row, table + k * shape.hidden, shape.hidden, lane, lanes);
+            distance += partialDistance<kWidth>(
+                row, table + k * shape.hidden, shape.hidden, lane, lanes);
         }
-        float const distance = templateDistance(energies[k], dot);
         if (k == 0 || distance < best)
         {
             best = distance;
@@ -174,7 +174,7 @@ void siluMulRow(SiluMul const& op, int64_t row)
 } // namespace
 
 cudaError_t launchDetect(Element element, void const* x, bool const* first, bool const* valid,
-    float const* table, float const* energies, float threshold, Shape const& shape, int32_t* index,
+    float const* table, float threshold, Shape const& shape, int32_t* index,
     cudaStream_t /*stream*/)
 {
     return dispatch(
@@ -183,7 +183,7 @@ cudaError_t launchDetect(Element element, void const* x, bool const* first, bool
             for (int64_t row = 0; row < shape.rows; ++row)
             {
                 index[row] = detectRow<decltype(width)::value>(rows + row * shape.hidden, table,
-                    energies, shape, threshold, first[row], valid[row]);
+                    shape, threshold, first[row], valid[row]);
             }
             return cudaSuccess;
         });

@@ -1,40 +1,38 @@
 // The one copy of an op's constants on the device.
 #pragma once
 
-#include <string>
-
-#include <NvInferRuntime.h>
+#include <memory>
 
 #include "iq/constants.h"
 
 namespace iq
 {
 
-// Bytes on the current device. TensorRT's plugin registry keeps one copy for all contexts and nodes
-// of equal content, and counts who holds it.
+// Bytes on a device. All nodes, contexts and engines of a process share one copy of equal content.
+//
+// TensorRT's plugin registry could hold it (IPluginResource). But the registry of TensorRT for RTX
+// has its functions in another order than the enterprise headers declare (seen with 1.7: the call
+// crashes), and this library serves both.
 class DeviceData
 {
 public:
-    // Uploads `bytes`, or joins the copy that is there. Throws std::runtime_error if it cannot.
-    DeviceData(nvinfer1::IPluginRegistry& registry, Bytes const& bytes);
+    // The copy on the current device, uploaded if nobody holds one. Throws std::runtime_error if
+    // it cannot be.
+    static std::shared_ptr<DeviceData const> of(Bytes const& bytes);
+
+    // Uploads one; callers want `of`.
+    explicit DeviceData(Bytes const& bytes);
     ~DeviceData();
     DeviceData(DeviceData const&) = delete;
     DeviceData& operator=(DeviceData const&) = delete;
 
     unsigned char const* data() const noexcept
     {
-        return mData;
+        return static_cast<unsigned char const*>(mDevice);
     }
 
 private:
-    nvinfer1::IPluginRegistry& mRegistry;
-    std::string mKey;
-    unsigned char const* mData{nullptr};
+    void* mDevice{nullptr};
 };
-
-// The registry of the TensorRT library that made `context`. This library is linked with none, so
-// that one build serves all, hence it asks for the library behind the object. Throws
-// std::runtime_error if there is none.
-nvinfer1::IPluginRegistry& registryOf(nvinfer1::IPluginResourceContext* context);
 
 } // namespace iq

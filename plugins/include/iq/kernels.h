@@ -28,11 +28,9 @@ struct Shape
     int64_t templates;
 };
 
-// index[row] = 0 for a semantic token, k + 1 for a sink nearest to template k. `energies[k]` is
-// half the squared norm of template k.
+// index[row] = 0 for a semantic token, k + 1 for a sink nearest to template k.
 cudaError_t launchDetect(Element element, void const* x, bool const* first, bool const* valid,
-    float const* table, float const* energies, float threshold, Shape const& shape, int32_t* index,
-    cudaStream_t stream);
+    float const* table, float threshold, Shape const& shape, int32_t* index, cudaStream_t stream);
 
 // y = the template of sink rows, x elsewhere. x and y may be the same.
 cudaError_t launchClampInsert(Element element, void const* x, int32_t const* index,

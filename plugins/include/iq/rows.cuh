@@ -138,9 +138,10 @@ IQ_HOST_DEVICE float partialPeak(T const* row, int64_t hidden, int64_t lane, int
     return peak;
 }
 
-// A worker's share of the product of a row and a template, both in float.
+// A worker's share of |row - template|^2, element by element as in the function body: products and
+// norms of spikes would cancel, and another template could win.
 template <int kWidth, typename T>
-IQ_HOST_DEVICE float partialDot(
+IQ_HOST_DEVICE float partialDistance(
     T const* row, float const* table, int64_t hidden, int64_t lane, int64_t lanes)
 {
     float sum = 0.0F;
@@ -151,7 +152,8 @@ IQ_HOST_DEVICE float partialDot(
         IQ_UNROLL
         for (int j = 0; j < kWidth; ++j)
         {
-            sum += bounded(toFloat(values.at[j])) * entries.at[j];
+            float const difference = bounded(toFloat(values.at[j])) - entries.at[j];
+            sum += difference * difference;
         }
     }
     return sum;
@@ -160,12 +162,6 @@ IQ_HOST_DEVICE float partialDot(
 IQ_HOST_DEVICE bool isSink(float peak, float threshold, bool first, bool valid)
 {
     return (peak > threshold || first) && valid;
-}
-
-// |x - T|^2 / 2 without the |x|^2 that all templates share; `energy` is |T|^2 / 2.
-IQ_HOST_DEVICE float templateDistance(float energy, float dot)
-{
-    return energy - dot;
 }
 
 // The row of the template table that `index` means; -1 for a semantic token. An index that is not
