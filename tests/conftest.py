@@ -91,10 +91,23 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, with the reason, where there is no GPU."""
+    """Skip GPU tests, with the reason, where there is no GPU; group the rest for two processes.
+
+    What shares the compiled SmolLM2, and what stands in one folder, stays in one process, or it
+    would be made twice. SmolLM2 takes longest and goes first.
+    """
     from iq_export.engine.trt import device_compute_capability
 
+    items.sort(key=lambda item: "smollm2_bundle" not in _fixtures(item))
+    for item in items:
+        real = "smollm2_bundle" in _fixtures(item)
+        group = "smollm2_bundle" if real else str(item.path.parent)
+        item.add_marker(pytest.mark.xdist_group(group))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and device_compute_capability() is None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
