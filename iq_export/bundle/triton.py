@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ _MARK = "# Written by iq-export package --triton."
 _VERSION = "1"
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CACHE = ("past_key_values.", "past_sinks.")
+_CACHE_TENSORS = (*_CACHE, "present.", "present_sinks.")
+_COLUMNS = 100
 # The manifest's types (ONNX's names in lower case), Triton's, and bytes of an element.
 _TYPES = {
     "bool": ("TYPE_BOOL", 1),
@@ -313,12 +316,12 @@ def readme_text(
         f"{manifest.dtype}); backend {backend}.",
         "## Start",
         f"REPO is the folder that holds this one, as the server sees it:\n\n    {start}",
-        *_needs(manifest, engine),
+        *(textwrap.fill(text, _COLUMNS) for text in _needs(manifest, engine)),
         "## Call",
         _CLIENT,
         _shapes(manifest, profile),
         "## Cost",
-        _cost(manifest, profile),
+        textwrap.fill(_cost(manifest, profile), _COLUMNS),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -384,14 +387,19 @@ def _needs(manifest: Manifest, engine: EngineReport | None) -> list[str]:
 
 def _shapes(manifest: Manifest, profile: Profile) -> str:
     rows = ["| tensor | type | shape |", "|---|---|---|"]
-    for tensor in (*manifest.inputs, *manifest.outputs):
-        shape = ", ".join(map(str, tensor.shape))
-        rows.append(f"| `{tensor.name}` | {_type(tensor)[0]} | [{shape}] |")
+    named = [*manifest.inputs, *manifest.outputs]
+    for tensor in named:
+        if not tensor.name.startswith(_CACHE_TENSORS) or re.search(r"\.0(\.|$)", tensor.name):
+            shape = ", ".join(map(str, tensor.shape))
+            rows.append(f"| `{tensor.name}` | {_type(tensor)[0]} | [{shape}] |")
+    caches = sum(tensor.name.startswith(_CACHE_TENSORS) for tensor in named)
     limits = ", ".join(
         f"{axis} {profile.axis(axis).min} to {profile.axis(axis).max}"
         for axis in ("batch", "seq", "past")
     )
-    return "\n".join([f"Sizes: {limits}; total is past + seq.", "", *rows])
+    head = f"Sizes: {limits}; total is past + seq."
+    tail = f"There are {caches} cache tensors in all; `{CONFIG_NAME}` lists them."
+    return "\n".join([head, "", *rows, "", tail])
 
 
 def _bytes_per_token(tensor: TensorInfo) -> int:

@@ -123,7 +123,7 @@ def test_a_library_beside_the_plan_comes_along(tmp_path: Path) -> None:
         "--backend-config=tensorrt,plugins=REPO/other/libiq_plugins.so",
     )  # fmt: skip
     assert (model.folder / "libiq_plugins.so").read_bytes() == b"library"
-    text = (model.folder / "README.md").read_text()
+    text = " ".join((model.folder / "README.md").read_text().split())
     assert f"IQ_REGISTER_PLUGINS=1 tritonserver --model-repository=REPO {model.options[0]}" in text
     assert "exactly TensorRT 10.15.1.29" in text and "sm_90" in text
 
@@ -135,17 +135,21 @@ def test_an_embedded_library_needs_leave_to_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert model.options == ("--backend-config=tensorrt,version-compatible=true",)
     assert not (model.folder / "libiq_plugins.so").exists()
-    text = (model.folder / "README.md").read_text()
+    text = " ".join((model.folder / "README.md").read_text().split())
     assert "carries code" in text and "IQ_REGISTER_PLUGINS" not in text
 
 
 def test_readme_counts_what_a_request_carries(bundle: Bundle, tmp_path: Path) -> None:
     text = (write_repository(bundle, tmp_path / "repo").folder / "README.md").read_text()
+    words = " ".join(text.split())
     # 2 layers x key and value x 3 heads x 64 halves; 50 halves of logits.
-    assert "1.5 kB each way" in text and "1.6 MB at the 1024 tokens" in text and "0.1 kB" in text
-    assert "batch 1 to 8, seq 1 to 512, past 0 to 1024" in text
-    for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs):
-        assert f"`{tensor.name}`" in text
+    assert "1.5 kB each way" in words and "1.6 MB at the 1024 tokens" in words
+    assert "every token of the request, 0.1 kB each" in words
+    assert "batch 1 to 8, seq 1 to 512, past 0 to 1024" in words
+    for name in ("input_ids", "past_key_values.0.key", "present.0.value", "logits"):
+        assert f"`{name}`" in words
+    assert "present.1" not in words and "8 cache tensors" in words
+    assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
