@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,19 +178,24 @@ def disk_full_is_bundle_error(where: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    out: str | Path,
+    force: bool = False,
+    check: Callable[[Path, bool], Path] = check_output,
+) -> Iterator[Path]:
     """A temporary sibling of `out` to write into; it becomes `out` when the block succeeds.
 
     On any failure, Ctrl-C included, the sibling is removed and what stood at `out` stays as it was.
-    Raises BundleError as `check_output` does, or if the folder cannot be written or the disk fills.
+    Raises BundleError as `check` does, which says what may be replaced, or if the folder cannot be
+    written or the disk fills.
     """
-    out = check_output(out, force)
+    out = check(Path(out), force)
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
     try:
         _make_empty(temporary)
         with disk_full_is_bundle_error(out):
             yield temporary
-            _swap(temporary, check_output(out, force))
+            _swap(temporary, check(out, force))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -26,7 +26,7 @@ _COMPILE_PACKAGES = frozenset(
 )  # fmt: skip
 
 # In the order of a user's first day.
-_COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "doctor")
+_COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "package", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:
