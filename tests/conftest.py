@@ -90,6 +90,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
     return planted.observe(planted.NO_SPIKES, tmp_path_factory.mktemp("calm"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests, with the reason, where there is no GPU; group the rest for two processes.
 
