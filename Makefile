@@ -50,7 +50,7 @@ demo: build/demo/evaluated
 # TensorRT's headers let the plugin be compiled where nvcc is; without them its tests are skipped.
 test: $(INSTALLED)
 	-$(BIN)/python tools/fetch_trt_headers.py
-	$(BIN)/python -m pytest -m "not heavy" --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not heavy" --numprocesses 2 --no-loadscope-reorder
 
 test-heavy: $(INSTALLED)
 	-$(BIN)/python tools/fetch_trt_headers.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,25 +91,34 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
     return planted.observe(planted.NO_SPIKES, tmp_path_factory.mktemp("calm"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, with the reason, where there is no GPU; group the rest for two processes.
-
-    What shares the compiled SmolLM2, and what stands in one folder, stays in one process, or it
-    would be made twice. SmolLM2 takes longest and goes first.
-    """
+    """Skip GPU tests, with the reason, where there is no GPU. SmolLM2 takes longest: first."""
     from iq_export.engine.trt import device_compute_capability
 
-    items.sort(key=lambda item: "smollm2_bundle" not in _fixtures(item))
-    for item in items:
-        real = "smollm2_bundle" in _fixtures(item)
-        group = "smollm2_bundle" if real else str(item.path.parent)
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not _reads_smollm2(str(item.path)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and device_compute_capability() is None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
 
 
-def _fixtures(item: pytest.Item) -> list[str]:
-    return getattr(item, "fixturenames", [])
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """What shares the compiled SmolLM2, and what stands in one folder, runs in one process: what
+    their fixtures make once would be made in both. (Groups by marker need a pytest before 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", maxsplit=1)[0]
+            return (
+                "smollm2" if _reads_smollm2(str(config.rootpath / path)) else str(Path(path).parent)
+            )
+
+    return ByFolder(config, log)
+
+
+@cache
+def _reads_smollm2(path: str) -> bool:
+    return "smollm2_bundle" in Path(path).read_text(encoding="utf-8")
