@@ -343,7 +343,8 @@ def _build(
         for target in buildable:
             report = build_engine(
                 folder / "model.onnx", folder / "engines" / f"{target.name}.plan", target,
-                options.profile, plugin=plugin.path, sink_nodes=sinks, progress=progress,
+                options.profile, plugin=plugin.path, form_reason=plugin.reason, sink_nodes=sinks,
+                progress=progress,
             )  # fmt: skip
             engines[target.name] = report.to_json()
     return engines, notes

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from iq_export.graph import io
+from iq_export.passes.fuse import fuse
 from iq_export.quant.blockwise import Quantizer
 from iq_export.rewrite import Rewrite
 from iq_export.sinks.calibrate import Decision
@@ -49,11 +51,22 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
         "mixed": mixed_record(done),
         "int4_blocks": done.blocks,
         "recall": done.recall,
+        "fusion": _fusion_record(done),
         "warnings": done.warnings,
         "observations": {
             key: {"before": done.observed_before[key], "after": done.observed_after[key]}
             for key in done.observed_before
         },
+    }
+
+
+def _fusion_record(done: Rewrite) -> dict[str, Any]:
+    """What an engine with the plugin fuses in its copy of the graph; `model.onnx` is as it is."""
+    fusion = fuse(io.load(done.quantized))
+    return {
+        "ops": dict(fusion.ops),
+        "absorbed_sink_ops": fusion.absorbed,
+        "left": [{"node": r.node, "reason": r.reason} for r in fusion.refused],
     }
 
 

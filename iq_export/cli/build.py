@@ -117,6 +117,7 @@ def _build(
             target,
             profile,
             plugin=plugin.path,
+            form_reason=plugin.reason,
             sink_nodes=sink_nodes,
             progress=progress,
             timing_cache=args.timing_cache,
@@ -153,7 +154,7 @@ def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineRep
 
 def _line(bundle: Bundle, report: EngineReport) -> str:
     form = {
-        "plugin": f"{report.plugin_layers} plugin layers",
+        "plugin": f"{report.plugin_layers} plugin layers, {sum(report.fused.values())} fused",
         "body": "sink ops as function bodies",
     }
     return (

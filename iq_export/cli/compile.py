@@ -185,8 +185,9 @@ def _closing(bundle: Bundle, seconds: float) -> str:
         ratio = manifest.mixed["ratio"]
         lines.append(f"  {left} products in half precision, calibration perplexity {ratio:.4f} x")
     for target, engine in manifest.engines.items():
-        form = engine.get("form", "none")
-        lines.append(f"  engine {target}: {options.size(engine.get('bytes', 0))}, sinks: {form}")
+        form, reason = engine.get("form", "none"), engine.get("form_reason", "")
+        size = options.size(engine.get("bytes", 0))
+        lines.append(f"  engine {target}: {size}, sinks: {form}{reason and f' ({reason})'}")
     lines += [f"  note: {note}" for note in manifest.notes]
     rss = manifest.peak_rss_bytes
     peak = "" if rss is None else f", peak memory {options.size(rss)}"

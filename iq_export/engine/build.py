@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,8 +36,10 @@ _PLUGIN_PREFIX = "iq plugins: "  # as in plugins/src/log.cpp
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What the child process is asked to build; all paths absolute."""
+    """What the child process is asked to build; all paths absolute. Messages name `source`, the
+    graph that `model` was made from."""
 
+    source: str
     model: str
     plan: str
     target: str
@@ -46,6 +48,7 @@ class BuildRequest:
     profile: dict[str, dict[str, int]]
     opset: int
     sink_nodes: int
+    plugin_nodes: int  # what the plugin has to take; 0 without it
     plugin: str | None
     timing_cache: str | None
     version_compatible: bool
@@ -66,8 +69,10 @@ class BuildRequest:
 class EngineReport:
     """One plan and how it was made: an entry of the manifest.
 
-    `form` says how the sink ops went in: "plugin" (as many PLUGIN_V3 layers as sink nodes), "body"
-    (standard ops, no PLUGIN_V3 layer) or "none" (the model has no sink ops). `layers` counts the
+    `form` says how the sink ops went in: "plugin" (as many PLUGIN_V3 layers as sink and fused
+    nodes), "body" (standard ops, no PLUGIN_V3 layer) or "none" (the model has no sink ops), and
+    `form_reason` why. In the plugin form `fused` counts the fused ops by name, `absorbed` the sink
+    ops that went into them, and `unfused` says why other quantizers were left. `layers` counts the
     layers of the parsed network, before TensorRT fuses them. With `plugin_embedded` the plan
     carries the plugin library, and a runtime must allow host code; else it must load the library
     first; `plugin_version` is that of its layers. `peak_rss_bytes` is the child's.
@@ -93,6 +98,10 @@ class EngineReport:
     peak_rss_bytes: int
     warnings: tuple[str, ...] = ()
     plugin_version: str = ""
+    form_reason: str = ""
+    fused: dict[str, int] = field(default_factory=dict)
+    absorbed: int = 0
+    unfused: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineReport:
@@ -118,6 +127,7 @@ def build_engine(
     profile: Profile,
     *,
     plugin: Path | None = None,
+    form_reason: str = "",
     sink_nodes: int | None = None,
     progress: Progress | None = None,
     timing_cache: Path | None = None,
@@ -127,10 +137,12 @@ def build_engine(
 ) -> EngineReport:
     """Build `onnx_path` for `target` and write the plan, whole or not at all.
 
-    With `plugin` the sink ops become its layers, and the library is embedded in the plan where the
-    flavour can do that; without, their function bodies are built. Either way the form is proven by
-    counting PLUGIN_V3 layers. `sink_nodes` is counted in the graph if not given. Axes of the inputs
-    must be named batch, seq, past or total. Ctrl-C stops the child as well.
+    With `plugin` the sink ops become its layers, fused with what stands around them in a copy of
+    the graph (`passes/fuse.py`), and the library is embedded in the plan where the flavour can do
+    that; without, their function bodies are built. Either way the form is proven by counting
+    PLUGIN_V3 layers; `form_reason` goes into the report. `sink_nodes` is counted in the graph if
+    not given. Axes of the inputs must be named batch, seq, past or total. Ctrl-C stops the child as
+    well.
 
     Raises UsageError for an option that is unknown or that the target lacks, and EngineError if
     TensorRT is missing, too old for the graph's opset, refuses the graph or the target, dies, or
@@ -152,7 +164,10 @@ def build_engine(
         sink_nodes = header.sink_nodes
     plan_path.parent.mkdir(parents=True, exist_ok=True)
     partial = plan_path.with_name(f".{plan_path.name}.{os.getpid()}.partial")
+    if not sink_nodes:
+        plugin = None
     request = BuildRequest(
+        source=str(onnx_path.resolve()),
         model=str(onnx_path.resolve()),
         plan=str(partial.resolve()),
         target=target.name,
@@ -161,18 +176,46 @@ def build_engine(
         profile=profile.to_json(),
         opset=header.opset,
         sink_nodes=sink_nodes,
-        plugin=str(plugin.resolve()) if plugin and sink_nodes else None,
+        plugin_nodes=0,
+        plugin=str(plugin.resolve()) if plugin else None,
         timing_cache=str(timing_cache.resolve()) if timing_cache else None,
         version_compatible=version_compatible,
         strip_weights=strip_weights,
         profiling_verbosity=profiling_verbosity,
     )
+    progress = progress or Progress(quiet=True)
     try:
-        report = _run_worker(request, progress or Progress(quiet=True))
+        if plugin is None:
+            report = _run_worker(request, progress)
+        else:
+            report = _build_fused(onnx_path, request, progress)
         partial.replace(plan_path)
     finally:
         partial.unlink(missing_ok=True)
-    return replace(report, plan=plan_path.name)
+    return replace(report, plan=plan_path.name, form_reason=form_reason)
+
+
+def _build_fused(onnx_path: Path, request: BuildRequest, progress: Progress) -> EngineReport:
+    """Build from a fused copy of the graph, which lies beside it and shares its weights.
+
+    The copy has no function bodies, so that TensorRT cannot take one where the plugin is meant;
+    before 10.7 it would take it in any case (read in its changelog).
+    """
+    from iq_export.graph import io
+    from iq_export.passes.fuse import fuse
+    from iq_export.sinks.ops import DOMAIN
+
+    model = io.load(onnx_path)
+    fusion = fuse(model)
+    model.functions.clear()
+    copy = onnx_path.with_name(f".{onnx_path.stem}.{os.getpid()}.fused.onnx").resolve()
+    nodes = sum(node.domain == DOMAIN for node in model.graph)
+    try:
+        io.save_skeleton(model, copy)
+        report = _run_worker(replace(request, model=str(copy), plugin_nodes=nodes), progress)
+    finally:
+        copy.unlink(missing_ok=True)
+    return replace(report, fused=dict(fusion.ops), absorbed=fusion.absorbed, unfused=fusion.reasons)
 
 
 def _run_worker(request: BuildRequest, progress: Progress) -> EngineReport:

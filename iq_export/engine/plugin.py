@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iq_export.errors import EngineError, UsageError
@@ -37,7 +37,8 @@ _KEPT_LINES = 6
 
 @dataclass(frozen=True)
 class PluginBuild:
-    """A compiled plugin library, or the reason (one sentence) why there is none.
+    """A compiled plugin library, or the reason (one sentence) why there is none; `provide_plugin`
+    says why there is one, too.
 
     `headers` is the TensorRT version of the headers, `architectures` those the kernels are
     compiled for (86 for sm_86); for the last one there is PTX as well.
@@ -102,9 +103,15 @@ def provide_plugin(
     if not sink_nodes:
         return PluginBuild(reason="no plugin: the model has no sink ops.")
     build = build_plugin(out_dir, architectures)
-    if mode == "on" and build.path is None:
-        raise EngineError(build.reason)
-    return build
+    if build.path is None:
+        if mode == "on":
+            raise EngineError(build.reason)
+        return build
+    why = "asked for" if mode == "on" else "nvcc, CMake and TensorRT's headers are here"
+    names = ", ".join(f"sm_{sm}" for sm in build.architectures)
+    return replace(
+        build, reason=f"plugin: {why}; compiled for {names} with headers {build.headers}."
+    )
 
 
 def cmake_build(

@@ -60,7 +60,7 @@ def build(request: BuildRequest) -> EngineReport:
     network = builder.create_network(tensorrt.network_flags())
     _parse(tensorrt, network, logger, request, log)
     plugin_layers = _count_plugins(tensorrt, network)
-    form = prove_form(request.sink_nodes, plugin_layers, request.plugin is not None)
+    form = prove_form(request.sink_nodes, plugin_layers, request.plugin_nodes)
     config = _configure(tensorrt, builder, network, request)
     _emit("phase", text="building")
     plan = builder.build_serialized_network(network, config)
@@ -94,22 +94,22 @@ def build(request: BuildRequest) -> EngineReport:
     )
 
 
-def prove_form(sink_nodes: int, plugin_layers: int, with_plugin: bool) -> str:
+def prove_form(sink_nodes: int, plugin_layers: int, plugin_nodes: int) -> str:
     """ "plugin", "body" or "none"; EngineError if the layers do not match what was asked for.
 
-    TensorRT takes a function body silently where a plugin was meant (a node without
-    `plugin_namespace`, a version mismatch), so the count of layers is the only proof.
+    `plugin_nodes` are the sink and fused nodes that the plugin is to take. TensorRT takes a
+    function body silently where a plugin was meant (a node without `plugin_namespace`, a version
+    mismatch), so the count of layers is the only proof.
     """
-    expected = sink_nodes if with_plugin else 0
-    if plugin_layers != expected:
+    if plugin_layers != plugin_nodes:
         raise EngineError(
-            f"TensorRT made {plugin_layers} plugin layers of {sink_nodes} sink nodes, but "
-            f"{expected} were meant: the nodes' plugin_namespace and plugin_version do not match "
-            f"the plugin library."
+            f"TensorRT made {plugin_layers} plugin layers, but {plugin_nodes} sink and fused nodes "
+            f"were meant to become one each: the nodes' plugin_namespace and plugin_version do not "
+            f"match the plugin library."
         )
     if sink_nodes == 0:
         return "none"
-    return "plugin" if with_plugin else "body"
+    return "plugin" if plugin_nodes else "body"
 
 
 def _embeds_plugin(tensorrt: TensorRT, request: BuildRequest) -> bool:
@@ -126,7 +126,7 @@ def _parse(
         return
     errors = [_describe(parser.get_error(i)) for i in range(parser.num_errors)]
     raise EngineError(
-        f"{tensorrt.label} cannot parse '{request.model}': {' | '.join(errors) or log.summary()}."
+        f"{tensorrt.label} cannot parse '{request.source}': {' | '.join(errors) or log.summary()}."
     )
 
 

@@ -40,9 +40,17 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def add_sink_functions(model: ir.Model) -> None:
-    """Register the `iq` functions and opset imports; does nothing if they are there already."""
-    opset = model.opset_imports[""]
-    for proto in sink_ops.functions(opset):
+    """Register the sink ops' functions and opset imports; nothing if they are there already."""
+    _add_functions(model, sink_ops.functions(model.opset_imports[""]))
+
+
+def add_fused_functions(model: ir.Model) -> None:
+    """As `add_sink_functions`, for the fused ops."""
+    _add_functions(model, sink_ops.fused_functions(model.opset_imports[""]))
+
+
+def _add_functions(model: ir.Model, protos: list[onnx.FunctionProto]) -> None:
+    for proto in protos:
         function = ir.serde.deserialize_function(proto)
         model.functions.setdefault(function.identifier(), function)
     model.opset_imports.setdefault(sink_ops.DOMAIN, sink_ops.VERSION)

@@ -1,97 +1,28 @@
 // The creators, and the two symbols TensorRT looks for in a plugin library.
-#include <cmath>
-#include <cstring>
-#include <stdexcept>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "iq/log.h"
-#include "iq/sink_op.h"
+#include "iq/op.h"
 
 namespace iq
+{
+namespace
 {
 
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
-using nvinfer1::PluginFieldType;
-
-namespace
-{
-
-PluginField const* findField(PluginFieldCollection const& fields, char const* name)
-{
-    for (int32_t i = 0; i < fields.nbFields; ++i)
-    {
-        if (std::strcmp(fields.fields[i].name, name) == 0)
-        {
-            return &fields.fields[i];
-        }
-    }
-    throw std::invalid_argument(std::string("field '") + name + "' is missing");
-}
-
-template <typename To, typename From>
-std::vector<To> convert(PluginField const& field)
-{
-    auto const* const data = static_cast<From const*>(field.data);
-    return std::vector<To>(data, data + field.length);
-}
-
-std::vector<float> floats(PluginFieldCollection const& fields, char const* name)
-{
-    PluginField const& field = *findField(fields, name);
-    if (field.type != PluginFieldType::kFLOAT32)
-    {
-        throw std::invalid_argument(std::string("field '") + name + "' is not float");
-    }
-    return convert<float, float>(field);
-}
-
-// The ONNX parser hands over 32 or 64 bits, depending on its version.
-std::vector<int64_t> integers(PluginFieldCollection const& fields, char const* name)
-{
-    PluginField const& field = *findField(fields, name);
-    switch (field.type)
-    {
-    case PluginFieldType::kINT32: return convert<int64_t, int32_t>(field);
-    case PluginFieldType::kINT64: return convert<int64_t, int64_t>(field);
-    default: throw std::invalid_argument(std::string("field '") + name + "' is not integer");
-    }
-}
-
-std::shared_ptr<TemplateTable> readTable(PluginFieldCollection const& fields)
-{
-    auto const shape = integers(fields, "template_shape");
-    if (shape.size() != 2 || shape[0] < 1 || shape[1] < 1 || shape[0] > INT32_MAX
-        || shape[1] > INT32_MAX)
-    {
-        throw std::invalid_argument("template_shape is not [templates, hidden]");
-    }
-    return std::make_shared<TemplateTable>(floats(fields, "templates"),
-        static_cast<int32_t>(shape[0]), static_cast<int32_t>(shape[1]));
-}
-
-float readThreshold(PluginFieldCollection const& fields)
-{
-    auto const values = floats(fields, "threshold");
-    if (values.size() != 1 || std::isnan(values[0]))
-    {
-        throw std::invalid_argument("threshold is not one number");
-    }
-    return values[0];
-}
 
 class Creator final : public nvinfer1::IPluginCreatorV3One
 {
 public:
     explicit Creator(OpKind const& kind)
         : mKind(kind)
-        , mFields{PluginField("templates", nullptr, PluginFieldType::kFLOAT32, 0),
-              PluginField("template_shape", nullptr, PluginFieldType::kINT32, 2)}
     {
-        if (mKind.hasThreshold)
+        for (FieldSpec const* const spec : kind.fields)
         {
-            mFields.emplace_back("threshold", nullptr, PluginFieldType::kFLOAT32, 1);
+            mFields.emplace_back(spec->name, nullptr, spec->type, 1);
         }
         mCollection.nbFields = static_cast<int32_t>(mFields.size());
         mCollection.fields = mFields.data();
@@ -100,15 +31,18 @@ public:
     nvinfer1::IPluginV3* createPlugin(char const* name, PluginFieldCollection const* fields,
         nvinfer1::TensorRTPhase /*phase*/) noexcept override
     {
-        return guarded<nvinfer1::IPluginV3*>(
-            name == nullptr ? mKind.name : name, nullptr, [this, fields] {
-                if (fields == nullptr)
-                {
-                    throw std::invalid_argument("no fields");
-                }
-                float const threshold = mKind.hasThreshold ? readThreshold(*fields) : 0.0F;
-                return new SinkOp(mKind, readTable(*fields), threshold);
-            });
+        return guarded<nvinfer1::IPluginV3*>(mKind.name, nullptr, [&]() -> nvinfer1::IPluginV3* {
+            std::string const node = name == nullptr ? "" : name;
+            try
+            {
+                return new Op(mKind, readSettings(mKind.fields, node, fields));
+            }
+            catch (std::exception const& error)
+            {
+                logError(std::string(mKind.name) + " '" + node + "': " + error.what());
+                return nullptr;
+            }
+        });
     }
 
     PluginFieldCollection const* getFieldNames() noexcept override
@@ -137,6 +71,21 @@ private:
     PluginFieldCollection mCollection{};
 };
 
+struct Creators
+{
+    Creators()
+    {
+        for (OpKind const* const kind : opKinds())
+        {
+            owned.push_back(std::make_unique<Creator>(*kind));
+            pointers.push_back(owned.back().get());
+        }
+    }
+
+    std::vector<std::unique_ptr<Creator>> owned;
+    std::vector<nvinfer1::IPluginCreatorInterface*> pointers;
+};
+
 } // namespace
 } // namespace iq
 
@@ -147,12 +96,12 @@ extern "C" IQ_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
 
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
 {
-    static iq::Creator detect(iq::kDetect);
-    static iq::Creator clampInsert(iq::kClampInsert);
-    static iq::Creator restore(iq::kRestore);
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&detect, &clampInsert, &restore};
-    nbCreators = 3;
-    return creators;
+    return iq::guarded<nvinfer1::IPluginCreatorInterface* const*>("getCreators", nullptr, [&] {
+        nbCreators = 0;
+        static iq::Creators const creators;
+        nbCreators = static_cast<int32_t>(creators.pointers.size());
+        return creators.pointers.data();
+    });
 }
 
 extern "C" void setLoggerFinder(nvinfer1::ILoggerFinder* finder)

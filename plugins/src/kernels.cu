@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "iq/dispatch.h"
+#include "iq/gated.cuh"
+#include "iq/norm.cuh"
 #include "iq/rows.cuh"
 
 namespace iq
@@ -9,9 +12,9 @@ namespace iq
 namespace
 {
 
-constexpr int kThreads = 128;
 constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kMostThreads = 256;
+constexpr int kMostWarps = kMostThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffU;
 // Blocks walk over the rows, so the grid need not hold them all.
 constexpr int64_t kMaxBlocks = 1 << 20;
@@ -32,11 +35,11 @@ struct Sum
     }
 };
 
-// Every thread of the block gets the combination of all threads' values.
+// Every thread of the block, which is whole warps, gets the combination of all threads' values.
 template <typename Combine>
 __device__ float reduceBlock(float value, Combine combine)
 {
-    __shared__ float perWarp[kWarps];
+    __shared__ float perWarp[kMostWarps];
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
     {
         value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
@@ -47,7 +50,7 @@ __device__ float reduceBlock(float value, Combine combine)
     }
     __syncthreads();
     float total = perWarp[0];
-    for (int warp = 1; warp < kWarps; ++warp)
+    for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp)
     {
         total = combine(total, perWarp[warp]);
     }
@@ -56,16 +59,16 @@ __device__ float reduceBlock(float value, Combine combine)
 }
 
 // One block per row. All branches depend on the row alone, so the block stays together.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) detectKernel(T const* x, bool const* first,
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kMostThreads) detectKernel(T const* x, bool const* first,
     bool const* valid, float const* table, float const* energies, float threshold, Shape shape,
     int32_t* index)
 {
     for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x)
     {
         T const* const values = x + row * shape.hidden;
-        float const peak
-            = reduceBlock(partialPeak(values, shape.hidden, threadIdx.x, kThreads), Maximum{});
+        float const peak = reduceBlock(
+            partialPeak<kWidth>(values, shape.hidden, threadIdx.x, blockDim.x), Maximum{});
         int32_t matched = 0;
         if (isSink(peak, threshold, first[row], valid[row]))
         {
@@ -74,7 +77,8 @@ __global__ void __launch_bounds__(kThreads) detectKernel(T const* x, bool const*
             {
                 float const* const entry = table + k * shape.hidden;
                 float const dot = reduceBlock(
-                    partialDot(values, entry, shape.hidden, threadIdx.x, kThreads), Sum{});
+                    partialDot<kWidth>(values, entry, shape.hidden, threadIdx.x, blockDim.x),
+                    Sum{});
                 float const distance = templateDistance(energies[k], dot);
                 if (k == 0 || distance < best)
                 {
@@ -90,84 +94,108 @@ __global__ void __launch_bounds__(kThreads) detectKernel(T const* x, bool const*
     }
 }
 
-struct Insert
-{
-    template <typename T>
-    __device__ T operator()(T, float entry) const
-    {
-        return fromFloat<T>(entry);
-    }
-};
-
-struct Restore
-{
-    template <typename T>
-    __device__ T operator()(T value, float entry) const
-    {
-        return restored(value, entry);
-    }
-};
-
-template <typename T, typename Change>
-__global__ void __launch_bounds__(kThreads) changeKernel(
-    T const* x, int32_t const* index, float const* table, Shape shape, T* y, Change change)
+template <Change kChange, typename T, int kWidth>
+__global__ void __launch_bounds__(kMostThreads)
+    changeKernel(T const* x, int32_t const* index, float const* table, Shape shape, T* y)
 {
     for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x)
     {
         int64_t const entry = templateRow(index[row], shape.templates);
         int64_t const at = row * shape.hidden;
-        for (int64_t i = threadIdx.x; i < shape.hidden; i += kThreads)
+        changeRow<kChange, kWidth>(x + at, entry < 0 ? nullptr : table + entry * shape.hidden,
+            y + at, shape.hidden, threadIdx.x, blockDim.x);
+    }
+}
+
+template <typename T, int kWidth, int kChunks>
+__global__ void __launch_bounds__(kMostThreads) addNormKernel(AddNorm op)
+{
+    int64_t const hidden = op.shape.hidden;
+    for (int64_t row = blockIdx.x; row < op.shape.rows; row += gridDim.x)
+    {
+        NormRow<T> const what = normRow<T>(op, row);
+        RowSlice<T, kWidth, kChunks> const slice(what, threadIdx.x, blockDim.x);
+        float middle = 0.0F;
+        if (what.bias != nullptr)
         {
-            T const value = x[at + i];
-            y[at + i] = entry < 0 ? value : change(value, table[entry * shape.hidden + i]);
+            middle = reduceBlock(slice.partialSum(), Sum{}) / static_cast<float>(hidden);
+        }
+        float const power = reduceBlock(slice.partialPower(middle), Sum{});
+        slice.write(middle, inverseSize(power, hidden, op.epsilon));
+    }
+}
+
+template <typename T, int kWidth, int kPer>
+__global__ void __launch_bounds__(kMostThreads) siluMulKernel(SiluMul op)
+{
+    int64_t const workers = (op.features + kPer - 1) / kPer;
+    // Whole warps go round, since they exchange values.
+    int64_t const rounded = (workers + kWarp - 1) / kWarp * kWarp;
+    for (int64_t row = blockIdx.x; row < op.rows; row += gridDim.x)
+    {
+        GatedRow<T> const what = gatedRow<T>(op, row);
+        bool const sink = op.index != nullptr && op.index[row] > 0;
+        for (int64_t worker = threadIdx.x; worker < rounded; worker += blockDim.x)
+        {
+            int64_t const at = worker * kPer;
+            Turned<kPer> values{};
+            if (!sink)
+            {
+                loadProducts<kWidth>(what, at, values);
+            }
+            takeSide(what, at, values);
+            turnWithin(values, op.block);
+            for (int step = kPer; step < op.block; step *= 2)
+            {
+                int const apart = step / kPer;
+                IQ_UNROLL
+                for (float& value : values.at)
+                {
+                    float const other = __shfl_xor_sync(kAllLanes, value, apart);
+                    value = turnBetween(value, other, (threadIdx.x & apart) != 0);
+                }
+            }
+            storeCodes<kWidth>(what, at, values);
         }
     }
 }
 
-unsigned blocks(Shape const& shape)
+unsigned blocks(int64_t rows)
 {
-    return static_cast<unsigned>(std::min(shape.rows, kMaxBlocks));
+    return static_cast<unsigned>(std::min(rows, kMaxBlocks));
 }
 
-bool isEmpty(Shape const& shape)
+// Whole warps, no more than there is work for.
+unsigned threads(int64_t workers)
 {
-    return shape.rows == 0 || shape.hidden == 0;
+    int64_t const warps = (workers + kWarp - 1) / kWarp;
+    return static_cast<unsigned>(std::min<int64_t>(warps, kMostWarps) * kWarp);
 }
 
-template <typename T>
-cudaError_t detect(void const* x, bool const* first, bool const* valid, float const* table,
-    float const* energies, float threshold, Shape const& shape, int32_t* index, cudaStream_t stream)
+template <Change kChange>
+cudaError_t launchChange(Element element, void const* x, int32_t const* index, float const* table,
+    Shape const& shape, void* y, cudaStream_t stream)
 {
-    detectKernel<T><<<blocks(shape), kThreads, 0, stream>>>(
-        static_cast<T const*>(x), first, valid, table, energies, threshold, shape, index);
-    return cudaGetLastError();
-}
-
-template <typename T, typename Change>
-cudaError_t changeRows(void const* x, int32_t const* index, float const* table, Shape const& shape,
-    void* y, Change change, cudaStream_t stream)
-{
-    changeKernel<T><<<blocks(shape), kThreads, 0, stream>>>(
-        static_cast<T const*>(x), index, table, shape, static_cast<T*>(y), change);
-    return cudaGetLastError();
-}
-
-template <typename Change>
-cudaError_t changeElements(Element element, void const* x, int32_t const* index, float const* table,
-    Shape const& shape, void* y, Change change, cudaStream_t stream)
-{
-    if (isEmpty(shape))
+    if (isEmpty(shape.rows, shape.hidden))
     {
         return cudaSuccess;
     }
-    switch (element)
-    {
-    case Element::kFloat: return changeRows<float>(x, index, table, shape, y, change, stream);
-    case Element::kHalf: return changeRows<__half>(x, index, table, shape, y, change, stream);
-    case Element::kBFloat16:
-        return changeRows<__nv_bfloat16>(x, index, table, shape, y, change, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatch(element, canPack(element, shape.hidden, {x, y, table}),
+        [&](auto type, auto width) {
+            using T = decltype(type);
+            constexpr int kWidth = decltype(width)::value;
+            changeKernel<kChange, T, kWidth>
+                <<<blocks(shape.rows), threads(shape.hidden / kWidth), 0, stream>>>(
+                    static_cast<T const*>(x), index, table, shape, static_cast<T*>(y));
+            return cudaGetLastError();
+        });
+}
+
+template <typename T, int kWidth, int kChunks>
+cudaError_t startAddNorm(AddNorm const& op, unsigned threads, cudaStream_t stream)
+{
+    addNormKernel<T, kWidth, kChunks><<<blocks(op.shape.rows), threads, 0, stream>>>(op);
+    return cudaGetLastError();
 }
 
 } // namespace
@@ -176,33 +204,87 @@ cudaError_t launchDetect(Element element, void const* x, bool const* first, bool
     float const* table, float const* energies, float threshold, Shape const& shape, int32_t* index,
     cudaStream_t stream)
 {
-    if (isEmpty(shape))
+    if (isEmpty(shape.rows, shape.hidden))
     {
         return cudaSuccess;
     }
-    switch (element)
-    {
-    case Element::kFloat:
-        return detect<float>(x, first, valid, table, energies, threshold, shape, index, stream);
-    case Element::kHalf:
-        return detect<__half>(x, first, valid, table, energies, threshold, shape, index, stream);
-    case Element::kBFloat16:
-        return detect<__nv_bfloat16>(
-            x, first, valid, table, energies, threshold, shape, index, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatch(
+        element, canPack(element, shape.hidden, {x, table}), [&](auto type, auto width) {
+            using T = decltype(type);
+            constexpr int kWidth = decltype(width)::value;
+            detectKernel<T, kWidth>
+                <<<blocks(shape.rows), threads(shape.hidden / kWidth), 0, stream>>>(
+                    static_cast<T const*>(x), first, valid, table, energies, threshold, shape,
+                    index);
+            return cudaGetLastError();
+        });
 }
 
 cudaError_t launchClampInsert(Element element, void const* x, int32_t const* index,
     float const* table, Shape const& shape, void* y, cudaStream_t stream)
 {
-    return changeElements(element, x, index, table, shape, y, Insert{}, stream);
+    return launchChange<Change::kInsert>(element, x, index, table, shape, y, stream);
 }
 
 cudaError_t launchRestore(Element element, void const* x, int32_t const* index, float const* table,
     Shape const& shape, void* y, cudaStream_t stream)
 {
-    return changeElements(element, x, index, table, shape, y, Restore{}, stream);
+    return launchChange<Change::kRestore>(element, x, index, table, shape, y, stream);
+}
+
+cudaError_t launchAddNorm(Element element, AddNorm const& op, cudaStream_t stream)
+{
+    if (isEmpty(op.shape.rows, op.shape.hidden))
+    {
+        return cudaSuccess;
+    }
+    return dispatch(element, canPack(element, op), [&](auto type, auto width) {
+        using T = decltype(type);
+        constexpr int kWidth = decltype(width)::value;
+        int64_t const packs = op.shape.hidden / kWidth;
+        unsigned const count = threads(packs);
+        int64_t const chunks = (packs + count - 1) / count;
+        // Only what comes in 16 bytes is worth its registers.
+        if constexpr (kWidth > 1)
+        {
+            if (chunks <= 1)
+            {
+                return startAddNorm<T, kWidth, 1>(op, count, stream);
+            }
+            if (chunks <= 2)
+            {
+                return startAddNorm<T, kWidth, 2>(op, count, stream);
+            }
+            if (chunks <= 4)
+            {
+                return startAddNorm<T, kWidth, 4>(op, count, stream);
+            }
+        }
+        return startAddNorm<T, kWidth, 0>(op, count, stream);
+    });
+}
+
+cudaError_t launchSiluMul(Element element, SiluMul const& op, cudaStream_t stream)
+{
+    if (isEmpty(op.rows, op.features))
+    {
+        return cudaSuccess;
+    }
+    return dispatch(element, canPack(element, op), [&](auto type, auto width) {
+        using T = decltype(type);
+        constexpr int kWidth = decltype(width)::value;
+        int const per = elementsPerWorker(op);
+        unsigned const count = threads((op.features + per - 1) / per);
+        if (per == kManyPer)
+        {
+            siluMulKernel<T, kWidth, kManyPer><<<blocks(op.rows), count, 0, stream>>>(op);
+        }
+        else
+        {
+            siluMulKernel<T, kWidth, kFewPer><<<blocks(op.rows), count, 0, stream>>>(op);
+        }
+        return cudaGetLastError();
+    });
 }
 
 } // namespace iq

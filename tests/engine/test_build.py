@@ -107,17 +107,17 @@ class TestRealBuilder:
 
 
 @pytest.mark.parametrize(
-    ("sinks", "layers", "plugin", "form"),
-    [(3, 3, True, "plugin"), (3, 0, False, "body"), (0, 0, False, "none"), (0, 0, True, "none")],
+    ("sinks", "layers", "nodes", "form"),
+    [(3, 3, 3, "plugin"), (3, 5, 5, "plugin"), (3, 0, 0, "body"), (0, 0, 0, "none")],
 )
-def test_form_is_proven(sinks: int, layers: int, plugin: bool, form: str) -> None:
-    assert prove_form(sinks, layers, plugin) == form
+def test_form_is_proven(sinks: int, layers: int, nodes: int, form: str) -> None:
+    assert prove_form(sinks, layers, nodes) == form
 
 
-@pytest.mark.parametrize(("layers", "plugin"), [(0, True), (2, True), (3, False)])
-def test_the_other_form_is_an_error(layers: int, plugin: bool) -> None:
-    with pytest.raises(EngineError, match=f"{layers} plugin layers of 3 sink nodes"):
-        prove_form(3, layers, plugin)
+@pytest.mark.parametrize(("layers", "nodes"), [(0, 3), (2, 3), (3, 0)])
+def test_the_other_form_is_an_error(layers: int, nodes: int) -> None:
+    with pytest.raises(EngineError, match=f"{layers} plugin layers, but {nodes} sink and fused"):
+        prove_form(3, layers, nodes)
 
 
 def test_early_refusals(sink_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -208,6 +208,7 @@ def test_interrupt_ends_the_child(
 
 def test_request_round_trip() -> None:
     request = BuildRequest(
-        "m", "p", "t", "trt", (86,), SMALL.to_json(), 23, 0, None, None, False, False, "none"
+        "s", "m", "p", "t", "trt", (86,), SMALL.to_json(), 23, 0, 0, None, None, False, False,
+        "none",
     )  # fmt: skip
     assert BuildRequest.from_json(request.to_json()) == request

@@ -26,7 +26,7 @@ def test_library_and_its_report(plugin: PluginBuild) -> None:
     assert plugin.path is not None
     assert plugin.path.name == "libiq_plugins.so"
     assert plugin.sha256 == hashlib.sha256(plugin.path.read_bytes()).hexdigest()
-    assert plugin.architectures == (86, 120)
+    assert plugin.architectures == (86,)
     assert plugin.reason == ""
 
 
@@ -59,19 +59,19 @@ class TestPluginForm:
         assert (body.form, body.plugin_layers) == ("body", 0)
         assert body.layers > report.layers
 
-    def test_a_node_without_the_namespace_is_caught(
+    def test_no_body_is_taken_where_the_plugin_is_meant(
         self, sink_model, plugin: PluginBuild, tmp_path: Path
     ) -> None:  # type: ignore[no-untyped-def]
+        """TensorRT would, silently, for a node of another namespace; the copy has no bodies."""
+        target = resolve_target("rtx-ampere")
         model = sink_model(namespace="other")
-        with pytest.raises(EngineError, match="0 plugin layers of 3 sink nodes"):
-            build_engine(
-                model, tmp_path / "a.plan", resolve_target("rtx-ampere"), SMALL, plugin=plugin.path
-            )
+        report = build_engine(model, tmp_path / "a.plan", target, SMALL, plugin=plugin.path)
+        assert (report.form, report.plugin_layers) == ("plugin", 3)
 
     @pytest.mark.parametrize(
         ("shape", "reason"),
         [
-            ([4, 4], "last axis of x is not as long as a template"),
+            ([4, 4], "last axis of 'x' has 8 elements, a template 4"),
             ([3, 8], "16 values, which is not template_shape 3 x 8"),
         ],
     )
@@ -159,6 +159,17 @@ def test_headers_version(tmp_path: Path, prefix: str) -> None:
     (tmp_path / "NvInferVersion.h").write_text(text + "#define NV_TENSORRT_MAJOR TRT_MAJOR\n")
     assert headers_version(tmp_path) == (10, 16, 2)
     assert headers_version(tmp_path / "absent") == ()
+
+
+@pytest.mark.parametrize(("mode", "why"), [("auto", "headers are here"), ("on", "asked for")])
+def test_the_choice_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, why: str
+) -> None:
+    made = PluginBuild(path=tmp_path, architectures=(86, 87), headers="10.14.1")
+    monkeypatch.setattr(plugin_module, "build_plugin", lambda *_: made)
+    reason = provide_plugin(mode, tmp_path, [86, 87], 3).reason
+    assert why in reason
+    assert "sm_86, sm_87 with headers 10.14.1" in reason
 
 
 def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

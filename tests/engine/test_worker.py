@@ -130,6 +130,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, version: str, **members: Any) -> N
 @pytest.fixture
 def request_(tmp_path: Path) -> BuildRequest:
     return BuildRequest(
+        source="model.onnx",
         model="model.onnx",
         plan=str(tmp_path / "a.plan"),
         target="orin",
@@ -138,6 +139,7 @@ def request_(tmp_path: Path) -> BuildRequest:
         profile=PROFILE.to_json(),
         opset=23,
         sink_nodes=1,
+        plugin_nodes=1,
         plugin="libiq_plugins.so",
         timing_cache=None,
         version_compatible=False,

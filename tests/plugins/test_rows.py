@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -14,14 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iq_export.sinks import ops
+from tests.plugins.calls import DTYPES, Rows, same_bits
 
-# Order of iq::Element in plugins/include/iq/kernels.h.
-ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 TAU = 200.0
 
 
@@ -33,11 +26,6 @@ class Case:
     first: np.ndarray
     valid: np.ndarray
     templates: np.ndarray
-
-    @property
-    def sizes(self) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]:
-        rows, hidden = self.x.shape
-        return (ctypes.c_int64(rows), ctypes.c_int64(hidden), ctypes.c_int64(len(self.templates)))
 
 
 def _case(dtype: str, rows: int, hidden: int, k: int, seed: int) -> Case:
@@ -52,38 +40,15 @@ def _case(dtype: str, rows: int, hidden: int, k: int, seed: int) -> Case:
     return Case(x.astype(DTYPES[dtype]), rng.random(rows) < 0.3, rng.random(rows) < 0.8, templates)
 
 
-def _pointer(array: np.ndarray) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def _detect(rows: ctypes.CDLL, case: Case, lanes: int) -> np.ndarray:
-    """SinkDetect: on the CPU with `lanes` workers, or with lanes 0 on the GPU."""
-    index = np.full(len(case.x), -7, np.int32)
-    arguments = [ELEMENTS[case.x.dtype.name], *map(_pointer, (case.x, case.first, case.valid))]
-    arguments += [_pointer(case.templates), ctypes.c_float(TAU), *case.sizes]
-    if lanes:
-        rows.iq_detect_cpu(*arguments, ctypes.c_int64(lanes), _pointer(index))
-    else:
-        assert rows.iq_detect_gpu(*arguments, _pointer(index)) == 0
-    return index
+def _detect(rows: ctypes.CDLL, case: Case, workers: int = 32, shift: int = 0) -> np.ndarray:
+    library = Rows(rows, workers, shift)
+    return library.detect(case.x, case.first, case.valid, case.templates, TAU)
 
 
 def _change(
-    rows: ctypes.CDLL, case: Case, index: np.ndarray, restore: bool, device: str = "cpu"
+    rows: ctypes.CDLL, case: Case, index: np.ndarray, restore: bool, shift: int = 0
 ) -> np.ndarray:
-    y = np.full_like(case.x, -7)
-    call = rows.iq_change_cpu if device == "cpu" else rows.iq_change_gpu
-    call.restype = None if device == "cpu" else ctypes.c_int
-    status = call(
-        ELEMENTS[case.x.dtype.name],
-        ctypes.c_bool(restore),
-        *map(_pointer, (case.x, index, case.templates)),
-        *case.sizes,
-        _pointer(y),
-    )
-    assert not status
-    return y
+    return Rows(rows, shift=shift).change(case.x, index, case.templates, restore)
 
 
 def _bodies(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -120,28 +85,32 @@ def _bodies(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return index, clamped, restored
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     dtype=st.sampled_from(["float32", "float16"]),
     count=st.integers(1, 9),
-    hidden=st.integers(1, 160),
+    hidden=st.one_of(st.integers(1, 160), st.integers(1, 20).map(lambda packs: 8 * packs)),
     k=st.integers(1, 5),
     lanes=st.sampled_from([1, 3, 32, 128]),
+    shift=st.sampled_from([0, 1]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_the_function_bodies(
-    rows: ctypes.CDLL, dtype: str, count: int, hidden: int, k: int, lanes: int, seed: int
+    rows: ctypes.CDLL,
+    dtype: str,
+    count: int,
+    hidden: int,
+    k: int,
+    lanes: int,
+    shift: int,
+    seed: int,
 ) -> None:
     case = _case(dtype, count, hidden, k, seed)
     index, clamped, restored = _bodies(case)
-    found = _detect(rows, case, lanes)
+    found = _detect(rows, case, lanes, shift)
     _assert_same_index(case, found, index)
-    assert _same_bits(_change(rows, case, index, restore=False), clamped)
-    assert _same_bits(_change(rows, case, index, restore=True), restored)
+    assert same_bits(_change(rows, case, index, False, shift), clamped)
+    assert same_bits(_change(rows, case, index, True, shift), restored)
 
 
 def _assert_same_index(case: Case, found: np.ndarray, expected: np.ndarray) -> None:
@@ -166,9 +135,9 @@ def test_bfloat16_equals_numpy(rows: ctypes.CDLL, lanes: int) -> None:
     assert np.array_equal(index, np.where(sink, nearest, 0))
     rounded = case.templates.astype(case.x.dtype)[np.maximum(index - 1, 0)]
     clamped = np.where(sink[:, None], rounded, case.x)
-    assert _same_bits(_change(rows, case, index, restore=False), clamped)
+    assert same_bits(_change(rows, case, index, restore=False), clamped)
     added = (x + rounded.astype(np.float32)).astype(case.x.dtype)
-    assert _same_bits(
+    assert same_bits(
         _change(rows, case, index, restore=True), np.where(sink[:, None], added, case.x)
     )
 
@@ -218,7 +187,7 @@ def test_foreign_index_leaves_the_row_alone(rows: ctypes.CDLL) -> None:
     case = _case("float16", 3, 32, 2, 4)
     index = np.array([-1, 3, 2**31 - 1], np.int32)
     for restore in (False, True):
-        assert _same_bits(_change(rows, case, index, restore), case.x)
+        assert same_bits(_change(rows, case, index, restore), case.x)
 
 
 def test_no_rows(rows: ctypes.CDLL) -> None:
@@ -229,13 +198,14 @@ def test_no_rows(rows: ctypes.CDLL) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize(("count", "hidden"), [(0, 64), (1, 1), (7, 577), (300, 2048)])
-def test_kernels_on_a_gpu(rows: ctypes.CDLL, dtype: str, count: int, hidden: int) -> None:
-    if not rows.iq_gpu_count():
-        pytest.skip("no usable GPU: the kernels are compiled, and their arithmetic tested on CPU")
+def test_kernels_on_a_gpu(
+    rows: ctypes.CDLL, gpu_rows: ctypes.CDLL, dtype: str, shift: int, count: int, hidden: int
+) -> None:
     case = _case(dtype, count, hidden, 3, 6)
     index = _detect(rows, case, 128)
-    _assert_same_index(case, _detect(rows, case, 0), index)
+    _assert_same_index(case, _detect(gpu_rows, case, shift=shift), index)
     for restore in (False, True):
-        on_gpu = _change(rows, case, index, restore, "gpu")
-        assert _same_bits(on_gpu, _change(rows, case, index, restore))
+        on_gpu = _change(gpu_rows, case, index, restore, shift)
+        assert same_bits(on_gpu, _change(rows, case, index, restore))

@@ -1,4 +1,6 @@
-// Launches of the sink ops' kernels. All pointers are device pointers; nothing synchronises.
+// Launches of the ops' kernels. All pointers are device pointers; nothing allocates or waits, so a
+// launch can be captured in a CUDA graph. Any alignment and any size will do: what is aligned
+// to 16 bytes and made of whole packs is read and written 16 bytes at a time.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +16,9 @@ enum class Element
     kHalf,
     kBFloat16
 };
+
+// Of the Hadamard transform.
+constexpr int32_t kLargestBlock = 512;
 
 // Rows of a tensor [rows, hidden] against a table [templates, hidden] of float.
 struct Shape
@@ -36,5 +41,46 @@ cudaError_t launchClampInsert(Element element, void const* x, int32_t const* ind
 // y = x + the template on sink rows, x elsewhere. x and y may be the same.
 cudaError_t launchRestore(Element element, void const* x, int32_t const* index, float const* table,
     Shape const& shape, void* y, cudaStream_t stream);
+
+// sum = x + branch; codes = the quantized norm of the sum, or the quantized template of sink rows.
+// `bias` is null for an RMSNorm, `index` and `table` where nothing is inserted.
+struct AddNorm
+{
+    void const* x;
+    void const* branch;
+    void const* weight;
+    void const* bias;
+    int32_t const* index;
+    float const* table;
+    float epsilon;
+    float scale;
+    Shape shape;
+    void* sum;
+    int8_t* codes;
+};
+
+cudaError_t launchAddNorm(Element element, AddNorm const& op, cudaStream_t stream);
+
+// codes = the quantized block Hadamard transform of SiLU(gate) * up without its side channels; they
+// go to `side` [rows, sides]. All are 0 on sink rows. `index` may be null, and `slots` with `side`.
+// `slots` is described in gated.cuh; `slotCount` is a multiple of 16 and it is aligned so.
+struct SiluMul
+{
+    void const* gate;
+    void const* up;
+    int32_t const* index;
+    uint8_t const* slots;
+    int64_t slotCount;
+    int64_t sides;
+    int64_t rows;
+    int64_t features;
+    int32_t block; // a power of two up to kLargestBlock that divides `features`
+    float factor;
+    float scale;
+    int8_t* codes;
+    void* side;
+};
+
+cudaError_t launchSiluMul(Element element, SiluMul const& op, cudaStream_t stream);
 
 } // namespace iq

@@ -1,0 +1,21 @@
+// An op's constants as its kernels read them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace iq
+{
+
+using Bytes = std::vector<unsigned char>;
+
+// A template table as float, row after row, and behind it half the squared norm of each row.
+Bytes tableBytes(std::vector<float> const& values, int64_t templates, int64_t hidden);
+
+// For each channel up to the last side channel s + 1 if it is side channel s, else 0; padded with 0
+// to a multiple of 16. The channels are distinct, not negative, and at most kMostSides.
+constexpr size_t kMostSides = 255;
+Bytes slotBytes(std::vector<int32_t> const& channels);
+
+} // namespace iq
