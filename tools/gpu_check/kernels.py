@@ -92,7 +92,8 @@ def _rows(
     k = int(rng.integers(1, 6))
     templates = rng.standard_normal((k, hidden)).astype(np.float32)
     templates[np.arange(k), rng.integers(hidden, size=k)] = rng.uniform(300, 30_000, k)
-    x = 10.0 ** rng.uniform(-2, 2, (rows, 1)) * rng.standard_normal((rows, hidden))
+    sizes = np.power(10.0, rng.uniform(-2, 2, (rows, 1)))
+    x = sizes * rng.standard_normal((rows, hidden))
     near = rng.random(rows) < 0.3
     x[near] = templates[rng.integers(k, size=rows)][near]
     for value in (np.nan, np.inf, -np.inf):
@@ -120,7 +121,9 @@ def _tied(x: np.ndarray, templates: np.ndarray) -> np.ndarray:
 
     Clamped to half's range, as the kernels do it.
     """
-    wide = np.clip(np.nan_to_num(x.astype(np.float64), posinf=np.inf, neginf=-np.inf), -65504, 65504)
+    wide = np.clip(
+        np.nan_to_num(x.astype(np.float64), posinf=np.inf, neginf=-np.inf), -65504, 65504
+    )
     dots = wide @ templates.T.astype(np.float64)
     energies = (templates.astype(np.float64) ** 2).sum(1) / 2
     distances = np.sort(energies - dots, axis=1)
@@ -166,8 +169,8 @@ def _gated(
     block = int(2 ** rng.integers(0, 10))
     features = block * int(rng.integers(1, 6))
     kind = DTYPES[dtype]
-    gate = (4 * rng.standard_normal((rows, features))).astype(kind)
-    up = (2 * rng.standard_normal((rows, features))).astype(kind)
+    gate = rng.normal(0, 4, (rows, features)).astype(kind)
+    up = rng.normal(0, 2, (rows, features)).astype(kind)
     if rows:
         gate[rng.integers(rows), rng.integers(features)] = rng.choice([np.nan, np.inf, -np.inf])
     index = rng.integers(0, 3, rows).astype(np.int32) if rng.random() < 0.5 else None

@@ -7,8 +7,8 @@
            plans/ENGINE.plan    built here, with no GPU
            reference/NAME.npz   token ids and ONNX Runtime's logits
 
-Weights lie there once: the graphs without sink ops and with fused ops are skeletons beside them, and
-`run` builds from them what no plan was brought for.
+Weights lie there once: the graphs without sink ops and with fused ops are skeletons beside them.
+`run` builds from them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 import iq_export
-from iq_export.bundle.manifest import Manifest, write_atomically
+from iq_export.bundle.manifest import write_atomically
+from iq_export.bundle.package import Bundle, atomic_folder
 from iq_export.checksum import sha256_file
 from iq_export.engine.build import Profile, Range, build_engine
 from iq_export.engine.onnx_header import read_header
@@ -64,10 +65,11 @@ _PROMPTS = (
     "through the list again and again until nothing is swapped any more. This is easy to write "
     "down and slow to run: for ten thousand items it takes about fifty million comparisons, where "
     "a better method needs little more than a hundred thousand.",
-    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n    total = 0.0\n"
-    "    for value in values:\n        total += value\n    return total / len(values)\n\n\n"
-    "def variance(values):\n    middle = mean(values)\n    return mean([(value - middle) ** 2 for "
-    "value in values])\n\n\nprint(mean([1, 2, 3]), variance([1, 2, 3]))\n",
+    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n"
+    "    return sum(values) / len(values)\n\n\n"
+    "def variance(values):\n    middle = mean(values)\n"
+    "    return mean([(value - middle) ** 2 for value in values])\n\n\n"
+    "for values in ([1, 2, 3], [4], [0.5, 0.25]):\n    print(mean(values), variance(values))\n",
     "Rain is water that has risen as vapour from seas, lakes and leaves, has cooled, and falls "
     "again. Most of it falls back into the sea. What falls on land runs off in rivers or sinks "
     "into the ground, where it may stay for days or for thousands of years before a spring or a "
@@ -77,8 +79,8 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine: `graph` in the folder, `plan` if it was built here, `linears` its int8
-    products by name, `plugin_nodes` what the plugin has to take (0: function bodies, or no such ops)."""
+    """One engine: `graph` in the folder, `plan` if it was built here, `linears` the names of its
+    int8 products, `plugin_nodes` what the plugin has to take (0: function bodies, or no sinks)."""
 
     name: str
     model: str
@@ -104,19 +106,14 @@ class Options:
 def pack(options: Options) -> Path:
     """Make `options.out`, whole or not at all.
 
-    Raises UsageError if it exists, or if the bundles are not one fp16 and one quantized; and what
-    compiling, building and downloading raise.
+    Raises UsageError if the bundles are not one fp16 and one quantized, BundleError if the folder
+    exists; and what compiling, building and downloading raise.
     """
     target = resolve_target(options.target)
     if target.flavour != RTX:
         raise UsageError(f"--target {target.name} builds on the device only: take an rtx one.")
-    if options.out.exists():
-        raise UsageError(f"'{options.out}' exists: give a folder that does not.")
-    work = options.out.with_name(f".{options.out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        bundles = _bundles(options.bundles or _compile(options.out))
+    bundles = _bundles(options.bundles or _compile(options.out))
+    with atomic_folder(options.out) as work:
         _copy_code(work)
         _wheels(work, options.python)
         engines: list[Engine] = []
@@ -125,20 +122,19 @@ def pack(options: Options) -> Path:
             save_reference(bundle, name, work)
         if options.plans:
             engines = _build_plans(work, engines, options.target)
-        index = {
-            "iq_export": iq_export.__version__,
-            "tensorrt": metadata.version("tensorrt-rtx-cu13"),
-            "python": options.python,
-            "target": target.name,
-            "compute_capabilities": list(target.compute_capabilities),
-            "profiles": {name: profile.to_json() for name, profile in PROFILES.items()},
-            "decoded": DECODED,
-            "engines": [asdict(engine) for engine in engines],
-        }
-        write_index(work, index)
-        work.rename(options.out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        write_index(
+            work,
+            {
+                "iq_export": iq_export.__version__,
+                "tensorrt": metadata.version("tensorrt-rtx-cu13"),
+                "python": options.python,
+                "target": target.name,
+                "compute_capabilities": list(target.compute_capabilities),
+                "profiles": {name: profile.to_json() for name, profile in PROFILES.items()},
+                "decoded": DECODED,
+                "engines": [asdict(engine) for engine in engines],
+            },
+        )
     return options.out
 
 
@@ -165,7 +161,7 @@ def _compile(out: Path) -> list[Path]:
 
 def _bundles(folders: Sequence[Path]) -> dict[str, Path]:
     """Recipe -> bundle, the one in half precision first."""
-    found = {Manifest.read(folder).recipe: folder for folder in folders}
+    found = {Bundle.open(folder).manifest.recipe: folder for folder in folders}
     if len(found) != 2 or FLOAT not in found:
         raise UsageError(
             f"give two bundles, one of recipe {FLOAT} and one quantized; these are: "
@@ -308,9 +304,7 @@ def reference(model: Path, ids: np.ndarray, decoded: int) -> np.ndarray:
 def _build_plans(work: Path, engines: Sequence[Engine], target_name: str) -> list[Engine]:
     """Plans of the three that ship, each from its bundle's graph as `iq-export build` does it."""
     target = resolve_target(target_name)
-    plugin = build_plugin(
-        work / "plans", sorted({*target.compute_capabilities, *_TRIED_AS_WELL})
-    )
+    plugin = build_plugin(work / "plans", sorted({*target.compute_capabilities, *_TRIED_AS_WELL}))
     if plugin.path is None:
         raise EngineError(plugin.reason)
     done = []
@@ -321,7 +315,8 @@ def _build_plans(work: Path, engines: Sequence[Engine], target_name: str) -> lis
                 (work / engine.graph).with_name(f"{BODY}.onnx"), path, target, PROFILES["serve"],
                 plugin=plugin.path if engine.plugin_nodes else None,
             )  # fmt: skip
-            engine = Engine(**{**asdict(engine), "plan": path.relative_to(work).as_posix()})
-        done.append(engine)
+            done.append(replace(engine, plan=path.relative_to(work).as_posix()))
+        else:
+            done.append(engine)
     plugin.path.unlink()  # the plan carries it
     return done

@@ -61,7 +61,7 @@ def split(folder: Path, out: Path, part_bytes: int) -> list[Path]:
     out.mkdir(parents=True)
     with (
         _Cutter(out, part_bytes) as cutter,
-        tarfile.open(fileobj=cutter, mode="w|") as tar,  # type: ignore[arg-type]
+        tarfile.open(fileobj=cutter, mode="w|") as tar,
     ):
         tar.add(folder, arcname=folder.name)
     write_atomically(out / SUMS, "".join(f"{digest}  {name}\n" for digest, name in cutter.sums))

@@ -15,7 +15,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """Of `samples` / `base`, round by round: a slow moment of the machine hits both."""
-    return spread(np.asarray(samples, np.float64) / np.asarray(base, np.float64))
+    return spread([a / b for a, b in zip(samples, base, strict=True)])
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
