@@ -140,9 +140,9 @@ def _norm(
 ) -> None:  # fmt: skip
     layer, insert = rng.random() < 0.4, rng.random() < 0.6
     hidden, kind = x.shape[1], x.dtype
-    branch = rng.standard_normal(x.shape).astype(kind)
-    weight = rng.standard_normal(hidden).astype(kind)
-    bias = rng.standard_normal(hidden).astype(kind) if layer else None
+    branch = np.asarray(rng.standard_normal(x.shape)).astype(kind)
+    weight = np.asarray(rng.standard_normal(hidden)).astype(kind)
+    bias = np.asarray(rng.standard_normal(hidden)).astype(kind) if layer else None
     scale = float(np.float16(rng.uniform(0.02, 0.05)))
     sinks = (index, templates) if insert else (None, None)
     arguments = (x, branch, weight, bias, *sinks, EPSILON, scale)
@@ -153,7 +153,7 @@ def _norm(
     inserted = (index > 0) & insert
     wrong = inserted & (codes != expected_codes).any(1)
     totals.inserted_differs += _note(totals, wrong, f"inserted rows of {name}")
-    # A row with an infinity or NaN has no norm: what its codes are is decided by the last bit.
+    # Inserted rows and rows with an infinity or NaN say nothing of a norm.
     usual = np.isfinite(expected.astype(np.float32)).all(1) & ~inserted
     differ = _codes(totals, codes, expected_codes, name)
     if kind == np.float32 and not layer:
