@@ -363,6 +363,47 @@ def test_the_norm_error_is_found_from_codes() -> None:
     assert "norms differ" in " ".join(totals.reasons())
 
 
+def test_what_is_timed_is_the_ops(host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timed launches on a CPU: every call succeeds, the norm's and the product's are right."""
+    torch = pytest.importorskip("torch")
+    given: list[Any] = []
+
+    def pointer(value: Any) -> Any:
+        given.append(value)
+        return as_pointer(value)
+
+    as_pointer = bandwidth._pointer
+    monkeypatch.setattr(bandwidth, "_pointer", pointer)
+    monkeypatch.setattr(bandwidth, "_DEVICE", "cpu")
+    monkeypatch.setattr(bandwidth, "ROWS", 128)
+    monkeypatch.setattr(bandwidth, "HIDDEN", 512)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    calls, moved = bandwidth._calls(host)
+    assert list(calls) == list(moved) and set(bandwidth.BARRED) < set(calls)
+    for name, call in calls.items():
+        for turn in range(bandwidth._SETS + 1):
+            call(turn)
+        assert moved[name] > 128 * 512
+    assert moved["rms norm"] == 128 * 512 * 7 + 512 * 2
+    assert moved["rms norm + insert"] == moved["rms norm"] + 128 * 4
+
+    def arguments(name: str) -> list[Any]:
+        given.clear()
+        calls[name](1)
+        return [v.numpy() if hasattr(v, "numpy") else v for v in given]
+
+    rows = Rows(host)
+    x, branch, weight, bias, index, table, epsilon, scale, *_, total, codes = arguments(
+        "rms norm + insert"
+    )
+    expected = rows.add_norm(x, branch, weight, bias, index, table, epsilon, scale)
+    assert np.array_equal(total, expected[0]) and np.array_equal(codes, expected[1])
+    assert (index > 0).sum() == 2 and codes.any()
+    gate, up, index, block, factor, scale, *_, codes = arguments("gated product, blocks of 64")
+    expected_codes, _ = rows.silu_mul(gate, up, index, None, block, factor, scale)
+    assert np.array_equal(codes, expected_codes) and codes.any()
+
+
 _SECONDS = {
     "copy": [1.0, 1.0, 2.0], "rms norm": [1.0, 1.0, 2.0], "rms norm + insert": [1.1, 1.1, 2.2],
     "gated product, blocks of 64": [1.3, 1.3, 2.6],
@@ -415,6 +456,73 @@ def test_the_cache_of_a_step_is_the_past_of_the_next() -> None:
     assert engines.present_as_past(outputs) == {
         "past_key_values.0.key": 1, "past_key_values.0.value": 2, "past_sinks.0": 3,
     }  # fmt: skip
+
+
+class _OnCpu(engines.Engine):
+    """An engine whose TensorRT is ONNX Runtime: names, shapes and raw addresses as TensorRT's."""
+
+    def __init__(self, model: Path) -> None:
+        self.session = CausalLM(model)._session
+        self.given = {value.name: value for value in self.session.get_inputs()}
+        self.taken = {value.name: value for value in self.session.get_outputs()}
+        self.inputs, self.outputs = list(self.given), list(self.taken)
+        self.engine = self.context = self
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.at: dict[str, int] = {}
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if name in self.given:
+            return tuple(d if isinstance(d, int) else -1 for d in self.given[name].shape)
+        sizes = {}
+        for known, shape in self.shapes.items():
+            sizes |= dict(zip(self.given[known].shape, shape, strict=True))
+        return tuple(sizes.get(d, d) for d in self.taken[name].shape)
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        kind = {**self.given, **self.taken}[name].type
+        names = {"float16": "HALF", "float": "FLOAT", "int64": "INT64", "int32": "INT32"}
+        return SimpleNamespace(name=names[kind.removeprefix("tensor(").removesuffix(")")])
+
+    def get_tensor_profile_shape(self, name: str, _: int) -> list[tuple[int, ...]]:
+        low = tuple(max(d, 0) for d in self.get_tensor_shape(name))
+        high = tuple(40 if d < 0 else d for d in self.get_tensor_shape(name))
+        return [low, high, high]
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self.shapes[name] = shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.at[name] = address
+
+    def execute_async_v3(self, _: int) -> bool:
+        kinds = {"HALF": np.float16, "FLOAT": np.float32, "INT64": np.int64, "INT32": np.int32}
+        feeds = {}
+        for name, shape in self.shapes.items():
+            feeds[name] = np.zeros(shape, kinds[self.get_tensor_dtype(name).name])
+            ctypes.memmove(feeds[name].ctypes.data, self.at[name], feeds[name].nbytes)
+        for name, value in zip(self.outputs, self.session.run(self.outputs, feeds), strict=True):
+            assert value.shape == self.get_tensor_shape(name)
+            ctypes.memmove(self.at[name], np.ascontiguousarray(value).ctypes.data, value.nbytes)
+        return True
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "w8a8"])
+def test_decoding_through_the_cache_is_the_reference(
+    bundles: dict[str, Path], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda _: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(engines, "_DEVICE", "cpu")
+    model = bundles[recipe] / "model.onnx"
+    ids = np.random.default_rng(0).integers(1, planted.WITH_DELIMITER.vocab, (3, 24))
+    engine = _OnCpu(model)
+    found = engines.decode(engine, torch.from_numpy(ids), 5)
+    far = statistics.distance(found, pack.reference(model, ids, 5))
+    assert (far["rows"], far["top1"]) == (18, 1.0) and far["kl"] < 1e-4
+    assert engine.why_not(1, 24, 0) == ""
+    assert "input_ids [1, 48] is outside of the plan's" in engine.why_not(1, 48, 0)
 
 
 def test_no_capabilities_aim_at_the_device_itself() -> None:

@@ -24,6 +24,7 @@ SHARE, INSERTION = 0.85, 1.05
 BARRED = ("rms norm", "rms norm + insert", "gated product, blocks of 64")
 _SETS, _ROUNDS, _WARM_UP, _TEMPLATES = 3, 60, 6, 3
 _SINK_EVERY = 64
+_DEVICE = "cuda"
 _BLOCKS = (1, 64, 512)
 # GPU cycles to wait so that the CPU is ahead of the GPU, and no launch is timed.
 _HEAD_START = 8_000_000
@@ -98,18 +99,18 @@ def _calls(library: Any) -> tuple[dict[str, Call], dict[str, int]]:
     import torch
 
     def on_device(tensor: Any) -> Any:
-        return tensor.to("cuda")
+        return tensor.to(_DEVICE)
 
     half, count = torch.float16, ROWS * HIDDEN
     generator = torch.Generator().manual_seed(0)
     x, branch, total = (
-        [torch.randn(ROWS, HIDDEN, device="cuda", dtype=half) for _ in range(_SETS)]
+        [torch.randn(ROWS, HIDDEN, device=_DEVICE, dtype=half) for _ in range(_SETS)]
         for _ in range(3)
     )
-    codes = [torch.empty(ROWS, HIDDEN, device="cuda", dtype=torch.int8) for _ in range(_SETS)]
+    codes = [torch.empty(ROWS, HIDDEN, device=_DEVICE, dtype=torch.int8) for _ in range(_SETS)]
     norm_bytes = count * (3 * 2 + 1)
     source, copy = (
-        [torch.zeros(norm_bytes // 2, device="cuda", dtype=torch.uint8) for _ in range(_SETS)]
+        [torch.zeros(norm_bytes // 2, device=_DEVICE, dtype=torch.uint8) for _ in range(_SETS)]
         for _ in range(2)
     )
     weight = on_device(torch.ones(HIDDEN, dtype=half))

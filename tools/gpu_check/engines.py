@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _DTYPES = {
 _INT8_KERNEL = re.compile(r"i8i8|imma|_s8|s8_|int8|i8816|i16832|i32864", re.I)
 _KEPT_KERNELS = 60
 _ROUNDS, _WARM_UP = 40, 8
+_DEVICE = "cuda"
 
 
 class Engine:
@@ -47,13 +48,22 @@ class Engine:
         self.engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self.engine is None:
             raise EngineError(f"{tensorrt.label} does not deserialise it: {self._log.summary()}")
-        self.context = self.engine.create_execution_context()
+        self.context = self._context()
         if self.context is None:
             raise EngineError(f"{tensorrt.label} gives no context: {self._log.summary()}")
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         is_input = self.trt.TensorIOMode.INPUT
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == is_input]
         self.outputs = [n for n in names if n not in self.inputs]
+
+    def _context(self) -> Any:
+        """Kernels are compiled for new shapes at once: TensorRT for RTX uses others meanwhile."""
+        strategies = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            return self.engine.create_execution_context()
+        config = self.engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return self.engine.create_execution_context(config)
 
     def why_not(self, batch: int, seq: int, past: int) -> str:
         """Which input is outside of the plan's profile, or ""."""
@@ -84,7 +94,7 @@ class Engine:
         found = {}
         for name in self.outputs:
             shape = tuple(self.context.get_tensor_shape(name))
-            found[name] = torch.empty(shape, dtype=self._dtype(name), device="cuda")
+            found[name] = torch.empty(shape, dtype=self._dtype(name), device=_DEVICE)
             self.context.set_tensor_address(name, _address(found[name]))
         return found
 
@@ -93,10 +103,10 @@ class Engine:
         import torch
 
         batch, seq = ids.shape
-        positions = torch.arange(past_length, past_length + seq, device="cuda")
+        positions = torch.arange(past_length, past_length + seq, device=_DEVICE)
         given = {
             "input_ids": ids,
-            "attention_mask": torch.ones(batch, past_length + seq, device="cuda"),
+            "attention_mask": torch.ones(batch, past_length + seq, device=_DEVICE),
             "position_ids": positions.expand(batch, seq),
             **(past or {}),
         }
@@ -105,7 +115,7 @@ class Engine:
             shape = self.shape(name, batch, seq, past_length)
             value = given.get(name)
             if value is None:  # a cache without content
-                value = torch.zeros(shape, device="cuda")
+                value = torch.zeros(shape, device=_DEVICE)
             found[name] = value.to(self._dtype(name)).contiguous()
         return found
 
@@ -145,7 +155,7 @@ def _address(tensor: Any) -> int:
     if tensor.numel():
         return int(tensor.data_ptr())
     if not hasattr(_address, "spare"):
-        _address.spare = torch.zeros(256, device="cuda")  # type: ignore[attr-defined]
+        _address.spare = torch.zeros(256, device=_DEVICE)  # type: ignore[attr-defined]
     return int(_address.spare.data_ptr())  # type: ignore[attr-defined]
 
 
@@ -187,19 +197,31 @@ def check(task: dict[str, Any]) -> dict[str, Any]:
     engine = Engine(plan)
     if task["reference"]:
         stored = np.load(task["reference"])
-        found = decode(engine, torch.from_numpy(stored["ids"]).to("cuda"), task["decoded"])
+        found = decode(engine, torch.from_numpy(stored["ids"]).to(_DEVICE), task["decoded"])
         result["finite"] = bool(np.isfinite(found).all())
         result["logits"] = distance(found, stored["logits"]) if result["finite"] else None
         if not result["finite"]:
             raise EngineError("its logits are not finite")
     if not engine.why_not(1, 512, 0):
-        ids = torch.randint(100, 1000, (1, 512), device="cuda")
+        ids = torch.randint(100, 1000, (1, 512), device=_DEVICE)
         engine.run(ids, None, 0)
-        layers = engine.layers()
-        Path(task["layers"]).write_text(json.dumps(layers, indent=1), encoding="utf-8")
-        result["products"] = products(layers, task["linears"])
-        result["kernels"] = _kernels(engine, ids)
+        result["products"] = _attempt(lambda: _layers(engine, task))
+        result["kernels"] = _attempt(lambda: _kernels(engine, ids))
     return result
+
+
+def _attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an inspector or profiler says; its failure does not take the logits along."""
+    try:
+        return action()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def _layers(engine: Engine, task: dict[str, Any]) -> dict[str, Any]:
+    layers = engine.layers()
+    Path(task["layers"]).write_text(json.dumps(layers, indent=1), encoding="utf-8")
+    return products(layers, task["linears"])
 
 
 def decode(engine: Engine, ids: Any, decoded: int) -> np.ndarray:
@@ -286,7 +308,7 @@ def _case(engines: dict[str, Engine], batch: int, seq: int, past: int) -> dict[s
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 1000, (batch, seq), generator=generator).to("cuda")
+    ids = torch.randint(100, 1000, (batch, seq), generator=generator).to(_DEVICE)
     bound = {}
     for name, engine in engines.items():
         feeds = engine.feeds(ids, None, past)
@@ -305,7 +327,7 @@ def _capture(engine: Engine) -> Any:
     import torch
 
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         engine.enqueue(torch.cuda.current_stream())
     return graph
 
@@ -317,6 +339,7 @@ def _times(calls: dict[str, Any]) -> dict[str, Any]:
     stream = torch.cuda.Stream()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for number in range(_WARM_UP + _ROUNDS):
             for i in range(len(names)):

@@ -158,9 +158,9 @@ class _Here:
         try:
             return self._kernels(_WATCHED_CASES, command)
         except Failed as why:
-            if Path(log).is_file():
-                why.output += Path(log).read_text(errors="replace")
-            raise
+            said = Path(log).read_text(errors="replace") if Path(log).is_file() else ""
+            summary = said.strip().splitlines()[-1:]
+            raise Failed("; ".join([str(why), *summary]), why.result, why.output + said) from why
 
     def _bandwidth(self) -> dict[str, Any]:
         library = str(self._built / "libiq_gpu_test.so")
