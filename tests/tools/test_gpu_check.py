@@ -162,6 +162,15 @@ def test_engines_and_their_graphs(packed: tuple[Path, list[Any]]) -> None:
     assert set(found["w8a8-body"]["linears"]) == set(found["w8a8-plugin-bare"]["linears"])
 
 
+def test_indices_that_are_joined_go_as_well(staggered: planted.Planted) -> None:
+    model = staggered.load_inserted()
+    assert sum(node.op_type == "SinkDetect" for node in model.graph) > 1
+    pack.remove_sinks(model)
+    assert not [node for node in model.graph if node.domain == DOMAIN]
+    bare = staggered.save_beside(model, "bare.onnx")
+    assert np.isfinite(pack.reference(bare, np.ones((1, 12), np.int64), 3)).all()
+
+
 def test_without_sink_ops_the_graph_runs(packed: tuple[Path, list[Any]]) -> None:
     folder, _ = packed
     ids = np.ones((1, 12), np.int64)

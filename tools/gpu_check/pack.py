@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
 
 import iq_export
 from iq_export.bundle.manifest import write_atomically
@@ -255,10 +257,10 @@ def copy_graphs(bundle: Path, name: str, work: Path) -> list[Engine]:
     ]  # fmt: skip
 
 
-def quantized_products(model: Any) -> list[str]:
+def quantized_products(model: ir.Model) -> list[str]:
     """Names of the products whose activations and weights are int8 codes."""
 
-    def is_dequantized(value: Any) -> bool:
+    def is_dequantized(value: ir.Value) -> bool:
         producer = value.producer()
         return producer is not None and producer.op_type == "DequantizeLinear"
 
@@ -266,17 +268,13 @@ def quantized_products(model: Any) -> list[str]:
     return [str(node.name) for node in products if all(map(is_dequantized, node.inputs))]
 
 
-def remove_sinks(model: Any) -> None:
+def remove_sinks(model: ir.Model) -> None:
     """Take the sink ops out, in place: rows pass through. For their price; the result is wrong."""
-    outputs = set(model.graph.outputs)
-    for node in reversed(list(model.graph)):
-        if node.domain != DOMAIN:
-            continue
-        value = node.outputs[0]
-        if node.op_type != "SinkDetect" and value not in outputs:
-            value.replace_all_uses_with(node.inputs[0])
-        if value not in outputs and not value.uses():
-            model.graph.remove(node, safe=True)
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type != "SinkDetect":
+            node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)
+    # And what only they read: detection, and what joins the indices of two of them.
+    common.RemoveUnusedNodesPass()(model)
 
 
 def save_reference(bundle: Path, name: str, work: Path) -> None:
