@@ -202,10 +202,15 @@ class TensorRT:
         return 0
 
     def set_compute_capabilities(self, config: Any, capabilities: tuple[int, ...]) -> None:
-        """Aim at `capabilities`; enterprise TensorRT can only aim at the device itself."""
+        """Aim at `capabilities`, or at the device itself if there are none; enterprise TensorRT can
+        do nothing else."""
         if self.flavour != RTX:
             return
         members = self.module.ComputeCapability.__members__
+        if not capabilities:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(members["CURRENT"], 0)
+            return
         missing = [sm for sm in capabilities if f"SM{sm}" not in members]
         if missing:
             names = ", ".join(f"sm_{sm}" for sm in missing)
