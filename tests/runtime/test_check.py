@@ -191,7 +191,7 @@ def test_a_changed_manifest_is_refused(check: Check, bundle: Path) -> None:
     for changed in (
         line[:-1],
         b"",
-        b"0" + line[1:],
+        (b"1" if line.startswith(b"0") else b"0") + line[1:],
         line * 2,
         line.upper(),
         b"a" * 5000,
