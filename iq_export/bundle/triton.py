@@ -20,6 +20,7 @@ from pathlib import Path
 from iq_export.bundle.manifest import FileRecord, Manifest, TensorInfo, record_files
 from iq_export.bundle.package import MODEL_NAME, Bundle, atomic_folder, require_space
 from iq_export.engine.build import EngineReport
+from iq_export.engine.plugin import LIBRARY
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import RTX
 from iq_export.errors import BundleError, EngineError, UsageError
@@ -27,7 +28,6 @@ from iq_export.errors import BundleError, EngineError, UsageError
 BACKENDS = ("tensorrt", "onnxruntime")
 CONFIG_NAME = "config.pbtxt"
 README_NAME = "README.md"
-PLUGIN_NAME = "libiq_plugins.so"
 REGISTER_VARIABLE = "IQ_REGISTER_PLUGINS"  # as in plugins/src/register.cpp
 
 _PLATFORMS = {"tensorrt": "tensorrt_plan", "onnxruntime": "onnxruntime_onnx"}
@@ -201,7 +201,7 @@ def _check_engine(engine: EngineReport) -> None:
 def _engine_files(bundle: Bundle, engine: EngineReport) -> dict[str, str]:
     files = {f"{_VERSION}/model.plan": f"engines/{engine.plan}"}
     if _needs_library(engine):
-        files[PLUGIN_NAME] = f"plugins/{PLUGIN_NAME}"
+        files[LIBRARY] = f"plugins/{LIBRARY}"
     return _checked(bundle, files)
 
 
@@ -234,7 +234,7 @@ def _engine_options(name: str, engine: EngineReport) -> tuple[str, ...]:
     if engine.version_compatible or engine.plugin_embedded:
         options.append("--backend-config=tensorrt,version-compatible=true")
     if _needs_library(engine):
-        options.append(f"--backend-config=tensorrt,plugins=REPO/{name}/{PLUGIN_NAME}")
+        options.append(f"--backend-config=tensorrt,plugins=REPO/{name}/{LIBRARY}")
     return tuple(options)
 
 
@@ -377,7 +377,7 @@ def _needs(manifest: Manifest, engine: EngineReport | None) -> list[str]:
         )
     if _needs_library(engine):
         needs.append(
-            f"The plan needs the plugin library `{PLUGIN_NAME}` of this folder. Triton opens it "
+            f"The plan needs the plugin library `{LIBRARY}` of this folder. Triton opens it "
             f"with `dlopen`, where TensorRT does not ask for its plugins; `{REGISTER_VARIABLE}=1` "
             "lets the library register them by itself. A plan built with `--versionCompatible` "
             "embeds the library and needs neither."

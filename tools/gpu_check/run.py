@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.checksum import sha256_file
-from iq_export.engine.plugin import HEADERS_VARIABLE, cmake_build, find_cmake, find_nvcc
+from iq_export.engine.plugin import HEADERS_VARIABLE, LIBRARY, cmake_build, find_cmake, find_nvcc
 from iq_export.engine.trt import device_compute_capability
 from iq_export.errors import BundleError
 from tools.gpu_check.report import markdown, verdict
@@ -141,7 +141,7 @@ class _Here:
         reason = cmake_build(sources, self._built, nvcc, [self._sm], "all", options)
         if reason:
             raise Failed(reason)
-        return {"sha256": sha256_file(self._built / "libiq_plugins.so"), "sm": self._sm}
+        return {"sha256": sha256_file(self._built / LIBRARY), "sm": self._sm}
 
     def _kernels(self, cases: int, watcher: list[str]) -> dict[str, Any]:
         libraries = [str(self._built / f"libiq_{kind}_test.so") for kind in ("gpu", "host")]
@@ -185,7 +185,7 @@ class _Here:
         if engine["plugin_nodes"]:
             if not self._record.ok("build"):
                 raise Skipped("there is no plugin: build did not succeed")
-            plugin = str(self._built / "libiq_plugins.so")
+            plugin = str(self._built / LIBRARY)
         packed = self._index["compute_capabilities"]
         aims = packed if self._sm in packed else []
         task = {
