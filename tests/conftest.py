@@ -12,6 +12,8 @@ import pytest
 from tests import planted
 
 MODEL = "smollm2-135m"
+# Of its compile; what it does by default takes twice as long.
+LIGHT = ("--samples", "8", "--insertion", "kv")
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +25,7 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("smollm2")
     command = [sys.executable, "-m", "iq_export.cli", "compile", MODEL, str(folder / "bundle"),
-               "--recipe", "w8a8", "--target", "rtx-ampere", "--keep-work",
-               # What a compile does by default takes twice as long.
-               "--samples", "8", "--insertion", "kv",
+               "--recipe", "w8a8", "--target", "rtx-ampere", "--keep-work", *LIGHT,
                "--work", str(folder / "work"), "--json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

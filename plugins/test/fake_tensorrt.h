@@ -11,6 +11,9 @@
 namespace iq::test
 {
 
+// What the fake says of itself.
+inline int32_t majorVersion = NV_TENSORRT_MAJOR;
+
 class Context final : public nvinfer1::IPluginResourceContext
 {
 public:
@@ -50,3 +53,9 @@ private:
 };
 
 } // namespace iq::test
+
+// One program includes this, so it is defined once; exported, because the plugin looks it up.
+extern "C" __attribute__((visibility("default"))) int32_t getInferLibMajorVersion() noexcept
+{
+    return iq::test::majorVersion;
+}

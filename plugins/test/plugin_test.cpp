@@ -354,6 +354,19 @@ void testThreads()
     CHECK(iq::test::liveAllocations() == 0);
 }
 
+// Finders and loggers are laid out by major version: one of another must not be called.
+void testLoggerOfAnotherVersion()
+{
+    iq::test::majorVersion = NV_TENSORRT_MAJOR + 1;
+    setLoggerFinder(&logged);
+    CHECK(detected(create("SinkDetect"), 2, 100) == -1);
+    CHECK(logged.take().empty());
+    iq::test::majorVersion = NV_TENSORRT_MAJOR;
+    setLoggerFinder(&logged);
+    CHECK(detected(create("SinkDetect"), 2, 100) == -1);
+    CHECK_SAID("enqueued before it was attached to a context");
+}
+
 } // namespace
 
 int main()
@@ -365,6 +378,7 @@ int main()
     testTypesAreRefused();
     testConstantsAreSharedAndReleased();
     testThreads();
+    testLoggerOfAnotherVersion();
     setLoggerFinder(nullptr);
     std::printf("%d failures\n", failures);
     return failures == 0 ? 0 : 1;

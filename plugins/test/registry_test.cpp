@@ -27,6 +27,7 @@ public:
         return true;
     }
 
+#if NV_TENSORRT_MAJOR < 11
     bool registerCreator(IPluginCreator&, AsciiChar const*) noexcept override
     {
         return false;
@@ -43,16 +44,17 @@ public:
         return nullptr;
     }
 
+    bool deregisterCreator(IPluginCreator const&) noexcept override
+    {
+        return false;
+    }
+#endif
+
     void setErrorRecorder(IErrorRecorder*) noexcept override {}
 
     IErrorRecorder* getErrorRecorder() const noexcept override
     {
         return nullptr;
-    }
-
-    bool deregisterCreator(IPluginCreator const&) noexcept override
-    {
-        return false;
     }
 
     bool isParentSearchEnabled() const override
@@ -95,10 +97,12 @@ public:
         return 0;
     }
 
+#if NV_TENSORRT_VERSION >= 101000
     IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t*) noexcept override
     {
         return nullptr;
     }
+#endif
 };
 } // namespace
 

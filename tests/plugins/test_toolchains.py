@@ -1,0 +1,67 @@
+"""The plugin's sources under other compilers: for aarch64, and with CUDA 12.6 as on JetPack 6."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from iq_export.engine.plugin import HEADERS_VARIABLE, cmake_build, find_headers, find_sources
+from tests import toolchains
+
+pytestmark = pytest.mark.heavy
+SOURCES = find_sources()
+WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror"]
+
+
+@pytest.fixture(scope="module")
+def headers() -> Path:
+    found = find_headers()
+    if found is None:
+        pytest.skip("TensorRT's headers are missing: run tools/fetch_trt_headers.py")
+    return found
+
+
+def test_aarch64(headers: Path, tmp_path: Path) -> None:
+    """Linked whole (--no-undefined); what runs on a CPU runs under QEMU."""
+    definitions = toolchains.aarch64(tmp_path)
+    assert SOURCES is not None
+    options = {**definitions, HEADERS_VARIABLE: str(headers), "IQ_TESTS": "ON"}
+    nvcc = Path(options.pop("CMAKE_CUDA_COMPILER"))
+    del options["CMAKE_CUDA_ARCHITECTURES"]
+    folder = tmp_path / "build"
+    assert cmake_build(SOURCES, folder, nvcc, [87, 110], "all", options) == ""
+    assert toolchains.machine(folder / "libiq_plugins.so") == "AArch64"
+    said = toolchains.run_aarch64([folder / "iq_plugin_test"])
+    assert said.splitlines()[-1] == "0 failures"
+    assert toolchains.run_aarch64([folder / "iq_fuzz_creators", 2000, 1]).startswith("2000 runs")
+
+
+@pytest.mark.parametrize("name", ["src/kernels.cu", "runtime/src/step_kernels.cu"])
+def test_cuda_12_kernels(tmp_path: Path, name: str) -> None:
+    """clang compiles them against its headers, its ptxas assembles them."""
+    clang = toolchains.find_clang()
+    cuda = toolchains.cuda_12(tmp_path)
+    assert SOURCES is not None
+    for side in (["--cuda-host-only"], *(
+        ["--cuda-device-only", f"--cuda-gpu-arch=sm_{sm}"] for sm in (75, 80, 86, 87, 89, 90)
+    )):  # fmt: skip
+        command = [clang, "-x", "cuda", f"--cuda-path={cuda}", *side, "-O2", *WARNINGS,
+                   "-Wno-unknown-cuda-version", f"-I{SOURCES / 'include'}", "-c",
+                   str(SOURCES / name), "-o", str(tmp_path / "out.o")]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(side)}: {done.stderr[-2000:]}"
+
+
+def test_cuda_12_host(headers: Path, tmp_path: Path) -> None:
+    assert SOURCES is not None
+    cuda = toolchains.cuda_12(tmp_path)
+    sources = [*(SOURCES / "src").glob("*.cpp"), SOURCES / "runtime" / "src" / "text_session.cpp"]
+    assert len(sources) > 5
+    for source in sources:
+        command = ["c++", *WARNINGS, f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'runtime/include'}",
+                   "-isystem", str(headers), "-isystem", str(cuda / "include"),
+                   "-fsyntax-only", str(source)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{source.name}: {done.stderr[-2000:]}"
