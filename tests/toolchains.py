@@ -49,8 +49,13 @@ def aarch64(folder: Path) -> dict[str, str]:
     (libraries / "libcudart.so").symlink_to(f"libcudart.so.{major}")
     target = cuda / "targets" / "aarch64-linux"
     target.mkdir(parents=True)
-    for part in ("bin", "include", "nvvm"):
+    for part in ("include", "nvvm"):
         (cuda / part).symlink_to(top / part)
+    (cuda / "bin").mkdir()  # a folder: nvcc looks for the rest in `bin/..`
+    for command in (top / "bin").iterdir():
+        if command.name != "nvcc":
+            (cuda / "bin" / command.name).symlink_to(command)
+    shutil.copy(top / "bin" / "nvcc", cuda / "bin")  # CMake follows links to find its toolkit
     (target / "include").symlink_to(top / "include")
     (target / "lib").symlink_to(libraries)
     return {
@@ -66,9 +71,10 @@ def aarch64_openssl(folder: Path) -> tuple[dict[str, str], Path]:
     scratch = folder / "debs"
     scratch.mkdir()
     command = ["apt-get", "download", "-q", "libssl-dev:arm64", "libssl3:arm64"]
-    if shutil.which(command[0]) is None or subprocess.run(
-        command, cwd=scratch, capture_output=True, check=False
-    ).returncode:
+    if (
+        shutil.which(command[0]) is None
+        or subprocess.run(command, cwd=scratch, capture_output=True, check=False).returncode
+    ):
         pytest.skip("no libssl-dev:arm64: dpkg --add-architecture arm64 && apt-get update")
     for package in scratch.glob("*.deb"):
         subprocess.run(["dpkg", "-x", str(package), str(folder / "root")], check=True)
