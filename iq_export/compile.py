@@ -208,6 +208,7 @@ def _steps(checked: _Checked, options: CompileOptions) -> list[str]:
         steps.append("Calibrate quantizers")
     if checked.recipe.kv_bits == 8:
         steps.append("Calibrate the KV cache")
+    steps.append("Choose the insertion")
     if options.budget is not None:
         steps.append("Search a mixed plan")
     steps += ["Quantize", "Check the quantized graph"]

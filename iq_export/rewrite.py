@@ -241,7 +241,7 @@ def rewrite(
         windows = data.windows[:_FORM_WINDOWS]
         return divergence(traced, work / QUANTIZED, windows, names, **options)
 
-    with progress.step("Quantize"):
+    with progress.step("Choose the insertion"):
         first = [s.form for s in sinks]
         sinks, insertions = choose_forms(sinks, data.insertion, loss, int8_cache=int8_cache)
         _insert(work, sites, sinks)
@@ -260,8 +260,9 @@ def rewrite(
     in_half = frozenset(mixed.linears if mixed else ())
     graphs = work / QUANTIZED, work / INSERTED
     sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
-    with progress.step("Check the quantized graph"):
+    with progress.step("Quantize"):
         write(quantizers, in_half)
+    with progress.step("Check the quantized graph"):
         recall = recall_of(*graphs, len(sinks), sample, **options)
         if recall is not None and recall < LEAST_RECALL:
             progress.note(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from iq_export.quant.weights import _as_shipped, int4_blocked, int8_scales
+from iq_export.quant.weights import as_shipped, int4_blocked, int8_scales
 
 # Share of the mean diagonal that is added to it: the paper's value.
 _DAMPING = 0.01
@@ -116,7 +116,7 @@ def _fitted_scales(
         part = slice(start, start + _CHUNK)
         found[:, part] = _solved(pull[:, part], codes[:, part], scales[:, part], curvature, block)
     near = (found > scales / _MOST_SCALE) & (found < scales * _MOST_SCALE)
-    return _as_shipped(np.where(near, found, scales))
+    return as_shipped(np.where(near, found, scales))
 
 
 def _solved(

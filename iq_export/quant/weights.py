@@ -29,10 +29,10 @@ def int8_scales(weight: np.ndarray) -> np.ndarray:
     """
     top = np.abs(weight).max(axis=0).astype(np.float32)
     scale = np.maximum(top / np.float32(127), np.finfo(np.float16).smallest_normal)
-    return _as_shipped(np.where(top > 0, scale, np.float32(1)))
+    return as_shipped(np.where(top > 0, scale, np.float32(1)))
 
 
-def _as_shipped(scale: np.ndarray) -> np.ndarray:
+def as_shipped(scale: np.ndarray) -> np.ndarray:
     """Scales ship in half: round the weights by the very scale that will multiply them."""
     limits = np.finfo(np.float16)
     normal = (scale >= limits.smallest_normal) & (scale <= limits.max)
@@ -70,7 +70,7 @@ def int4_blocked(
     cost = weights.reshape(rows // block, block, 1).astype(np.float32)
     best, best_error = base, np.full(base.shape, np.inf, np.float32)
     for clip in _INT4_CLIPS:
-        scale = _as_shipped(base * np.float32(clip))
+        scale = as_shipped(base * np.float32(clip))
         rounded = np.clip(np.round(blocks / scale[:, None]), -8, 7) * scale[:, None]
         error = (cost * (blocks - rounded) ** 2).sum(axis=1)
         better = error < best_error

@@ -155,19 +155,7 @@ int32_t Op::getNbOutputs() const noexcept
 int32_t Op::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
     DynamicPluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
 {
-    return attempt([&] {
-        if (!hasCounts(nbInputs, nbOutputs))
-        {
-            return kFailure;
-        }
-        std::vector<Dims> shapes;
-        for (int32_t i = 0; i < nbInputs; ++i)
-        {
-            shapes.push_back(in[i].desc.dims);
-        }
-        checkShapes(shapes);
-        return kSuccess;
-    });
+    return checkInputs(nbInputs, nbOutputs, [in](int32_t i) { return in[i].desc.dims; });
 }
 
 int32_t Op::getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs,
@@ -255,19 +243,7 @@ bool Op::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* i
 int32_t Op::onShapeChange(PluginTensorDesc const* in, int32_t nbInputs,
     PluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
 {
-    return attempt([&] {
-        if (!hasCounts(nbInputs, nbOutputs))
-        {
-            return kFailure;
-        }
-        std::vector<Dims> shapes;
-        for (int32_t i = 0; i < nbInputs; ++i)
-        {
-            shapes.push_back(in[i].dims);
-        }
-        checkShapes(shapes);
-        return kSuccess;
-    });
+    return checkInputs(nbInputs, nbOutputs, [in](int32_t i) { return in[i].dims; });
 }
 
 int32_t Op::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
@@ -335,6 +311,24 @@ int32_t Op::attempt(Action action) const noexcept
         {
             return fail(error.what());
         }
+    });
+}
+
+template <typename ShapeOf>
+int32_t Op::checkInputs(int32_t nbInputs, int32_t nbOutputs, ShapeOf shape) const noexcept
+{
+    return attempt([&] {
+        if (!hasCounts(nbInputs, nbOutputs))
+        {
+            return kFailure;
+        }
+        std::vector<Dims> shapes;
+        for (int32_t i = 0; i < nbInputs; ++i)
+        {
+            shapes.push_back(shape(i));
+        }
+        checkShapes(shapes);
+        return kSuccess;
     });
 }
 

@@ -112,6 +112,9 @@ private:
     // As it is said: what `action` throws is logged with the node.
     template <typename Action>
     int32_t attempt(Action action) const noexcept;
+    // Counts and shapes of the inputs; `shape` gives one's by its number.
+    template <typename ShapeOf>
+    int32_t checkInputs(int32_t nbInputs, int32_t nbOutputs, ShapeOf shape) const noexcept;
     bool hasCounts(int32_t nbInputs, int32_t nbOutputs) const noexcept;
     // Throws std::invalid_argument if an input does not fit; sizes of -1 are not known yet.
     void checkShapes(std::vector<nvinfer1::Dims> const& inputs) const;
