@@ -57,7 +57,8 @@ def test_cuda_12_kernels(tmp_path: Path, name: str) -> None:
 def test_cuda_12_host(headers: Path, tmp_path: Path) -> None:
     assert SOURCES is not None
     cuda = toolchains.cuda_12(tmp_path)
-    sources = [*(SOURCES / "src").glob("*.cpp"), SOURCES / "runtime" / "src" / "text_session.cpp"]
+    session = [SOURCES / "runtime" / "src" / name for name in ("engine.cpp", "text_session.cpp")]
+    sources = [*(SOURCES / "src").glob("*.cpp"), *session]
     assert len(sources) > 5
     for source in sources:
         command = ["c++", *WARNINGS, f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'runtime/include'}",
