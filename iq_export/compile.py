@@ -339,12 +339,13 @@ def _build(
     with progress.step("Build engines"):
         architectures = sorted({sm for t in buildable for sm in t.compute_capabilities})
         plugin = provide_plugin(options.plugin, folder / "plugins", architectures, sinks)
-        if plugin.path is None and options.plugin == "auto" and sinks:
-            notes.append(plugin.reason)
         for target in buildable:
+            chosen = plugin.covering(target.compute_capabilities)
+            if chosen.path is None and options.plugin == "auto" and sinks:
+                notes.append(f"{target.name}: {chosen.reason}")
             report = build_engine(
                 folder / "model.onnx", folder / "engines" / f"{target.name}.plan", target,
-                options.profile, plugin=plugin.path, form_reason=plugin.reason, sink_nodes=sinks,
+                options.profile, plugin=chosen.path, form_reason=chosen.reason, sink_nodes=sinks,
                 progress=progress,
             )  # fmt: skip
             engines[target.name] = report.to_json()

@@ -108,6 +108,7 @@ def _build(
         folder = Path(name)
         architectures = plugin_architectures(bundle, target)
         plugin = provide_plugin(args.plugin, folder, architectures, sink_nodes)
+        plugin = plugin.covering(architectures)  # it replaces the one of the other engines
         if args.plugin == "auto" and sink_nodes and plugin.path is None:
             progress.note(plugin.reason)
         plan = folder / f"{target.name}.plan"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,13 @@ class PluginBuild:
     headers: str = ""
     seconds: float = 0.0
 
+    def covering(self, architectures: Sequence[int]) -> PluginBuild:
+        """This library if it has kernels for all of them, else the reason for function bodies."""
+        lacking = set(architectures) - set(self.architectures)
+        if self.path is None or not lacking:
+            return self
+        return PluginBuild(reason=_not_for(lacking))
+
 
 def build_plugin(
     out_dir: Path,
@@ -59,10 +66,11 @@ def build_plugin(
     headers: Path | None = None,
     warnings_are_errors: bool = False,
 ) -> PluginBuild:
-    """Compile `libiq_plugins.so` for `architectures` into `out_dir`, whole or not at all.
+    """Compile `libiq_plugins.so` into `out_dir`, whole or not at all.
 
-    `headers` is the folder with TensorRT's headers; looked for if not given. Never raises for a
-    missing or failing tool: see `PluginBuild.reason`.
+    For those of `architectures` that nvcc knows: see `PluginBuild.covering`. `headers` is the
+    folder with TensorRT's headers; looked for if not given. Never raises for a missing or failing
+    tool: see `PluginBuild.reason`.
     """
     started = time.perf_counter()
     include = headers or find_headers()
@@ -70,7 +78,10 @@ def build_plugin(
     sources, nvcc = find_sources(), find_nvcc()
     if reason or sources is None or nvcc is None or include is None:
         return PluginBuild(reason=reason)
-    wanted = tuple(sorted(set(architectures)))
+    known = nvcc_architectures(nvcc)
+    wanted = tuple(sorted(sm for sm in set(architectures) if sm in known or not known))
+    if not wanted:
+        return PluginBuild(reason=_not_for(architectures))
     with tempfile.TemporaryDirectory(prefix="iq-plugins-") as folder:
         options = {
             HEADERS_VARIABLE: str(include),
@@ -94,7 +105,8 @@ def provide_plugin(
 ) -> PluginBuild:
     """The plugin as `--plugin auto|on|off` asks for it; none for a model without sink ops.
 
-    Raises UsageError for an unknown mode, EngineError if it is "on" and cannot be compiled.
+    In "auto" it may lack some of `architectures`: see `PluginBuild.covering`. Raises UsageError for
+    an unknown mode, EngineError if it is "on" and cannot be compiled for all of them.
     """
     if mode not in MODES:
         raise UsageError(f"unknown plugin mode '{mode}': use {', '.join(MODES)}.")
@@ -102,13 +114,17 @@ def provide_plugin(
         return PluginBuild(reason="no plugin: it is switched off.")
     if not sink_nodes:
         return PluginBuild(reason="no plugin: the model has no sink ops.")
+    nvcc = find_nvcc()
+    known = nvcc_architectures(nvcc) if nvcc else set()
+    if mode == "on" and known and not known.issuperset(architectures):
+        raise EngineError(_not_for(set(architectures) - known))
     build = build_plugin(out_dir, architectures)
     if build.path is None:
         if mode == "on":
             raise EngineError(build.reason)
         return build
     why = "asked for" if mode == "on" else "nvcc, CMake and TensorRT's headers are here"
-    names = ", ".join(f"sm_{sm}" for sm in build.architectures)
+    names = _names(build.architectures)
     return replace(
         build, reason=f"plugin: {why}; compiled for {names} with headers {build.headers}."
     )
@@ -186,6 +202,17 @@ def find_nvcc() -> Path | None:
     return next((Path(path) for path in found if path), None)
 
 
+def nvcc_architectures(nvcc: Path) -> set[int]:
+    """What `nvcc` compiles for, 86 for sm_86; none where it does not say."""
+    try:
+        done = subprocess.run(
+            [str(nvcc), "--list-gpu-arch"], check=False, capture_output=True, text=True
+        )
+    except OSError:
+        return set()
+    return {int(sm) for sm in re.findall(r"compute_(\d+)\b", done.stdout)}
+
+
 def find_cmake() -> Path | None:
     """CMake on PATH, or from PyPI beside this Python, whose environment may not be activated."""
     beside = Path(sys.executable).parent
@@ -198,6 +225,14 @@ def find_sources() -> Path | None:
     package = Path(__file__).resolve().parents[1]
     folders = (package.parent / "plugins", package / "_plugins")
     return next((folder for folder in folders if (folder / "CMakeLists.txt").is_file()), None)
+
+
+def _names(architectures: Iterable[int]) -> str:
+    return ", ".join(f"sm_{sm}" for sm in sorted(architectures))
+
+
+def _not_for(architectures: Iterable[int]) -> str:
+    return f"no plugin: this nvcc does not compile for {_names(architectures)}."
 
 
 def _why_not(include: Path | None) -> str:

@@ -13,7 +13,9 @@ from iq_export.engine.plugin import (
     PluginBuild,
     build_plugin,
     find_headers,
+    find_nvcc,
     headers_version,
+    nvcc_architectures,
     provide_plugin,
 )
 from iq_export.engine.targets import resolve_target
@@ -139,8 +141,46 @@ def test_an_unknown_architecture_is_told_and_leaves_nothing(
 ) -> None:
     build = build_plugin(tmp_path / "out", [13])
     assert build.path is None
-    assert build.reason.startswith("the plugin does not compile: ")
+    assert build.reason == "no plugin: this nvcc does not compile for sm_13."
     assert not (tmp_path / "out").exists()
+
+
+def test_each_target_has_the_plugin_or_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An older nvcc than one of the targets' GPUs, as CUDA 12.6 for Thor."""
+    for name in ("find_nvcc", "find_cmake", "find_sources"):
+        monkeypatch.setattr(plugin_module, name, lambda: tmp_path)
+    asked: list[list[int]] = []
+
+    def compile_(_: Path, folder: Path, __: Path, architectures: list[int], *more: object) -> str:
+        asked.append(list(architectures))
+        (folder / "libiq_plugins.so").touch()
+        return ""
+
+    monkeypatch.setattr(plugin_module, "cmake_build", compile_)
+    monkeypatch.setattr(plugin_module, "nvcc_architectures", lambda _: {86, 87})
+    (tmp_path / "NvInferRuntime.h").touch()
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
+    build = provide_plugin("auto", tmp_path / "out", [87, 110], 3)
+    assert asked == [[87]]
+    assert build.covering((87,)) is build
+    lacking = build.covering((110,))
+    assert lacking.path is None
+    assert lacking.reason == "no plugin: this nvcc does not compile for sm_110."
+    with pytest.raises(EngineError, match="does not compile for sm_110"):
+        provide_plugin("on", tmp_path / "on", [87, 110], 3)
+    assert not (tmp_path / "on").exists()
+    monkeypatch.setattr(plugin_module, "nvcc_architectures", lambda _: set())  # it does not say
+    assert provide_plugin("on", tmp_path / "on", [87, 110], 3).architectures == (87, 110)
+
+
+def test_nvcc_says_what_it_compiles_for() -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is missing")
+    assert {86, 90} <= nvcc_architectures(nvcc)
+    assert nvcc_architectures(Path("/absent/nvcc")) == set()
 
 
 def test_headers_are_taken_from_the_folder_that_is_named(
