@@ -117,7 +117,12 @@ def _engines(manifest: Manifest) -> list[str]:
         )
         for target, engine in manifest.engines.items()
     ]
-    return columns([header, *rows])
+    reasons = [
+        f"{target}: {engine['form_reason']}"
+        for target, engine in manifest.engines.items()
+        if engine.get("form_reason")
+    ]
+    return [*columns([header, *rows]), *reasons]
 
 
 def _tensors(manifest: Manifest) -> list[str]:

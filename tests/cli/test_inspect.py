@@ -20,6 +20,7 @@ def test_sections_for_people(bundle: Path, capsys: pytest.CaptureFixture[str]) -
         "1. blocks 11 to 29",
         "not measured yet: iq-export eval",
         "rtx-ampere  2.5 MB  tensorrt_rtx 1.7.1.116  86",
+        "rtx-ampere: no plugin: nvcc was not found.",
         "past_key_values.0.key",
         "(2 cache tensors in all)",
         "peak memory 3.2 GB",
