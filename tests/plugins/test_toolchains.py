@@ -1,4 +1,4 @@
-"""The plugin's sources under other compilers: for aarch64, and with CUDA 12.6 as on JetPack 6."""
+"""The plugin's sources under other compilers: for aarch64, CUDA 12.6 as on JetPack 6, libFuzzer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.engine.plugin import HEADERS_VARIABLE, cmake_build, find_headers, find_sources
+from iq_export.engine.plugin import (
+    HEADERS_VARIABLE,
+    cmake_build,
+    find_headers,
+    find_nvcc,
+    find_sources,
+)
 from tests import toolchains
 
 pytestmark = pytest.mark.heavy
@@ -66,3 +72,24 @@ def test_cuda_12_host(headers: Path, tmp_path: Path) -> None:
                    "-fsyntax-only", str(source)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{source.name}: {done.stderr[-2000:]}"
+
+
+def test_creators_under_libfuzzer(headers: Path, tmp_path: Path) -> None:
+    """With clang the seeded driver of `make test` is a coverage-guided one, bounded in runs."""
+    assert SOURCES is not None
+    clang, nvcc = toolchains.find_clang(), find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is missing: CMake finds CUDA's headers by it")
+    folder, corpus = tmp_path / "build", tmp_path / "corpus"
+    corpus.mkdir()
+    options = {"IQ_PLUGIN": "OFF", "IQ_TESTS": "ON", "IQ_SANITIZE": "ON",
+               "CMAKE_BUILD_TYPE": "Debug", "CMAKE_CXX_COMPILER": clang,
+               HEADERS_VARIABLE: str(headers)}  # fmt: skip
+    reason = cmake_build(SOURCES, folder, nvcc, [86], "iq_fuzz_creators", options)
+    if "libclang_rt" in reason:
+        pytest.skip("clang's runtime is missing: apt-get install libclang-rt-19-dev")
+    assert reason == ""
+    command = [str(folder / "iq_fuzz_creators"), "-runs=200000", "-seed=1", str(corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Done 200000 runs" in done.stderr
