@@ -1,5 +1,5 @@
-# `make demo` and `make test` need Python 3.10 or newer (3.11 is what the pins are tested with) and,
-# for the optional TensorRT plugin, a C++ compiler, CMake and nvcc.
+# `make demo` and `make test` need Python 3.11, for which the pins are, and, for the optional TensorRT
+# plugin, a C++ compiler, CMake and nvcc.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

@@ -18,7 +18,13 @@ from typing import Any
 
 from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
 from iq_export.bundle.package import Bundle, atomic_folder, check_output, require_space
-from iq_export.calibrate.data import Window, held_out_windows, load_text, windows
+from iq_export.calibrate.data import (
+    Window,
+    held_out_windows,
+    load_text,
+    text_sha256,
+    windows,
+)
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import MODES, provide_plugin
 from iq_export.engine.profile import Profile
@@ -434,6 +440,7 @@ _RECORDED = ("model", "recipe", "calibration", "samples", "length", "opset", "dt
 
 def _option_record(options: CompileOptions) -> dict[str, Any]:
     record = {name: getattr(options, name) for name in _RECORDED}
+    record["calibration_sha256"] = text_sha256(load_text(options.calibration))
     if options.tokenizer is not None:
         record["tokenizer"] = str(options.tokenizer)
     return record
@@ -442,7 +449,8 @@ def _option_record(options: CompileOptions) -> dict[str, Any]:
 def _options_of(bundle: Bundle, work: Path) -> CompileOptions:
     recorded = dict(bundle.manifest.options)
     tokenizer = recorded.pop("tokenizer", None)
-    recorded.pop("budget", None)  # no reference depends on it
+    for name in ("budget", "calibration_sha256"):  # no reference depends on them
+        recorded.pop(name, None)
     return CompileOptions(
         out=bundle.folder,
         work=work,

@@ -6,6 +6,7 @@ first compile needs no download. A third of it is held out (`builtin-heldout`) f
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Window:
     ids: list[int]
     bos: bool
     start: int = 0
+
+
+def text_sha256(text: str) -> str:
+    """By which a text is known wherever its file lies."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def load_text(spec: str | Path) -> str:

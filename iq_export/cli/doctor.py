@@ -57,7 +57,7 @@ def _machine() -> list[Check]:
     if memory is not None:
         checks.append(Check("memory", _OK, options.size(memory), "compile (SmolLM2: 5 GB)"))
     free = options.size(shutil.disk_usage(".").free)
-    checks.append(Check("free disk here", _OK, free, "compile (about 3 x the fp32 weights)"))
+    checks.append(Check("free disk here", _OK, free, "compile (about 3.5 x the fp32 weights)"))
     return checks
 
 
@@ -74,9 +74,10 @@ def _packages() -> list[Check]:
         (("onnxruntime", "onnxruntime-gpu"), "eval, run, verify, compile (1.24 or newer)"),
         (("tokenizers",), "eval, run, compile"),
         (("jinja2",), "run"),
+        (("onnx",), "build, verify, compile"),
+        (("onnx-ir",), "build with the plugin, compile"),
         (("torch",), "compile: pip install 'iq-export[compile]'"),
         (("transformers",), "compile: pip install 'iq-export[compile]'"),
-        (("onnx",), "compile: pip install 'iq-export[compile]'"),
         (("gguf",), "compile of GGUF files"),
     )
     return [_package(names, need) for names, need in wanted]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.bundle.package import Bundle
-from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text
+from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text, text_sha256
 from iq_export.cli import options
 from iq_export.errors import GraphError, UsageError
 from iq_export.evaluate.compare import (
@@ -59,8 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from iq_export.run.generate import Tokenizer
 
     bundle = Bundle.open(args.bundle)
-    name = text_name(args.text, str(bundle.manifest.options.get("calibration", "")))
+    name = BUILTIN_HELDOUT if args.text == BUILTIN else args.text
     text = load_text(name)
+    if text_sha256(text) == bundle.manifest.options.get("calibration_sha256"):
+        raise UsageError(f"{name} was used for calibration: give another text with --text")
     providers = options.providers(args.device)
     graphs = _graphs(bundle, args)
     progress = options.progress(args, len(graphs) + (REFERENCE in graphs and not args.no_speed))
@@ -88,18 +90,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def text_name(text: str, calibration: str) -> str:
-    """The text to evaluate on; `builtin` means its held-out part.
-
-    Raises UsageError if it is the very file that the bundle was calibrated with.
-    """
-    if text == BUILTIN:
-        return BUILTIN_HELDOUT
-    if calibration not in ("", BUILTIN) and Path(text).resolve() == Path(calibration).resolve():
-        raise UsageError(f"{text} was used for calibration: give another text with --text")
-    return text
-
-
 def bundle_label(bundle: Bundle) -> str:
     """The row's name of the bundle's own model.onnx."""
     return f"bundle ({bundle.manifest.recipe})"
@@ -121,7 +111,7 @@ def build_references(bundle: Bundle, work: Path | None, progress: Progress) -> d
 
     Raises UsageError in a light install, which cannot make them.
     """
-    if importlib.util.find_spec("onnx_ir") is None:
+    if importlib.util.find_spec("torch") is None:
         raise UsageError(
             "making the graphs to compare with needs pip install 'iq-export[compile]'; "
             "--bundle-only measures this bundle alone"

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -247,7 +248,7 @@ def _why_not(include: Path | None) -> str:
     if include is None:
         return (
             f"no plugin: TensorRT's headers ({HEADER}) were not found, set {HEADERS_VARIABLE} to "
-            f"their folder or run tools/fetch_trt_headers.py."
+            f"their folder, or run tools/fetch_trt_headers.py of a checkout."
         )
     version = headers_version(include)
     if version and version < _OLDEST_HEADERS:
@@ -260,12 +261,14 @@ def _header_folders() -> Iterator[Path]:
     if os.environ.get(HEADERS_VARIABLE):
         yield Path(os.environ[HEADERS_VARIABLE])
         return  # a folder given by name is not replaced by another
-    for name in ("TENSORRT_ROOT", "TRT_ROOT"):
+    for name in ("TensorRT_ROOT", "TENSORRT_ROOT", "TRT_ROOT"):
         if os.environ.get(name):
             yield Path(os.environ[name]) / "include"
     yield Path(f"/usr/include/{platform.machine()}-linux-gnu")
     for folder in ("/usr/include", "/usr/local/tensorrt/include", "/opt/tensorrt/include"):
         yield Path(folder)
+    wheels = Path(sysconfig.get_path("purelib"))
+    yield from sorted([*wheels.glob("tensorrt*/include"), *wheels.glob("nvidia/*/include")])
     yield headers_cache()
 
 

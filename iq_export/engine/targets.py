@@ -19,10 +19,8 @@ ENTERPRISE = "tensorrt"
 SINGLE_OPS_OPSET = 23
 SINGLE_OPS_TENSORRT = (10, 15)
 
-# First compute capability with INT4 weights (an SM75 build fails), with FP8 and with FP4.
+# First compute capability with INT4 weights: an SM75 build fails.
 _INT4_SM = 80
-_FP8_SM = 89
-_FP4_SM = 100
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,6 @@ class Target:
     @property
     def int4_weights(self) -> bool:
         return min(self.compute_capabilities) >= _INT4_SM
-
-    @property
-    def bfloat16(self) -> bool:
-        return min(self.compute_capabilities) >= _INT4_SM
-
-    @property
-    def fp8(self) -> bool:
-        return min(self.compute_capabilities) >= _FP8_SM
-
-    @property
-    def fp4(self) -> bool:
-        return min(self.compute_capabilities) >= _FP4_SM
 
 
 _TABLE = (

@@ -16,12 +16,11 @@ SINK_POLICIES = ("always", "for-half")
 @dataclass(frozen=True)
 class Recipe:
     """`weight_bits` 4, 8 or 16, `activation_bits` 4, 6, 8 or 16 and `kv_bits` (of the KV cache) 8
-    or 16, where 16 is not quantized; 4- and 6-bit activations are int8 ones that use fewer codes,
-    for study: nothing multiplies them. `smoothing`: fold factors into norms and up-projections.
-    `folded_rotation`: rotate residual stream and values inside the weights. `rotation`: the
-    Hadamard block on the down-projection input at run time, or None; `side_channels`: how many of
-    its channels bypass the quantizer. `weight_block`: largest int4 block;
-    `gptq`: round weights with compensation. `sinks`: one of
+    or 16, where 16 is not quantized; 4- and 6-bit activations are int8 ones that use fewer codes.
+    `smoothing`: fold factors into norms and up-projections. `folded_rotation`: rotate residual
+    stream and values inside the weights. `rotation`: the Hadamard block on the down-projection
+    input at run time, or None; `side_channels`: how many of its channels bypass the quantizer.
+    `weight_block`: largest int4 block; `gptq`: round weights with compensation. `sinks`: one of
     SINK_POLICIES."""
 
     name: str
@@ -43,8 +42,9 @@ class Recipe:
 
     @property
     def simulated(self) -> bool:
-        """Whether no hardware gains from it: only the accuracy is what it would be."""
-        return self.activation_bits in (4, 6)
+        """Whether no hardware gains from it: only the accuracy is what it would be. TensorRT
+        multiplies int8 activations with int8 weights and with nothing else."""
+        return self.activation_bits in (4, 6) or (self.activation_bits, self.weight_bits) == (8, 4)
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 8, 16) or self.activation_bits not in (4, 6, 8, 16):

@@ -1,4 +1,4 @@
-# Cross-compiling for Jetson and Grace on x86-64: -DCMAKE_TOOLCHAIN_FILE=plugins/cmake/aarch64.cmake
+# Cross-compiling for Jetson and Grace on x86-64: -DCMAKE_TOOLCHAIN_FILE=$PWD/plugins/cmake/aarch64.cmake
 #
 # It needs Debian's g++-aarch64-linux-gnu and, beside nvcc, CUDA's libraries for aarch64 (NVIDIA's
 # package cuda-cross-aarch64 or cuda-cross-sbsa). libiq_runtime needs OpenSSL for aarch64 too

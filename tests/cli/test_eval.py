@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 from iq_export.bundle.package import Bundle, update_manifest
+from iq_export.calibrate.data import text_sha256
 from iq_export.cli import main
-from iq_export.cli.eval import text_name
+from iq_export.cli.eval import build_references
 from iq_export.errors import UsageError
+from iq_export.progress import Progress
 
 SMALL = ("--windows", "2", "--length", "16", "--bundle-only")
 
@@ -63,8 +66,30 @@ def test_text_too_short(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "one window needs 16" in capsys.readouterr().err
 
 
-def test_calibration_text_is_refused(tmp_path: Path) -> None:
-    assert text_name("builtin", "builtin") == "builtin-heldout"
-    assert text_name("other.txt", "builtin") == "other.txt"
-    with pytest.raises(UsageError, match="was used for calibration"):
-        text_name(str(tmp_path / "a.txt"), str(tmp_path / "b" / ".." / "a.txt"))
+def test_calibration_text_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever its file lies now, on this machine or on another."""
+    text = tmp_path / "copy.txt"
+    text.write_text("what it was calibrated on")
+    recorded = {
+        "calibration": "/elsewhere.txt",
+        "calibration_sha256": text_sha256(text.read_text()),
+    }
+    update_manifest(Bundle.open(bundle), options=recorded)
+    assert main(["eval", str(bundle), *SMALL, "--text", str(text)]) == 2
+    assert "was used for calibration" in capsys.readouterr().err
+    text.write_text("another text")
+    assert main(["eval", str(bundle), *SMALL, "--text", str(text)]) == 4  # too short, but taken
+
+
+def test_a_light_install_is_told_what_it_cannot_compare_with(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = {"torch"}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name in absent else find(name)
+    )
+    with pytest.raises(UsageError, match="--bundle-only"):
+        build_references(Bundle.open(bundle), None, Progress(quiet=True))

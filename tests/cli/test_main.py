@@ -17,8 +17,6 @@ COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "package", "
 EXTRAS = (
     "torch",
     "transformers",
-    "onnx",
-    "onnx_ir",
     "onnxscript",
     "safetensors",
     "ml_dtypes",
@@ -113,7 +111,7 @@ def test_the_parser_needs_no_heavy_package() -> None:
     run_without((*EXTRAS, "onnxruntime", "tokenizers", "jinja2"), program)
 
 
-def test_a_device_needs_no_extra_to_run_evaluate_and_build() -> None:
+def test_a_device_needs_no_extra_to_import_what_runs_evaluates_and_builds() -> None:
     modules = ("bundle.package", "run.ort", "run.generate", "evaluate.compare", "report.html",
                "calibrate.data", "engine.build", "engine.plugin")  # fmt: skip
     program = f"import importlib\nfor m in {modules!r}: importlib.import_module('iq_export.' + m)"

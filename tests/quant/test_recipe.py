@@ -34,7 +34,13 @@ def test_w8a8_norot_has_no_rotation_inside_a_block() -> None:
 
 @pytest.mark.parametrize(
     ("name", "most", "simulated"),
-    [("w8a8", 127, False), ("w4a8", 127, False), ("w8a6", 31, True), ("w4a4", 7, True)],
+    [
+        ("w8a8", 127, False),
+        ("w4a8", 127, True),
+        ("w4a16", None, False),
+        ("w8a6", 31, True),
+        ("w4a4", 7, True),
+    ],
 )
 def test_codes_of_activations(name: str, most: int, simulated: bool) -> None:
     recipe = load_recipe(name)

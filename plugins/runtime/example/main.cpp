@@ -18,9 +18,10 @@ int main(int argc, char** argv)
     {
         return std::puts(session.error().text().c_str()), 6;
     }
-    for (auto step = session.value()->prefill({{1, 2, 3}}, {}); step;
-         step = session.value()->decode())
+    auto step = session.value()->prefill({{1, 2, 3}}, {});
+    for (int left = 20; step && left > 0; --left, step = session.value()->decode())
     {
         std::printf("%lld\n", static_cast<long long>(session.value()->tokens()[0]));
     }
+    return step ? 0 : (std::puts(step.error().text().c_str()), 6);
 }
