@@ -21,7 +21,8 @@ from iq_export.errors import INTERRUPTED_EXIT_CODE, IqError
 
 # What the extra `compile` brings, by the names of its modules.
 _COMPILE_PACKAGES = frozenset(
-    ("accelerate", "gguf", "ml_dtypes", "onnxscript", "safetensors", "sentencepiece", "torch", "transformers", "yaml")
+    ("accelerate", "gguf", "ml_dtypes", "onnxscript", "safetensors", "sentencepiece", "torch",
+     "transformers", "yaml")
 )  # fmt: skip
 
 # In the order of a user's first day.
