@@ -94,14 +94,19 @@ struct Creators
 extern "C" IQ_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators);
 extern "C" IQ_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
 
-extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
+nvinfer1::IPluginCreatorInterface* const* iq::allCreators(int32_t& count) noexcept
 {
-    return iq::guarded<nvinfer1::IPluginCreatorInterface* const*>("getCreators", nullptr, [&] {
-        nbCreators = 0;
-        static iq::Creators const creators;
-        nbCreators = static_cast<int32_t>(creators.pointers.size());
+    return guarded<nvinfer1::IPluginCreatorInterface* const*>("getCreators", nullptr, [&] {
+        count = 0;
+        static Creators const creators;
+        count = static_cast<int32_t>(creators.pointers.size());
         return creators.pointers.data();
     });
+}
+
+extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
+{
+    return iq::allCreators(nbCreators);
 }
 
 extern "C" void setLoggerFinder(nvinfer1::ILoggerFinder* finder)

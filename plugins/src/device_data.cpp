@@ -17,6 +17,7 @@ void check(cudaError_t status, char const* what)
 {
     if (status != cudaSuccess)
     {
+        static_cast<void>(cudaGetLastError()); // else the next launch of this thread returns it
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
     }
 }
@@ -62,8 +63,13 @@ std::shared_ptr<DeviceData const> DeviceData::of(Bytes const& bytes)
 DeviceData::DeviceData(Bytes const& bytes)
 {
     check(cudaMalloc(&mDevice, bytes.size()), "no device memory for the constants");
-    cudaError_t const copied
-        = cudaMemcpy(mDevice, bytes.data(), bytes.size(), cudaMemcpyHostToDevice);
+    cudaError_t copied = cudaMemcpy(mDevice, bytes.data(), bytes.size(), cudaMemcpyHostToDevice);
+    if (copied == cudaSuccess)
+    {
+        // It may return before the copy from pageable memory is done, and streams that do not wait
+        // for the default one would read too early.
+        copied = cudaStreamSynchronize(nullptr);
+    }
     if (copied != cudaSuccess)
     {
         static_cast<void>(cudaFree(mDevice));

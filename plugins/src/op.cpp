@@ -243,7 +243,18 @@ bool Op::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* i
 int32_t Op::onShapeChange(PluginTensorDesc const* in, int32_t nbInputs,
     PluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
 {
-    return checkInputs(nbInputs, nbOutputs, [in](int32_t i) { return in[i].dims; });
+    int32_t const status
+        = checkInputs(nbInputs, nbOutputs, [in](int32_t i) { return in[i].dims; });
+    if (status != kSuccess || mDevice != nullptr || mSettings->device.empty())
+    {
+        return status;
+    }
+    // A builder that times a plugin need not have attached it to a context. Not in enqueue: that
+    // may be captured, and nothing is allocated in a capture.
+    return attempt([&] {
+        mDevice = DeviceData::of(mSettings->device);
+        return kSuccess;
+    });
 }
 
 int32_t Op::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,

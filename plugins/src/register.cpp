@@ -6,6 +6,7 @@
 // file is linked last: its constructor runs when the constants of the others are there.
 
 #include "iq/log.h"
+#include "iq/op.h"
 
 #include <NvInferRuntime.h>
 
@@ -20,14 +21,10 @@
 #include <string>
 #include <vector>
 
-extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators);
-
 namespace iq
 {
 namespace
 {
-constexpr char kNamespace[] = "iq";
-
 int collectTensorRt(dl_phdr_info* info, size_t /*size*/, void* names)
 {
     char const* const slash = std::strrchr(info->dlpi_name, '/');
@@ -86,7 +83,7 @@ void registerCreators()
     using GetRegistry = nvinfer1::IPluginRegistry* (*)();
     auto* const registry = find<GetRegistry>(tensorRt, "getPluginRegistry")();
     int32_t count = 0;
-    nvinfer1::IPluginCreatorInterface* const* const creators = ::getCreators(count);
+    nvinfer1::IPluginCreatorInterface* const* const creators = allCreators(count);
     for (int32_t i = 0; i < count; ++i)
     {
         if (!registry->registerCreator(*creators[i], kNamespace))

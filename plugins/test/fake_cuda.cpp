@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include <cuda_runtime_api.h>
 
@@ -12,6 +13,8 @@ namespace
 {
 constexpr size_t kAlignment = 256; // as cudaMalloc
 std::atomic<int> allocations{0};
+std::atomic<bool> failing{false};
+thread_local cudaError_t last = cudaSuccess;
 } // namespace
 
 int iq::test::liveAllocations()
@@ -19,8 +22,17 @@ int iq::test::liveAllocations()
     return allocations;
 }
 
+void iq::test::failNextAllocation()
+{
+    failing = true;
+}
+
 extern "C" cudaError_t cudaMalloc(void** pointer, size_t bytes)
 {
+    if (failing.exchange(false))
+    {
+        return last = cudaErrorMemoryAllocation;
+    }
     if (posix_memalign(pointer, kAlignment, bytes) != 0)
     {
         return cudaErrorMemoryAllocation;
@@ -42,6 +54,16 @@ extern "C" cudaError_t cudaMemcpy(void* to, void const* from, size_t bytes, cuda
     {
         std::memcpy(to, from, bytes);
     }
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaGetLastError()
+{
+    return std::exchange(last, cudaSuccess);
+}
+
+extern "C" cudaError_t cudaStreamSynchronize(cudaStream_t)
+{
     return cudaSuccess;
 }
 

@@ -72,7 +72,7 @@ cudaError_t changeRows(Element element, void const* x, int32_t const* index, flo
                         static_cast<T*>(y) + at, shape.hidden, lane, lanes);
                 }
             }
-            return cudaSuccess;
+            return cudaGetLastError(); // as after a kernel
         });
 }
 
@@ -131,7 +131,7 @@ cudaError_t normRows(Element element, AddNorm const& op, float* values)
                 normOneRow<T, kWidth, 0>(op, row, values);
             }
         }
-        return cudaSuccess;
+        return cudaGetLastError(); // as after a kernel
     });
 }
 
@@ -185,7 +185,7 @@ cudaError_t launchDetect(Element element, void const* x, bool const* first, bool
                 index[row] = detectRow<decltype(width)::value>(rows + row * shape.hidden, table,
                     shape, threshold, first[row], valid[row]);
             }
-            return cudaSuccess;
+            return cudaGetLastError(); // as after a kernel
         });
 }
 
@@ -222,7 +222,7 @@ cudaError_t launchSiluMul(Element element, SiluMul const& op, cudaStream_t /*str
                 siluMulRow<T, kWidth, kFewPer>(op, row);
             }
         }
-        return cudaSuccess;
+        return cudaGetLastError(); // as after a kernel
     });
 }
 

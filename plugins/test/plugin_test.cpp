@@ -288,7 +288,8 @@ void testTypesAreRefused()
 }
 
 // The index that SinkDetect finds for one row, as TensorRT would run it; -1 if it fails.
-int32_t detected(Plugin const& plugin, int64_t spike, float value)
+int32_t detected(
+    Plugin const& plugin, int64_t spike, float value, bool shapesChange = false)
 {
     float x[kHidden]{};
     x[spike] = value;
@@ -297,6 +298,11 @@ int32_t detected(Plugin const& plugin, int64_t spike, float value)
     PluginTensorDesc desc[3]{};
     desc[0].dims = dims({1, 1, kHidden});
     desc[0].type = DataType::kFLOAT;
+    desc[1].dims = desc[2].dims = dims({1, 1});
+    if (shapesChange && runtime(plugin).onShapeChange(desc, 3, nullptr, 1) != 0)
+    {
+        return -1;
+    }
     void const* const inputs[]{x, &first, &valid};
     void* const outputs[]{&index};
     int32_t const status
@@ -354,6 +360,29 @@ void testThreads()
     CHECK(iq::test::liveAllocations() == 0);
 }
 
+// A builder may time a plugin that it attached to no context; shapes it always tells.
+void testTimedWithoutAContext()
+{
+    Plugin const plugin = create("SinkDetect");
+    CHECK(detected(plugin, 2, 100, true) == 1);
+    CHECK(detected(plugin, 5, -100) == 2);
+    CHECK(iq::test::liveAllocations() == 1);
+    CHECK(logged.take().empty());
+}
+
+// CUDA's runtime returns the last error of a thread once more, at the next launch.
+void testFailedAllocationIsOver()
+{
+    Plugin const plugin = create("SinkDetect"), other = create("SinkDetect");
+    iq::test::Context context;
+    Plugin const working(runtime(other).attachToContext(&context));
+    iq::test::failNextAllocation();
+    Plugin const silu = create("SiluMulSideQuantize");
+    CHECK(runtime(silu).attachToContext(&context) == nullptr);
+    CHECK_SAID("no device memory for the constants");
+    CHECK(detected(working, 2, 100) == 1);
+}
+
 // Finders and loggers are laid out by major version: one of another must not be called.
 void testLoggerOfAnotherVersion()
 {
@@ -378,6 +407,8 @@ int main()
     testTypesAreRefused();
     testConstantsAreSharedAndReleased();
     testThreads();
+    testTimedWithoutAContext();
+    testFailedAllocationIsOver();
     testLoggerOfAnotherVersion();
     setLoggerFinder(nullptr);
     std::printf("%d failures\n", failures);

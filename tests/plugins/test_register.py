@@ -67,6 +67,16 @@ def test_dlopen_registers_where_it_is_asked_to(library: Path, tmp_path: Path) ->
         assert (done.stdout, done.stderr) == ("", "")
 
 
+def test_another_librarys_creators_are_not_taken(library: Path, tmp_path: Path) -> None:
+    """Every plugin library exports getCreators; a host may have made one's visible to all."""
+    source, other = tmp_path / "other.cpp", tmp_path / "libother.so"
+    source.write_text('extern "C" void* const* getCreators(int& n) { n = 0; return nullptr; }')
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(other)], check=True)
+    program = f"import ctypes; ctypes.CDLL({str(other)!r}, ctypes.RTLD_GLOBAL)\n{_OPEN}"
+    done = outcome(program, "1", stand_in(tmp_path), library)
+    assert (done.stdout.splitlines(), done.stderr) == (CREATORS, "")
+
+
 def test_another_major_version_is_left_alone(library: Path, tmp_path: Path) -> None:
     """Its registry is laid out otherwise: a call would go anywhere."""
     done = outcome(_OPEN, "1", stand_in(tmp_path, major=99), library)

@@ -154,7 +154,9 @@ def write_bundle(folder: Path, *engines: EngineReport, **changes: object) -> Pat
         "generation_config.json": b'{"eos_token_id": [5]}',
         "plan.json": b"{}", "plugins/libiq_plugins.so": b"\x7fELF library",
     }  # fmt: skip
-    contents |= {f"engines/{e.plan}": b"plan of " + e.target.encode() for e in engines}
+    for e in engines:
+        inside = b" with the lean runtime" if e.version_compatible else b""
+        contents[f"engines/{e.plan}"] = b"plan of " + e.target.encode() + inside
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

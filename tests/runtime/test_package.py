@@ -39,6 +39,7 @@ def test_the_session_compiles_without_a_warning(tools: None, bundle: Path, tmp_p
     definitions = {
         "IQ_SESSION": "ON", "IQ_WERROR": "ON", "CMAKE_BUILD_TYPE": "Debug",
         "CMAKE_CUDA_COMPILER": str(nvcc), "TENSORRT_INCLUDE_DIR": str(headers),
+        "CMAKE_CUDA_ARCHITECTURES": "86",  # one of those that it is for by default
     }  # fmt: skip
     folder = compile_(SOURCES, tmp_path / "build", definitions)
     environment = {"LD_LIBRARY_PATH": "", "PATH": os.environ["PATH"]}

@@ -99,6 +99,20 @@ def test_without_capture_the_tokens_are_the_same(run: Run) -> None:
     assert "without a CUDA graph: TensorRT cannot run the step" in done.error
 
 
+@pytest.mark.parametrize("form", ["body", "plugin"])
+def test_the_lean_runtime_in_a_plan_is_allowed(run: Run, tmp_path: Path, form: str) -> None:
+    report = engine("orin", form=form, version_compatible=True)
+    done = run("1,2,3", "--max-new", "3", folder=write_bundle(tmp_path / "b", report))
+    assert lines(done) == [expected([1, 2, 3], 3)]
+
+
+def test_a_plan_without_weights_is_refused(run: Run, tmp_path: Path) -> None:
+    """TensorRT would refit it; a session does not."""
+    report = engine("orin", strip_weights=True)
+    done = run("1,2,3", folder=write_bundle(tmp_path / "b", report))
+    assert done.code == 6 and re.search(r"orin: weights +in the plan +stripped", done.error)
+
+
 def test_sampling_follows_the_seed(run: Run) -> None:
     words = ("1,2,3", "1,2,3", "--max-new", "12", "--temperature", "20", "--seed")
     first, again, other = (lines(run(*words, seed)) for seed in ("1", "1", "2"))

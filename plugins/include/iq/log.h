@@ -1,5 +1,5 @@
-// Messages to the logger of the TensorRT that loaded this library; to stderr before there is one, and
-// where that TensorRT is of another major version than the headers here.
+// Messages to the logger of the TensorRT that loaded this library; to stderr before there is one,
+// and where that TensorRT is of another major version than the headers here.
 #pragma once
 
 #include <exception>

@@ -125,4 +125,8 @@ private:
     std::shared_ptr<DeviceData const> mDevice;
 };
 
+// What getCreators gives. Calls within the library go here: other plugin libraries export a
+// getCreators too, and the loader may bind to theirs.
+nvinfer1::IPluginCreatorInterface* const* allCreators(int32_t& count) noexcept;
+
 } // namespace iq

@@ -17,6 +17,7 @@ inline void check(cudaError_t status, char const* what)
 {
     if (status != cudaSuccess)
     {
+        static_cast<void>(cudaGetLastError()); // else the next launch of this thread returns it
         throw Refusal(
             ErrorCode::kEngine, std::string(what) + " failed: " + cudaGetErrorString(status));
     }

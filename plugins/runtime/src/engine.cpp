@@ -154,6 +154,11 @@ void refuse(std::string const& what)
     throw Refusal(ErrorCode::kEngine, what + ": " + logger().take());
 }
 
+Engine::State::~State()
+{
+    static_cast<void>(cudaSetDevice(device)); // the plan goes on the device that it is on
+}
+
 std::unique_ptr<nvinfer1::IExecutionContext> Engine::State::newContext()
 {
     std::lock_guard<std::mutex> const lock(creating);
@@ -185,13 +190,13 @@ void Engine::State::openRuntime(std::string const& path)
 
 void Engine::State::loadPlugin()
 {
-    if (info->form != Form::kPlugin)
+    if (info->pluginEmbedded || info->versionCompatible)
     {
-        return;
+        // A library or TensorRT's lean runtime inside the plan, which its checksum covers.
+        runtime->setEngineHostCodeAllowed(true);
     }
-    if (info->pluginEmbedded)
+    if (info->form != Form::kPlugin || info->pluginEmbedded)
     {
-        runtime->setEngineHostCodeAllowed(true); // the plan's checksum covers its library
         return;
     }
     nvinfer1::IPluginRegistry& registry = runtime->getPluginRegistry();

@@ -24,6 +24,10 @@ struct Engine::State
     std::unique_ptr<nvinfer1::ICudaEngine> plan;
     std::mutex creating;
 
+    State() = default;
+    State(State const&) = delete;
+    State& operator=(State const&) = delete;
+    ~State();
     std::unique_ptr<nvinfer1::IExecutionContext> newContext();
     void openRuntime(std::string const& path);
     void loadPlugin();

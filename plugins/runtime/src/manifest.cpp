@@ -127,6 +127,7 @@ EngineInfo readEngine(std::string const& name, Node const& node, Manifest const&
     engine.pluginVersion = node.has("plugin_version") ? node["plugin_version"].text() : "";
     engine.pluginEmbedded = node["plugin_embedded"].boolean();
     engine.versionCompatible = node["version_compatible"].boolean();
+    engine.weightsStripped = node["strip_weights"].boolean();
     Node const profile = node["profile"];
     engine.batch = readRange(profile["batch"], 1);
     engine.seq = readRange(profile["seq"], 1);
@@ -254,6 +255,10 @@ std::vector<Mismatch> engineMismatches(EngineInfo const& engine, Machine const& 
     std::vector<Mismatch> rows;
     std::string const prefix = "engine " + engine.name + ": ";
     TensorRt const& built = engine.tensorRt;
+    if (engine.weightsStripped)
+    {
+        rows.push_back({prefix + "weights", "in the plan", "stripped, and nothing here refits it"});
+    }
     if (machine.tensorRt)
     {
         TensorRt const& there = *machine.tensorRt;

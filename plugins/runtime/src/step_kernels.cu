@@ -273,8 +273,8 @@ private:
 };
 
 template <typename T>
-__global__ void chooseKernel(T const* logits, int64_t seq, int64_t vocab, SamplingRule rule,
-    uint64_t* draws, int64_t* ids, int64_t* chosen)
+__global__ void __launch_bounds__(kThreads) chooseKernel(T const* logits, int64_t seq,
+    int64_t vocab, SamplingRule rule, uint64_t* draws, int64_t* ids, int64_t* chosen)
 {
     __shared__ typename BlockRow<T>::Shared shared;
     int64_t const sequence = blockIdx.x;

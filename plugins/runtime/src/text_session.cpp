@@ -2,6 +2,7 @@
 #include "iq/text_session.h"
 
 #include <algorithm>
+#include <exception>
 
 #include "cuda_calls.h"
 #include "engine_state.h"
@@ -44,6 +45,7 @@ struct TextSession::State
     State& operator=(State const&) = delete;
     ~State()
     {
+        static_cast<void>(cudaSetDevice(shared.device));
         // What was queued still uses the buffers.
         if (stream)
         {
@@ -119,7 +121,10 @@ void TextSession::State::allocateAll(int64_t sequences)
     }
     size_t const bytes = table.size() * sizeof(CacheMove);
     moves = allocate(static_cast<int64_t>(bytes));
-    check(cudaMemcpy(moves.get(), table.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    check(cudaMemcpyAsync(
+              moves.get(), table.data(), bytes, cudaMemcpyHostToDevice, stream.get()),
+        "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize"); // `table` ends here
     tokens.reserve(static_cast<size_t>(room));
     context = shared.newContext();
     setTensor("input_ids", ids);
@@ -225,6 +230,10 @@ bool TextSession::State::capture(int64_t next)
     catch (Refusal const& refusal)
     {
         why = refusal.error.message;
+    }
+    catch (std::exception const&) // the capture must end, whatever happened
+    {
+        why = "out of memory"; // short enough to need none
     }
     cudaError_t status = cudaStreamEndCapture(stream.get(), &captured);
     Graph const owner(captured);

@@ -75,6 +75,7 @@ struct EngineInfo
     std::string pluginVersion; // of the plugin layers; empty for other forms
     bool pluginEmbedded{false};
     bool versionCompatible{false};
+    bool weightsStripped{false};
     Range batch, seq, past;
 };
 

@@ -23,6 +23,9 @@ struct EngineOptions
 };
 
 // A deserialised plan. Sessions of any thread share it.
+//
+// What an engine and its sessions do, their destructors too, makes the engine's device the thread's
+// current one (cudaSetDevice) and leaves it so.
 class IQ_API Engine
 {
 public:

@@ -222,15 +222,22 @@ public:
     }
     ICudaEngine* deserializeCudaEngine(void const* blob, size_t size) noexcept override
     {
-        if (size < 4 || std::memcmp(blob, "plan", 4) != 0)
+        std::string const plan(static_cast<char const*>(blob), size);
+        if (plan.find("lean runtime") != std::string::npos && !mHostCode)
+        {
+            mLogger.log(ILogger::Severity::kERROR, "host code is not allowed");
+            return nullptr;
+        }
+        if (plan.rfind("plan", 0) != 0)
         {
             mLogger.log(ILogger::Severity::kERROR, "this is no plan");
             return nullptr;
         }
         return new Plan;
     }
-    void setEngineHostCodeAllowed(bool /*allowed*/) noexcept override
+    void setEngineHostCodeAllowed(bool allowed) noexcept override
     {
+        mHostCode = allowed;
     }
     IPluginRegistry& getPluginRegistry() noexcept override
     {
@@ -240,6 +247,7 @@ public:
 private:
     ILogger& mLogger;
     Registry mRegistry;
+    bool mHostCode{false};
 };
 
 } // namespace
