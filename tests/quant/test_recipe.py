@@ -30,6 +30,8 @@ def test_w8a8() -> None:
 def test_w8a8_norot_has_no_rotation_inside_a_block() -> None:
     changed = replace(load_recipe("w8a8"), name="w8a8-norot", rotation=None, side_channels=128)
     assert changed == load_recipe("w8a8-norot")
+    changed = replace(load_recipe("w8a8"), name="w8a8-h512", rotation=512)
+    assert changed == load_recipe("w8a8-h512")
 
 
 @pytest.mark.parametrize(
