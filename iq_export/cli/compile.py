@@ -39,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe",
         default="w8a8",
-        help="a file of graphs/recipes: w8a8 (default), w8a8-h512, w8a8-norot, w8a8kv8, w4a16, fp16",
+        help="a file of graphs/recipes: w8a8 (default), w8a8-h512, w8a8-norot, w8a8kv8, w4a16, "
+        "fp16",
     )
     parser.add_argument(
         "--target", action="append", metavar="NAME", dest="targets",
