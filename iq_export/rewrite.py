@@ -62,6 +62,8 @@ _PARTIAL = "partial.onnx"
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
 _FORM_WINDOWS = 4
+# Sites more than the search found that a file over the budget may leave in half precision.
+_MORE_SITES = 6
 # ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
 
@@ -248,11 +250,12 @@ def rewrite(
         if [s.form for s in sinks] != first:  # what is restored was measured in the first form
             sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
     mixed: MixedPlan | None = None
+    everything = [Site(q.name, q.linears) for q in quantizers.values()]
     if math.isfinite(data.budget) and quantizers:
         with progress.step("Search a mixed plan"):
             reference = Reference.of(traced, data.windows, **options)
             mixed = _mixed_plan(
-                rounded(quantizers), work, quantizers, data.budget, reference, options
+                rounded(quantizers), work, everything, data.budget, reference, options
             )
         quantizers = {
             n: q for n, q in quantizers.items() if not set(q.linears) & set(mixed.linears)
@@ -280,14 +283,25 @@ def rewrite(
         if quantizers and sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
             sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
-        ends = [b.residual for block in sites.blocks for b in (block.attention, block.mlp)]
-        for _ in tapped_runs(work / QUANTIZED, [["logits", *ends]], data.windows[:2], **options):
-            pass  # raises if the shipped graph gives NaN or Inf
         if mixed is not None:
             mixed = mixed.shipped(*reference.ratio(work / QUANTIZED, **options))
+            # The search measures in float32 and with what was restored before: go on from there.
+            for _ in range(_MORE_SITES):
+                more = mixed.one_more(everything) if not mixed.met else None
+                if more is None:
+                    break
+                in_half = frozenset(more.linears)
+                quantizers = {n: q for n, q in quantizers.items() if not in_half & set(q.linears)}
+                write(quantizers, in_half)
+                if quantizers and sinks:
+                    sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
+                mixed = more.shipped(*reference.ratio(work / QUANTIZED, **options))
             if not mixed.met:
                 warnings.append(mixed.unmet())
                 progress.note(f"warning: {warnings[-1]}")
+        ends = [b.residual for block in sites.blocks for b in (block.attention, block.mlp)]
+        for _ in tapped_runs(work / QUANTIZED, [["logits", *ends]], data.windows[:2], **options):
+            pass  # raises if the shipped graph gives NaN or Inf
     observed = data.windows[:_OBSERVED_WINDOWS]
     after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
     columns = stats.window < len(observed)
@@ -590,7 +604,7 @@ def _restored(
 def _mixed_plan(
     model: ir.Model,
     work: Path,
-    quantizers: Mapping[str, Quantizer],
+    sites: Sequence[Site],
     budget: float,
     reference: Reference,
     options: _Run,
@@ -599,7 +613,7 @@ def _mixed_plan(
 
     `model` is the fully quantized graph in float32, before it is halved.
     """
-    names = list(quantizers)
+    names = [site.name for site in sites]
     add_switches(model, names)
     path = work / _PARTIAL
     io.save(model, path)
@@ -613,10 +627,7 @@ def _mixed_plan(
         return found
 
     found = mixed_plan(
-        [Site(q.name, q.linears) for q in quantizers.values()],
-        harm,
-        budget,
-        lambda skipped: trial.ratio({site.name for site in skipped}),
+        sites, harm, budget, lambda skipped: trial.ratio({site.name for site in skipped})
     )
     path.unlink()
     path.with_name(path.name + ".data").unlink(missing_ok=True)

@@ -45,9 +45,16 @@ class MixedPlan:
 
     def shipped(self, ratio: float, error: float) -> MixedPlan:
         """The same plan with the ratio of the file that ships."""
-        return replace(
-            self, ratio=ratio, error=error, met=ratio <= self.budget, searched=self.ratio
-        )
+        searched = self.ratio if self.searched is None else self.searched
+        return replace(self, ratio=ratio, error=error, met=ratio <= self.budget, searched=searched)
+
+    def one_more(self, sites: Sequence[Site]) -> MixedPlan | None:
+        """With the next site of the search's order left out too, still to be measured; None if
+        nothing was left out, or all is."""
+        rest = [site for site in sites if site not in self.skipped] if self.skipped else []
+        if not rest:
+            return None
+        return replace(self, skipped=(*self.skipped, _by_harm(rest, self.harm)[0]))
 
     def unmet(self) -> str:
         """The sentence for a budget that is not met."""
@@ -90,7 +97,7 @@ def mixed_plan(
     if without <= target:
         return MixedPlan(budget, True, (), without, without, {})
     harm = measure_harm()
-    ordered = sorted(sites, key=lambda site: -harm[site.name] / len(site.linears))
+    ordered = _by_harm(sites, harm)
     measured: dict[int, float] = {}
 
     def within(count: int) -> bool:
@@ -110,6 +117,11 @@ def mixed_plan(
             break  # the next ones do more harm
         skipped, reached = fewer, found
     return MixedPlan(budget, True, tuple(skipped), reached, without, harm)
+
+
+def _by_harm(sites: Sequence[Site], harm: Mapping[str, float]) -> list[Site]:
+    """The most harmful per product first."""
+    return sorted(sites, key=lambda site: -harm[site.name] / len(site.linears))
 
 
 def smallest_prefix(size: int, holds: Callable[[int], bool]) -> int | None:

@@ -70,6 +70,18 @@ def test_leaving_out_what_does_not_help_leaves_nothing_out() -> None:
     assert "as it is" in found.unmet()
 
 
+def test_one_more_is_the_next_of_the_order() -> None:
+    found, _ = search(1.006)
+    over = found.shipped(1.0065, 0.001)
+    more = over.one_more(SITES)
+    assert more is not None
+    assert [site.name for site in more.skipped] == ["t3", "t17", "t30"]
+    within = more.shipped(1.0059, 0.001)
+    assert within.met and within.searched == found.ratio
+    assert search(1.05)[0].one_more(SITES) is None  # nothing was left out, so no order is known
+    assert search(1.005, floor=1.03)[0].one_more(SITES) is None  # everything is
+
+
 def test_the_shipped_file_has_the_last_word() -> None:
     found, _ = search(1.006)
     assert found.shipped(1.0055, 0.001).met
