@@ -6,6 +6,7 @@ trace.
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -42,7 +43,7 @@ MODEL = "smollm2-135m"
 TARGETS = ("rtx-ampere", "rtx-all")
 TOOLS = Path(__file__).parents[2] / "tools"
 PLAN_RATIO = 0.52
-# Graph inputs that say which rows get noise: this, and the name of a sink index.
+# Graph inputs that say which rows get noise: this, and the name of a sink index, in its shape.
 ROWS = "noisy."
 Rows = dict[str, np.ndarray]
 # Of the range of logits, by noise in sink rows on the others' logits; measured: 0.58 to 0.63.
@@ -195,7 +196,8 @@ def test_insertion_is_no_no_op(work: Path, short: list[Window]) -> None:
     shares = []
     for window, rows in zip(short, sinks, strict=True):
         clean, noisy = (graph.run(window, each)["logits"] for each in ({}, rows))
-        others = ~np.logical_or.reduce(list(rows.values()))
+        # The index of keys and values has a row per head.
+        others = ~np.logical_or.reduce([np.atleast_2d(found).any(0) for found in rows.values()])
         shares.append(float(np.abs(noisy - clean)[others].max() / np.ptp(clean)))
     print("noise in sink rows moves the other rows' logits by these shares of their range:", shares)
     assert min(shares) > LEAST_EFFECT
@@ -263,6 +265,7 @@ class _Site:
     before: str
     after: str
     index: str
+    index_shape: tuple[int | str, ...]
     width: int
 
 
@@ -276,7 +279,9 @@ def _sites(inserted: Path) -> list[_Site]:
                 root = root.producer().inputs[0]
             width = node.attributes["template_shape"].as_ints()[-1]
             names = (root.name, before.name, node.outputs[0].name, index.name)
-            found.append(_Site(node.name, *names, width))
+            # Keys and values have their heads before the tokens, and such an index.
+            heads = [int(count) for count in re.findall(r"\.heads(\d+)$", index.name)]
+            found.append(_Site(node.name, *names, ("batch", *heads, "seq"), width))
     return found
 
 
@@ -314,7 +319,8 @@ class _Noisy:
         }
         for value in self._session.get_inputs():
             if value.name.startswith(ROWS):
-                given = rows.get(value.name.removeprefix(ROWS), np.zeros(ids.shape[1], bool))
+                shape = (*value.shape[1:-1], ids.shape[1])
+                given = rows.get(value.name.removeprefix(ROWS), np.zeros(shape, bool))
                 feeds[value.name] = given[None]
             elif value.name not in feeds:
                 shape = (1, value.shape[1], 0, value.shape[3])
@@ -328,11 +334,11 @@ class _Noisy:
         values = {value.name: value for node in graph for value in node.outputs}
         axis = constant(graph, "noise.axis", np.array([-1]))
         masks: dict[str, ir.Value] = {}
-        for index in dict.fromkeys(site.index for site in sites):
+        for index, shape in {site.index: site.index_shape for site in sites}.items():
             rows = ir.Value(
                 name=ROWS + index,
                 type=ir.TensorType(ir.DataType.BOOL),
-                shape=ir.Shape(["batch", "seq"]),
+                shape=ir.Shape(shape),
             )
             graph.inputs.append(rows)
             widen = ir.node("Unsqueeze", [rows, axis], name=f"noise/{index}")
