@@ -94,7 +94,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             sinks = done.sink_nodes
             engines, notes = _build(folder, options, checked, sinks, progress)
             timings = {**progress.timings, "total": time.perf_counter() - begin}
-            manifest = _manifest(folder, options, traced, done, engines, notes, timings)
+            manifest = _manifest(folder, options, checked, traced, done, engines, notes, timings)
             manifest.write(folder)
         _remember(work, options, done)
     return Bundle.open(options.out, verify=False)
@@ -156,6 +156,7 @@ class _Checked:
     recipe: Recipe
     targets: tuple[Target, ...]
     weight_bytes: int | None
+    calibration_sha256: str
 
 
 def _check(options: CompileOptions) -> _Checked:
@@ -185,14 +186,14 @@ def _check(options: CompileOptions) -> _Checked:
             f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "
             "like w8a8."
         )
-    load_text(options.calibration)
+    text = load_text(options.calibration)
     check_output(options.out, options.force)
     source = _source(options)
     embedded = EMBEDDED.get(source.name) if source.path is None else None
     size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
     if size is not None:
         require_space(options.out, _disk_need(size))
-    return _Checked(source, recipe, targets, size)
+    return _Checked(source, recipe, targets, size, text_sha256(text))
 
 
 def _source(options: CompileOptions) -> Any:
@@ -361,6 +362,7 @@ def _build(
 def _manifest(
     folder: Path,
     options: CompileOptions,
+    checked: _Checked,
     traced: Any,
     done: Any,
     engines: dict[str, dict[str, Any]],
@@ -393,7 +395,7 @@ def _manifest(
             "license": traced.license_note,
         },
         versions=_versions(),
-        options=_option_record(options),
+        options={**_option_record(options), "calibration_sha256": checked.calibration_sha256},
         inputs=inputs,
         outputs=outputs,
         profile=options.profile.to_json(),
@@ -440,7 +442,6 @@ _RECORDED = ("model", "recipe", "calibration", "samples", "length", "opset", "dt
 
 def _option_record(options: CompileOptions) -> dict[str, Any]:
     record = {name: getattr(options, name) for name in _RECORDED}
-    record["calibration_sha256"] = text_sha256(load_text(options.calibration))
     if options.tokenizer is not None:
         record["tokenizer"] = str(options.tokenizer)
     return record

@@ -257,9 +257,7 @@ def rewrite(
             mixed = _mixed_plan(
                 rounded(quantizers), work, everything, data.budget, reference, options
             )
-        quantizers = {
-            n: q for n, q in quantizers.items() if not set(q.linears) & set(mixed.linears)
-        }
+        quantizers = _without(quantizers, mixed)
     in_half = frozenset(mixed.linears if mixed else ())
     graphs = work / QUANTIZED, work / INSERTED
     sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
@@ -290,8 +288,7 @@ def rewrite(
                 more = mixed.one_more(everything) if not mixed.met else None
                 if more is None:
                     break
-                in_half = frozenset(more.linears)
-                quantizers = {n: q for n, q in quantizers.items() if not in_half & set(q.linears)}
+                in_half, quantizers = frozenset(more.linears), _without(quantizers, more)
                 write(quantizers, in_half)
                 if quantizers and sinks:
                     sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
@@ -599,6 +596,12 @@ def _restored(
         set_restore(model, measured)
         io.save_skeleton(model, work / graph)
     return measured
+
+
+def _without(quantizers: dict[str, Quantizer], mixed: MixedPlan) -> dict[str, Quantizer]:
+    """Those whose products `mixed` does not leave in half precision."""
+    left = set(mixed.linears)
+    return {name: q for name, q in quantizers.items() if not left & set(q.linears)}
 
 
 def _mixed_plan(

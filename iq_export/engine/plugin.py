@@ -64,14 +64,15 @@ def build_plugin(
     out_dir: Path,
     architectures: Sequence[int],
     *,
+    whole: bool = False,
     headers: Path | None = None,
     warnings_are_errors: bool = False,
 ) -> PluginBuild:
     """Compile `libiq_plugins.so` into `out_dir`, whole or not at all.
 
-    For those of `architectures` that nvcc knows: see `PluginBuild.covering`. `headers` is the
-    folder with TensorRT's headers; looked for if not given. Never raises for a missing or failing
-    tool: see `PluginBuild.reason`.
+    For those of `architectures` that nvcc knows (see `PluginBuild.covering`), or with `whole` for
+    all or none. `headers` is the folder with TensorRT's headers; looked for if not given. Never
+    raises for a missing or failing tool: see `PluginBuild.reason`.
     """
     started = time.perf_counter()
     include = headers or find_headers()
@@ -80,9 +81,10 @@ def build_plugin(
     if reason or sources is None or nvcc is None or include is None:
         return PluginBuild(reason=reason)
     known = nvcc_architectures(nvcc)
-    wanted = tuple(sorted(sm for sm in set(architectures) if sm in known or not known))
-    if not wanted:
-        return PluginBuild(reason=_not_for(architectures))
+    lacking = set(architectures) - known if known else set()
+    wanted = tuple(sorted(set(architectures) - lacking))
+    if not wanted or (whole and lacking):
+        return PluginBuild(reason=_not_for(lacking))
     with tempfile.TemporaryDirectory(prefix="iq-plugins-") as folder:
         options = {
             HEADERS_VARIABLE: str(include),
@@ -115,11 +117,7 @@ def provide_plugin(
         return PluginBuild(reason="no plugin: it is switched off.")
     if not sink_nodes:
         return PluginBuild(reason="no plugin: the model has no sink ops.")
-    nvcc = find_nvcc()
-    known = nvcc_architectures(nvcc) if nvcc else set()
-    if mode == "on" and known and not known.issuperset(architectures):
-        raise EngineError(_not_for(set(architectures) - known))
-    build = build_plugin(out_dir, architectures)
+    build = build_plugin(out_dir, architectures, whole=mode == "on")
     if build.path is None:
         if mode == "on":
             raise EngineError(build.reason)

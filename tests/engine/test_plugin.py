@@ -206,7 +206,7 @@ def test_the_choice_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, why: str
 ) -> None:
     made = PluginBuild(path=tmp_path, architectures=(86, 87), headers="10.14.1")
-    monkeypatch.setattr(plugin_module, "build_plugin", lambda *_: made)
+    monkeypatch.setattr(plugin_module, "build_plugin", lambda *_, **__: made)
     reason = provide_plugin(mode, tmp_path, [86, 87], 3).reason
     assert why in reason
     assert "sm_86, sm_87 with headers 10.14.1" in reason

@@ -15,6 +15,7 @@ from iq_export.engine.plugin import (
     find_sources,
 )
 from tests import toolchains
+from tests.runtime.conftest import compile_
 
 pytestmark = pytest.mark.heavy
 SOURCES = find_sources()
@@ -31,13 +32,9 @@ def headers() -> Path:
 
 def test_aarch64(headers: Path, tmp_path: Path) -> None:
     """Linked whole (--no-undefined); what runs on a CPU runs under QEMU."""
-    definitions = toolchains.aarch64(tmp_path)
+    definitions = {**toolchains.aarch64(tmp_path), HEADERS_VARIABLE: str(headers), "IQ_TESTS": "ON"}
     assert SOURCES is not None
-    options = {**definitions, HEADERS_VARIABLE: str(headers), "IQ_TESTS": "ON"}
-    nvcc = Path(options.pop("CMAKE_CUDA_COMPILER"))
-    del options["CMAKE_CUDA_ARCHITECTURES"]
-    folder = tmp_path / "build"
-    assert cmake_build(SOURCES, folder, nvcc, [87, 110], "all", options) == ""
+    folder = compile_(SOURCES, tmp_path / "build", definitions)
     assert toolchains.machine(folder / "libiq_plugins.so") == "AArch64"
     said = toolchains.run_aarch64([folder / "iq_plugin_test"])
     assert said.splitlines()[-1] == "0 failures"
