@@ -359,8 +359,8 @@ def _needs(manifest: Manifest, engine: EngineReport | None) -> list[str]:
     if engine is None:
         return [
             f"`model.onnx` has opset {manifest.opset} and functions of domain iq, which ONNX "
-            "Runtime inlines; its release 1.24 or later is needed for opset 23, so a Triton that "
-            "has it."
+            "Runtime inlines; its release 1.27 or later is needed (earlier ones lack opset 23 or "
+            "compute a softcap wrongly), so a Triton that has it."
         ]
     capabilities = ", ".join(f"sm_{sm}" for sm in engine.compute_capabilities)
     version = (

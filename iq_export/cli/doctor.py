@@ -71,7 +71,7 @@ def _memory_bytes() -> int | None:
 def _packages() -> list[Check]:
     wanted = (
         (("numpy",), "everything"),
-        (("onnxruntime", "onnxruntime-gpu"), "eval, run, verify, compile (1.24 or newer)"),
+        (("onnxruntime", "onnxruntime-gpu"), "eval, run, verify, compile (1.27 or newer)"),
         (("tokenizers",), "eval, run, compile"),
         (("jinja2",), "run"),
         (("onnx",), "build, verify, compile"),

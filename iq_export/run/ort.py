@@ -19,6 +19,9 @@ PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
 }
+# The first release whose CPU attention puts the softcap before the mask, as ONNX defines it: up to
+# 1.26 masked tokens take part where a model has a softcap. (QuantizeLinear of opset 23 needs 1.24.)
+OLDEST_RELEASE = (1, 27)
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -169,11 +172,10 @@ def open_session(
     overflows on a GPU passes unseen, and half's rounding is not measured. With `round_half` the
     value of every op is rounded; the file is as it is, and float32 graphs are not touched.
 
-    Raises GraphError if the file cannot be loaded, EngineError if this ONNX Runtime lacks a
-    provider (it would fall back to the CPU by itself).
+    Raises GraphError if the file cannot be loaded, EngineError if ONNX Runtime is absent, older
+    than OLDEST_RELEASE or lacks a provider (it would fall back to the CPU by itself).
     """
-    import onnxruntime
-
+    onnxruntime = _onnxruntime()
     if not path.is_file():
         raise GraphError(f"There is no ONNX file at {path}.")
     missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
@@ -198,6 +200,24 @@ def open_session(
         return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except ort_errors() as error:
         raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
+
+
+def _onnxruntime() -> Any:
+    oldest = ".".join(map(str, OLDEST_RELEASE))
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f"ONNX Runtime is not installed: pip install 'onnxruntime>={oldest}' (Python 3.11 or "
+            "newer)."
+        ) from error
+    release = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if release < OLDEST_RELEASE:
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} computes attention with a softcap wrongly: "
+            f"pip install 'onnxruntime>={oldest}' (Python 3.11 or newer)."
+        )
+    return onnxruntime
 
 
 def _allowed_cores() -> int | None:
