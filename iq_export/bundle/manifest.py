@@ -9,9 +9,10 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path, PurePosixPath
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
@@ -73,14 +74,16 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`; numbers that JSON cannot hold (inf, nan) become null."""
-        return json.dumps(json_safe(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(json_safe(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+        # A name that is not UTF-8 becomes JSON's own escape and is read back as it was.
+        return text.encode("utf-8", "backslashreplace").decode()
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
         """Read `text`. Raises BundleError, naming `where`, if it is no manifest of this format."""
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON ({error}): compile the bundle again") from error
         if not isinstance(raw, dict):
             raise BundleError(f"{where} is not a bundle manifest")
@@ -105,7 +108,12 @@ class Manifest:
         values["inputs"] = [TensorInfo(**t) for t in raw.get("inputs", [])]
         values["outputs"] = [TensorInfo(**t) for t in raw.get("outputs", [])]
         values["files"] = {k: FileRecord(**v) for k, v in raw.get("files", {}).items()}
-        return cls(**values)
+        for name in values["files"]:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise KeyError(f"the file {name!r} is not in the bundle")
+        read = cls(**values)
+        _check_types(read, "")
+        return read
 
     def write(self, folder: Path) -> Path:
         """Write `folder/manifest.json` and its checksum: readers see the old text or the new one.
@@ -124,6 +132,51 @@ class Manifest:
                 if not manifest.exists():
                     checksum.replace(folder / CHECKSUM_NAME)
         return path
+
+
+def _check_types(record: Any, place: str) -> None:
+    """TypeError, naming the field, if a value of this dataclass is not what its field says."""
+    for name, kind in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if not _fits(value, kind):
+            raise TypeError(f"{place}{name} is no {getattr(kind, '__name__', kind)}")
+        values = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list)):
+            for member in values:
+                if is_dataclass(member):
+                    _check_types(member, f"{name}: ")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type."""
+    members = get_args(kind)
+    if kind is Any:
+        return True
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, member) for member in members)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(v, members[0]) for v in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(v, members[1]) for v in value.values())
+    if kind in (int, float):
+        wanted = int if kind is int else (int, float)
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+@contextmanager
+def reading_records(where: Path) -> Iterator[None]:
+    """Around code that trusts records of the manifest or the plan at `where`: what it raises if
+    they are not as this version writes them becomes a BundleError."""
+    try:
+        yield
+    except (
+        ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        raise BundleError(
+            f"{where} has records that this version did not write "
+            f"({type(error).__name__}: {error}): compile the bundle again"
+        ) from error
 
 
 def json_safe(value: Any) -> Any:
@@ -156,7 +209,7 @@ def _staged(path: Path, text: str) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -64,9 +64,12 @@ def load_text(spec: str | Path) -> str:
     if spec in (BUILTIN, BUILTIN_HELDOUT):
         return _builtin_text(heldout=spec == BUILTIN_HELDOUT)
     path = Path(spec)
-    if path.is_dir():
-        raise DataError(f"text {path} is a folder: give a UTF-8 text file or '{BUILTIN}'")
     try:
+        if path.is_dir():
+            raise DataError(f"text {path} is a folder: give a UTF-8 text file or '{BUILTIN}'")
+        if path.exists() and not path.is_file():
+            # It is read more than once, which a pipe is not; a device never ends.
+            raise DataError(f"text {path} is not a file: give a UTF-8 text file or '{BUILTIN}'")
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise DataError(

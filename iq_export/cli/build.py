@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import FileRecord
+from iq_export.bundle.manifest import MANIFEST_NAME, FileRecord, reading_records
 from iq_export.bundle.package import Bundle, disk_full_is_bundle_error
 from iq_export.checksum import sha256_file
 from iq_export.cli import options
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         options.print_json([report.to_json() for report in reports])
     else:
-        print("\n".join(_line(bundle, report) for report in reports))
+        options.say("\n".join(_line(bundle, report) for report in reports))
     return 0
 
 
@@ -82,7 +82,8 @@ def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
     """The shape options if there is one, else the shapes the bundle was compiled with."""
     if args.min_shapes or args.opt_shapes or args.max_shapes or not bundle.manifest.profile:
         return Profile.parse(args.min_shapes, args.opt_shapes, args.max_shapes)
-    return Profile.from_json(bundle.manifest.profile)
+    with reading_records(bundle.folder / MANIFEST_NAME):
+        return Profile.from_json(bundle.manifest.profile)
 
 
 def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
@@ -132,9 +133,10 @@ def _build(
 def plugin_architectures(bundle: Bundle, target: Target) -> list[int]:
     """Those of `target` and of the bundle's engines: there is one plugin library for all."""
     wanted = set(target.compute_capabilities)
-    for engine in bundle.manifest.engines.values():
-        wanted.update(engine.get("compute_capabilities", ()))
-    return sorted(wanted)
+    with reading_records(bundle.folder / MANIFEST_NAME):
+        for engine in bundle.manifest.engines.values():
+            wanted.update(engine.get("compute_capabilities", ()))
+        return sorted(wanted)
 
 
 def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineReport) -> Bundle:

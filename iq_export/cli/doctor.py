@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         options.print_json([asdict(check) for check in checks])
     else:
         rows = [(c.state, c.name, c.found, c.need) for c in checks]
-        print("\n".join(columns([("", "what", "found", "needed for"), *rows])))
+        options.say("\n".join(columns([("", "what", "found", "needed for"), *rows])))
     return 0
 
 

@@ -42,7 +42,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--length", type=options.window_length, default=512, help="tokens; default 512"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the places of the windows")
+    parser.add_argument(
+        "--seed", type=options.seed, default=0, help="of the places of the windows"
+    )
     parser.add_argument(
         "--work", type=Path, metavar="DIR",
         help="folder with the other graphs (compile --keep-work); rebuilt if absent",
@@ -133,9 +135,9 @@ def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> Non
     if as_json:
         options.print_json({**comparison.to_dict(), "speed": speed and asdict(speed)})
         return
-    print(table(comparison.to_dict()))
+    options.say(table(comparison.to_dict()))
     if speed is not None:
-        print(speed_line(asdict(speed)))
+        options.say(speed_line(asdict(speed)))
 
 
 def _fail_if_broken(comparison: Comparison, label: str) -> None:

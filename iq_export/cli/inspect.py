@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import Manifest
+from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, reading_records
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
 from iq_export.evaluate.compare import speed_line, table
@@ -28,10 +28,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the manifest; checksums are `iq-export verify`'s work."""
     bundle = Bundle.open(args.bundle, verify=False)
+    with reading_records(bundle.folder / MANIFEST_NAME):
+        shown = asdict(bundle.manifest) if args.json else describe(bundle.manifest)
     if args.json:
-        options.print_json(asdict(bundle.manifest))
+        options.print_json(shown)
     else:
-        print(describe(bundle.manifest))
+        options.say(str(shown))
     return 0
 
 

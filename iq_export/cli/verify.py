@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         options.print_json(report)
     else:
-        print(
+        options.say(
             f"{bundle.folder}: {len(files)} files ({options.size(size)}) as recorded; "
             "model.onnx loads in ONNX Runtime, prefill and decode give finite logits"
         )

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import Manifest, write_atomically
+from iq_export.bundle.manifest import Manifest, reading_records, write_atomically
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.report.chart import Series, line_chart
 from iq_export.report.lifecycles import describe_lifecycle
@@ -50,8 +50,10 @@ def update_with_report(bundle: Bundle, *, rehash: Sequence[str] = (), **changes:
     """`bundle.package.update_manifest`, and the bundle's report, if it has one, made anew."""
     renewed = list(rehash)
     if REPORT_NAME in bundle.manifest.files:
-        manifest = replace(bundle.manifest, **changes)
-        write_report(manifest, bundle.plan(), bundle.folder / REPORT_NAME)
+        manifest, plan = replace(bundle.manifest, **changes), bundle.plan()
+        with reading_records(bundle.folder):
+            page = render(manifest, plan)
+        write_atomically(bundle.folder / REPORT_NAME, page)
         renewed.append(REPORT_NAME)
     return update_manifest(bundle, rehash=renewed, **changes)
 
