@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
-from iq_export.bundle.package import Bundle, atomic_folder, check_output, require_space
+from iq_export.bundle.package import (
+    Bundle,
+    atomic_folder,
+    check_output,
+    parents_of,
+    require_space,
+)
 from iq_export.calibrate.data import (
     Window,
     held_out_windows,
@@ -257,15 +263,16 @@ def _work_folder(options: CompileOptions) -> Iterator[Path]:
     """
     keep = options.keep_work or options.work is not None
     folder = options.work or default_work(options.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
-    try:
-        yield folder
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    with parents_of(folder):
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
+        try:
+            yield folder
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _calibrate_and_rewrite(

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,18 +208,37 @@ def atomic_folder(
     """
     out = check(Path(out), force)
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    with parents_of(temporary):
+        try:
+            _make_empty(temporary)
+            with disk_full_is_bundle_error(out):
+                yield temporary
+                _swap(temporary, check(out, force))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """The folders above `path` are there; those made for it go again if they stay empty.
+
+    Raises BundleError if one cannot be made.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        _make_empty(temporary)
-        with disk_full_is_bundle_error(out):
-            yield temporary
-            _swap(temporary, check(out, force))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"cannot write in {path.parent}: {error.strerror}") from error
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # one that is not empty, and so are those above it
+            for folder in missing:
+                folder.rmdir()
 
 
 def _make_empty(folder: Path) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     except OSError as error:

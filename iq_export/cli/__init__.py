@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from iq_export import __version__
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_utf8(args)
         with disk_full_is_bundle_error("the output"):
             code = int(args.handler(args))
+        with stdout_is_bundle_error():
             sys.stdout.flush()
-            return code
+        return code
     except IqError as error:
         return _say(args, error, error.exit_code)
     except ModuleNotFoundError as error:
@@ -121,6 +122,17 @@ def _say(args: argparse.Namespace, error: object, code: int) -> int:
         return code
     _drop_stdout()
     return code
+
+
+@contextlib.contextmanager
+def stdout_is_bundle_error() -> Iterator[None]:
+    """What was made is there; only the words about it are lost."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise BundleError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def _drop_stdout() -> None:

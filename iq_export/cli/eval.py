@@ -42,9 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--length", type=options.window_length, default=512, help="tokens; default 512"
     )
-    parser.add_argument(
-        "--seed", type=options.seed, default=0, help="of the places of the windows"
-    )
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the places of the windows")
     parser.add_argument(
         "--work", type=Path, metavar="DIR",
         help="folder with the other graphs (compile --keep-work); rebuilt if absent",

@@ -89,6 +89,14 @@ class CausalLM:
                 raise GraphError(
                     f"{self.path.name}: cache input '{cache.name}' has type {cache.type}."
                 )
+            rank = 2 if _PAST_SINKS.match(cache.name) else 4
+            if len(cache.shape) != rank:
+                raise GraphError(
+                    f"{self.path.name}: cache input '{cache.name}' must have {rank} axes; its "
+                    f"shape is {cache.shape}."
+                )
+            if rank == 4:
+                _fixed(cache, 1), _fixed(cache, 3)
         first = self._caches[0]
         self.kv_dtype = np.dtype(_NUMPY_TYPES[first.type])
         self.kv_heads, self.head_dim = _fixed(first, 1), _fixed(first, 3)
