@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from iq_export.errors import ModelError
 
 _USUAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _PROBE = "The 1 é\n"
 
 
@@ -107,7 +109,8 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     for key, value in given.items():
         # A special token is written as a string or as an object with its `content`.
         text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and key.endswith("_token"):
+        whole = isinstance(text, str) and not _HALF_CHARACTER.search(text)
+        if whole and key.endswith("_token"):
             found[key] = text
         elif key in _USUAL and value is not None:
             path = folder / "tokenizer_config.json"

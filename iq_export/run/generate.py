@@ -94,9 +94,14 @@ class Tokenizer:
         if self._edits_joined_text:
             return ""
         end = len(ids)
-        while end and (ids[end - 1] in self._unsaid or _BYTE.match(self.token(ids[end - 1]) or "")):
+        while end and self._joins(ids[end - 1]):
             end -= 1
         return self.decode(ids[:end]).rstrip(_REPLACEMENT)
+
+    def _joins(self, token: int) -> bool:
+        """Whether the tokens on both sides of it may be bytes of one run."""
+        text = self.token(token)
+        return text is None or token in self._unsaid or _BYTE.match(text) is not None
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
         """The prompt text for `messages` ({"role", "content"}), up to the assistant's turn.
