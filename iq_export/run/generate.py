@@ -142,12 +142,12 @@ def generate(
     """Continue one prompt, token by token, with the KV cache; an end token is not yielded.
 
     Temperature 0 takes the likeliest token. Raises DataError for an empty prompt or a token
-    outside the vocabulary, GraphError if logits are not finite.
+    outside the embedding table, GraphError if logits are not finite or name such a token.
     """
     if not ids:
         raise DataError("The prompt is empty: there is no token to start from.")
-    if max(ids) >= model.vocab_size or min(ids) < 0:
-        raise DataError(f"The prompt holds a token id outside 0..{model.vocab_size - 1}.")
+    if max(ids) >= model.embedding_rows or min(ids) < 0:
+        raise DataError(f"The prompt holds a token id outside 0..{model.embedding_rows - 1}.")
     random = np.random.default_rng(seed)
     tokens = np.asarray([ids], np.int64)
     past, seen = None, 0
@@ -159,6 +159,11 @@ def generate(
         token = _choose(step.logits[0, -1], temperature, top_p, random)
         if token in eos_ids:
             return
+        if token >= model.embedding_rows:
+            raise GraphError(
+                f"The model wrote token {token}, for which its embedding table has no row "
+                f"({model.embedding_rows} rows): the logits beyond mean nothing."
+            )
         yield token
         past, seen, tokens = step.present, total, np.asarray([[token]], np.int64)
 
