@@ -26,6 +26,7 @@ from iq_export.bundle.package import (
 )
 from iq_export.calibrate.data import (
     Window,
+    check_windows,
     held_out_windows,
     load_text,
     text_sha256,
@@ -307,6 +308,9 @@ def _calibrate_and_rewrite(
         heldout=held_out_windows(
             tokenizer, text, data.all, length=min(HELD_OUT_LENGTH, options.length), count=HELD_OUT
         ),
+    )
+    check_windows(
+        [*data.all, *data.heldout], tokenizer, traced.model, f"text {options.calibration}"
     )
     warnings = token_warnings(data.windows, tokenizer)
     for warning in warnings:

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from iq_export.errors import DataError, UsageError
+from iq_export.graph.vocabulary import Names, read_vocabulary
 
 BUILTIN = "builtin"
 BUILTIN_HELDOUT = "builtin-heldout"
@@ -170,6 +171,15 @@ def held_out_windows(
     chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)
     starts = [places[number] for number in chosen]
     return _cut(ids, starts, length, tokenizer.bos_id, "mixed")
+
+
+def check_windows(cut: Sequence[Window], names: Names, graph: Path, where: str) -> None:
+    """DataError, with the token's text, if `cut` holds an id that the graph cannot take or predict.
+
+    where: which text it is, for the message.
+    """
+    ids = [token for window in cut for token in window.ids]
+    read_vocabulary(graph).check(ids, names, where, predicted=True)
 
 
 def _cut(

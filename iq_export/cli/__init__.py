@@ -64,9 +64,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Everything a user can cause is one sentence."""
     args = parser().parse_args(argv)
-    # A name or a text may hold what the terminal's encoding has not.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _check_utf8(args)
         with disk_full_is_bundle_error("the output"):
@@ -96,6 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(args, f"{place}{error.strerror or error}", code)
     except MemoryError:
         return _say(args, "out of memory: this model or text needs more", IqError.exit_code)
+
+
+def _settle_streams() -> None:
+    """A closed stream swallows, and a character that the terminal's encoding lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def entry() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
-from iq_export.errors import UsageError
+from iq_export.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
@@ -40,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Stream the answer to stdout; with `--json` one document at the end instead."""
+    from iq_export.graph.vocabulary import Vocabulary
     from iq_export.run.generate import Tokenizer, generate
     from iq_export.run.ort import CausalLM
 
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer(bundle.folder)
     ids = _prompt_ids(args, tokenizer)
     model = CausalLM(bundle.model, providers=options.providers(args.device))
+    Vocabulary(model.embedding_rows).check(ids, tokenizer, "the prompt")
     tokens = generate(
         model,
         ids,
@@ -63,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     for piece in tokenizer.stream(_noting(tokens, new_ids)):
         pieces.append(piece)
         if not args.json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(piece, end="", flush=True)
     seconds = time.perf_counter() - begin
     if args.json:
         options.print_json(
@@ -86,8 +89,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.temperature < 0:
-        raise UsageError(f"--temperature must not be negative, and {args.temperature} is.")
+    if not 0 <= args.temperature < math.inf:
+        raise UsageError(
+            f"--temperature must be a finite number of at least 0, and {args.temperature} is not."
+        )
+    if args.seed < 0:
+        raise UsageError(f"--seed must not be negative, and {args.seed} is.")
     if not 0 < args.top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, and {args.top_p} is not.")
     if args.raw and args.system is not None:
@@ -95,13 +102,30 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _stdin() if args.prompt == "-" else args.prompt
+    for name, text in (("prompt", prompt), ("system message", args.system or "")):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"The {name} is not UTF-8 text.")
     if args.raw:
         return tokenizer.encode(prompt, add_bos=None)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
+
+
+def _stdin() -> str:
+    """What stands on stdin. Raises DataError if it is closed, unreadable or not UTF-8."""
+    if sys.stdin is None:
+        raise DataError("--prompt - reads stdin, and stdin is closed: give the prompt itself.")
+    try:
+        if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"The prompt on stdin is not UTF-8 (byte {error.start}).") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"The prompt cannot be read from stdin: {error}.") from error
 
 
 def _noting(tokens: Any, into: list[int]) -> Any:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iq_export.errors import EngineError, GraphError
+from iq_export.graph.vocabulary import read_vocabulary
 
 # What `--device` means; each must be there, or `open_session` refuses.
 PROVIDERS = {
@@ -102,6 +104,12 @@ class CausalLM:
         self.kv_heads, self.head_dim = _fixed(first, 1), _fixed(first, 3)
         logits = next(value for value in self._session.get_outputs() if value.name == "logits")
         self.vocab_size = _fixed(logits, 2)
+
+    @cached_property
+    def embedding_rows(self) -> int:
+        """Number of ids that the graph can take: not the width of its logits, `vocab_size`, which
+        stands in only where the graph has no table."""
+        return read_vocabulary(self.path).rows or self.vocab_size
 
     def empty_past(self, batch: int) -> list[NDArray[Any]]:
         """An empty cache for `batch` sequences: what a prefill starts from."""

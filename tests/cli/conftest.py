@@ -19,6 +19,7 @@ class FakeModel:
     """Logits depend on the current token; a file whose content is `nan` gives NaN."""
 
     vocab_size, num_layers = VOCAB, 2
+    embedding_rows = VOCAB
 
     def __init__(self, path: Path, **_: Any) -> None:
         self.table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import subprocess
 import sys
 
@@ -125,3 +126,21 @@ def test_a_reader_that_stops_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("closing", ["1", "2", "0"])
+def test_a_closed_stream_is_no_traceback(closing: str) -> None:
+    """`iq-export ... 2>&-`, as a daemon may start it."""
+    command = f"{sys.executable} -m iq_export.cli doctor {closing}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("Python" in done.stdout) == (closing != "1")
+
+
+def test_what_the_terminal_cannot_write_is_escaped() -> None:
+    program = "from iq_export import cli; cli._settle_streams(); print('é')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("\\xe9\n", 0)

@@ -101,3 +101,68 @@ def test_a_damaged_bundle_is_not_run(bundle: Path, capsys: pytest.CaptureFixture
     (bundle / "model.onnx").write_bytes(b"other")
     assert main(["run", str(bundle), "--prompt", "a"]) == 7
     assert "model.onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    (
+        ("--temperature", ("nan", "inf", "-inf", "-0.5")),
+        ("--top-p", ("nan", "inf", "-1", "1.5")),
+        ("--seed", ("-1", str(-(2**70)))),
+    ),
+)
+def test_numbers_that_mean_nothing(
+    option: str, values: tuple[str, ...], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in values:
+        assert main(["run", str(bundle), "--prompt", "a", f"{option}={value}"]) == 2
+        error = capsys.readouterr().err
+        assert option in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", (("--seed", str(2**70)), ("--temperature", "1e-320"),
+                                     ("--temperature", "1e300"), ("--top-p", "1e-320")))  # fmt: skip
+def test_numbers_at_the_edge(
+    options: tuple[str, ...], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--prompt", "a b", "--max-new-tokens", "2", "--temperature", "1")
+    assert answer(capsys, bundle, *common, *options)["new_tokens"] == 2
+
+
+def test_prompts_that_are_no_text(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An argument that is not UTF-8 comes as surrogates; a closed stdin is None."""
+
+    def refused(*options: str) -> str:
+        assert main(["run", str(bundle), "--raw", *options]) == 4
+        return capsys.readouterr().err
+
+    assert "The prompt is not UTF-8" in refused("--prompt", "a \udcff")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff"), "ascii"))
+    assert "not UTF-8 (byte 2)" in refused("--prompt", "-")
+    monkeypatch.setattr("sys.stdin", None)
+    assert "stdin is closed" in refused("--prompt", "-")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stdin", closed)
+    assert "cannot be read from stdin" in refused("--prompt", "-")
+
+
+def test_a_prompt_in_another_locale(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO("é é".encode()), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", stream)
+    options = ("--prompt", "-", "--raw", "--max-new-tokens", "1")
+    assert answer(capsys, bundle, *options)["prompt_tokens"] == 3
+
+
+def test_an_empty_prompt(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template makes a prompt of it; without template and BOS there is nothing to go on."""
+    assert answer(capsys, bundle, "--prompt", "", "--max-new-tokens", "1")["prompt_tokens"] == 1
+    monkeypatch.setattr(SpeakingTokenizer, "encode", lambda *_, **__: [])
+    assert main(["run", str(bundle), "--prompt", "", "--raw"]) == 4
+    assert "The prompt is empty" in capsys.readouterr().err
