@@ -33,6 +33,9 @@ _COMPILE_PACKAGES = frozenset(
 # In the order of a user's first day.
 _COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "package", "doctor")
 
+# Arguments that are text; `run` checks them.
+_TEXTS = ("prompt", "system")
+
 # What a name that was given can be wrong about; any other failure is the disk's.
 _BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Everything a user can cause is one sentence."""
     args = parser().parse_args(argv)
     try:
-        _check_utf8(args)
+        _check_names(args)
         with disk_full_is_bundle_error("the output"):
             code = int(args.handler(args))
         with stdout_is_bundle_error():
@@ -109,6 +112,7 @@ def entry() -> None:
     """The console script. A fault of ours is one sentence as well, and -v shows where."""
     # A container that is stopped sends SIGTERM: clean up as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _settle_streams()
     try:
         code = main()
     except Exception as error:
@@ -148,9 +152,10 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _check_utf8(args: argparse.Namespace) -> None:
-    """Refuse bytes that no file format, tokenizer or ONNX Runtime would take."""
+def _check_names(args: argparse.Namespace) -> None:
+    """Refuse names that are not UTF-8: no file format, tokenizer or ONNX Runtime takes them."""
     for name, value in vars(args).items():
         for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, (str, os.PathLike)) and not is_utf8(str(one)):
-                raise UsageError(f"{name} {str(one)!a} is not UTF-8: give names and text in UTF-8")
+            named = isinstance(one, (str, os.PathLike)) and name not in _TEXTS
+            if named and not is_utf8(str(one)):
+                raise UsageError(f"{name} {str(one)!a} is not UTF-8: give it another name")

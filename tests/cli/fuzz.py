@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iq_export.cli import _settle_streams
 from iq_export.cli import main as iq_export
 from iq_export.cli import parser
 from tests.cli import fuzz_inputs as inputs
@@ -157,8 +158,9 @@ class Maker:
         rng = self.rng
         kind = rng.choice(("hf", "hf", "hf", "m.gguf", "m.gguf", "onnx", "odd"))
         damaged = rng.random() < 0.75
-        argv = ["--samples", "1", "--length", "32", "--recipe", rng.choice(_RECIPES),
-                "--target", rng.choice((*_TARGETS, *["h100"] * 12)), "--insertion", "norm"]  # fmt: skip
+        argv = ["--samples", "1", "--length", "32", "--insertion", "norm"]
+        argv += ["--recipe", rng.choice(_RECIPES)]
+        argv += ["--target", rng.choice((*_TARGETS, *["h100"] * 12))]
         if kind == "odd":
             model = inputs.odd_path(rng, self.box.folder / "in")
         else:
@@ -365,6 +367,7 @@ def _become(argv: list[str], box: Box, full: bool) -> None:
         tempfile.tempdir = None
         limit = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (limit + _MEMORY_BYTES,) * 2)
+        _settle_streams()
         try:
             code = iq_export(argv)
         except SystemExit as stop:

@@ -16,7 +16,7 @@ BODY = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
 TALK = [
     {"role": "system", "content": "  Be kind. "},
-    {"role": "user", "content": 'Grüße "<b>" & \'x\'\n'},
+    {"role": "user", "content": "Grüße \"<b>\" & 'x'\n"},
     {"role": "assistant", "content": "Ja.", "tool_calls": None},
     {"role": "user", "content": "{{ bos_token }}"},
 ]
