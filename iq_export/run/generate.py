@@ -26,10 +26,12 @@ class Tokenizer:
         self.folder = Path(assets)
         self._core = _load_core(self.folder)
         config = _read_json(self.folder / "tokenizer_config.json")
+        # Older folders name them only there.
+        named = _read_json(self.folder / "special_tokens_map.json") | config
         generation = _read_json(self.folder / "generation_config.json")
         model = _read_json(self.folder / "config.json")
         self._names = {
-            key: _token_text(config.get(f"{key}_token")) for key in ("bos", "eos", "pad", "unk")
+            key: _token_text(named.get(f"{key}_token")) for key in ("bos", "eos", "pad", "unk")
         }
         self.bos_id = self._special("bos", generation, model)
         self.eos_ids = self._eos_ids(generation, model)
@@ -95,6 +97,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return int(self._core.get_vocab_size())
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """Texts that are found before anything is cut, special tokens among them."""
+        return [token.content for token in self._core.get_added_tokens_decoder().values()]
+
+    def token(self, index: int) -> str | None:
+        """How the vocabulary spells a token id; None outside of it."""
+        text = self._core.id_to_token(index)
+        return None if text is None else str(text)
 
     def _special(self, key: str, *configs: dict[str, Any]) -> int | None:
         name = self._names[key]
