@@ -318,7 +318,7 @@ def _calibrate_and_rewrite(
     stages = work / f"{options.recipe}-{options.dtype}"
     stages.mkdir(exist_ok=True)
     done = rewrite(traced.model, stages, recipe, options.dtype, data, progress)
-    return traced, replace(done, warnings=[*warnings, *done.warnings])
+    return traced, replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
 def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None:

@@ -23,6 +23,8 @@ from typing import Any, Literal
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
+from iq_export.model.gguf_file import check_magic, read_header
+from iq_export.model.gguf_tokenizer import end_ids
 from iq_export.progress import Progress
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
@@ -34,8 +36,6 @@ _HUB_FILES = [
 ]  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_GGUF_MAGIC = b"GGUF"
-_GGUF_VERSIONS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,9 @@ class ModelSource:
 
 @dataclass
 class LoadedModel:
-    """A transformers causal LM in fp32 with its tokenizer."""
+    """A transformers causal LM in fp32."""
 
     model: Any
-    tokenizer: Any
     license_files: tuple[Path, ...]
 
 
@@ -143,11 +142,6 @@ def load_model(source: ModelSource) -> LoadedModel:
     # Never a pickle (pytorch_model.bin): reading one can run code.
     weights = {} if gguf else {"use_safetensors": True}
     with _quiet_transformers(), _readable(source):
-        tokenizer = (
-            transformers.AutoTokenizer.from_pretrained(source.tokenizer)
-            if source.tokenizer
-            else transformers.AutoTokenizer.from_pretrained(folder, **options)
-        )
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         _check_config(config, source)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -162,8 +156,10 @@ def load_model(source: ModelSource) -> LoadedModel:
         )
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights were expanded to fp32 while loading
+    if gguf:
+        model.generation_config.eos_token_id = list(end_ids(read_header(source.path))) or None
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, license_files(folder))
+    return LoadedModel(model, license_files(folder))
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:
@@ -174,7 +170,7 @@ def license_files(folder: Path) -> tuple[Path, ...]:
 def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        _check_gguf(path)
+        check_magic(path)
         note = _license_note(path.parent)
         return ModelSource("gguf", path.stem, path, license_note=note, **common)
     if suffix == ".onnx":
@@ -272,16 +268,6 @@ def _check_config(config: Any, source: ModelSource) -> None:
             f"{source.name} has architecture '{config.model_type}', whose configuration has no "
             f"single '{lacking[0]}' (several modalities, or no attention); it is not supported."
         )
-
-
-def _check_gguf(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(8)
-    if len(head) < 8 or head[:4] != _GGUF_MAGIC:
-        raise ModelError(f"{path} is not a GGUF file, or it is damaged: it has no GGUF header.")
-    version = struct.unpack("<I", head[4:])[0]
-    if version not in _GGUF_VERSIONS:
-        raise ModelError(f"{path} is GGUF version {version}; versions 2 and 3 can be read.")
 
 
 def _check_safetensors(path: Path) -> None:

@@ -40,10 +40,9 @@ OPSET = 23
 _FORMAT = 1
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
-_CODE = ("capture.py", "export.py", "replicate.py", "tidy.py", "trace.py")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "config.json", "generation_config.json",
+_CODE = (
+    "capture.py", "export.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "replicate.py",
+    "tidy.py", "tokenizer.py", "trace.py",
 )  # fmt: skip
 
 
@@ -53,7 +52,8 @@ class TracedModel:
 
     `parity` is the largest logit error against the original, as a fraction of the logit range
     (None for an `.onnx` source: there is no original); `layers_traced` is how many layers torch
-    exported, the others being copies with their own weights (0 for an `.onnx` source).
+    exported, the others being copies with their own weights (0 for an `.onnx` source); `notes` is
+    what a user should know about how the model was read.
     """
 
     folder: Path
@@ -64,6 +64,7 @@ class TracedModel:
     revision: str | None = None
     parity: float | None = None
     layers_traced: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def model(self) -> Path:
@@ -94,6 +95,7 @@ class TracedModel:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             names = {field.name for field in dataclasses.fields(cls)} - {"folder"}
             traced = cls(folder, **{name: record[name] for name in names})
+            traced = dataclasses.replace(traced, notes=tuple(traced.notes))
             intact = record["bytes"] == _sizes(folder)
             same = record["format"] == _FORMAT and key in (None, record["key"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,6 +127,8 @@ def trace(
         pass  # not there yet, or of an older version: made anew
     with _whole_folder(Path(out_dir)) as folder:
         (folder / ASSETS).mkdir()
+        with progress.step("read tokenizer"):
+            notes = _write_tokenizer(source, folder / ASSETS, progress)
         if source.kind == "onnx":
             _adopt_onnx(source, folder)
             parity, layers = None, 0
@@ -139,6 +143,7 @@ def trace(
             revision=source.revision,
             parity=None if parity is None else parity.relative,
             layers_traced=layers,
+            notes=tuple(notes),
         )
         traced.save(key)
     return dataclasses.replace(traced, folder=Path(out_dir))
@@ -209,13 +214,16 @@ def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None
     return layers
 
 
+def _write_tokenizer(source: ModelSource, assets: Path, progress: Progress) -> list[str]:
+    from iq_export.model.tokenizer import write_tokenizer
+
+    notes = write_tokenizer(source, assets)
+    for note in notes:
+        progress.note(note)
+    return notes
+
+
 def _write_assets(loaded: LoadedModel, source: ModelSource, assets: Path) -> None:
-    loaded.tokenizer.save_pretrained(assets)
-    if not (assets / "tokenizer.json").is_file():
-        raise ModelError(
-            f"The tokenizer of {source.name} has no fast version (tokenizer.json), which running "
-            "without transformers needs; give a folder that has one with --tokenizer."
-        )
     loaded.model.config.save_pretrained(assets)
     loaded.model.generation_config.save_pretrained(assets)
     _write_license(loaded.license_files, source, assets)
@@ -251,7 +259,7 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     common.ShapeInferencePass()(graph)
     common.NameFixPass()(graph)
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
-    for name in _TOKENIZER_FILES:
+    for name in ("config.json", "generation_config.json"):
         if (source.tokenizer / name).is_file():
             shutil.copyfile(source.tokenizer / name, folder / ASSETS / name)
     _write_license(license_files(source.path.parent), source, folder / ASSETS)

@@ -118,6 +118,11 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return int(self._core.get_vocab_size())
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """Texts that are found before anything is cut, special tokens among them."""
+        return [token.content for token in self._core.get_added_tokens_decoder().values()]
+
     def _special(self, key: str) -> int | None:
         """The id of a special token: by its text, or by the id that another file has for it."""
         name = self._names.get(f"{key}_token")
