@@ -45,9 +45,9 @@ class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
 
     `mixed` says what a `--budget` left in half precision (None without one). `engines` maps a
-    target's name to its engine report; `accuracy` is the table of
-    `evaluate.compare` (None until it is measured) and `speed` its paired timing; `timings` are
-    seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
+    target's name to its engine report, `engine_failures` to why TensorRT refused to build it;
+    `accuracy` is the table of `evaluate.compare` (None until it is measured) and `speed` its paired
+    timing; `timings` are seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Manifest:
     profile: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engine_failures: dict[str, str] = field(default_factory=dict)
     lifecycles: list[dict[str, Any]] = field(default_factory=list)
     mixed: dict[str, Any] | None = None
     accuracy: dict[str, Any] | None = None

@@ -125,13 +125,13 @@ def entry() -> None:
 
 def _say(args: argparse.Namespace, error: object, code: int) -> int:
     """Print the sentence of an error, under its traceback with -v, and return `code`."""
+    try:
+        sys.stdout.flush()  # what was said before it
+    except (OSError, ValueError):
+        _drop_stdout()
     if args.verbose:
         print(printable(traceback.format_exc()), file=sys.stderr, end="")
     print(f"iq-export: error: {sentence(error)}", file=sys.stderr)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        return code
-    _drop_stdout()
     return code
 
 

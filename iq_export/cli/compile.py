@@ -72,8 +72,9 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--samples", type=options.positive, default=16, help="windows (default 16)")
     group.add_argument(
-        "--length", type=options.window_length, default=512, help="tokens per window (default 512)"
-    )
+        "--length", type=options.window_length, default=0,
+        help="tokens per window (default 512, or as many as the model has positions)",
+    )  # fmt: skip
     group.add_argument(
         "--max-relative-deviation", type=float, default=0.10, metavar="X",
         help="a lifecycle varying more than this is reported, not replaced (default 0.10)",
@@ -121,7 +122,7 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         model=args.model,
         out=args.out,
         recipe=args.recipe,
-        targets=tuple(args.targets or ("rtx-ampere",)),
+        targets=tuple(args.targets) if args.targets else None,
         calibration=args.calibration,
         samples=args.samples,
         length=args.length,
@@ -145,22 +146,32 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile, or print what a compile would do."""
-    from iq_export.compile import compile, dry_run
+    """Compile, or print what a compile would do.
+
+    A bundle that lacks an engine is described like any other before the error is.
+    """
+    from iq_export.compile import EnginesFailed, compile, dry_run
 
     chosen = compile_options(args)
     if args.dry_run:
         _print_plan(dry_run(chosen), as_json=args.json)
         return 0
     begin = time.perf_counter()
-    bundle = compile(chosen, options.progress(args))
-    seconds = time.perf_counter() - begin
-    if args.json:
+    try:
+        bundle = compile(chosen, options.progress(args))
+    except EnginesFailed as error:
+        _report(error.bundle, time.perf_counter() - begin, as_json=args.json)
+        raise
+    _report(bundle, time.perf_counter() - begin, as_json=args.json)
+    return 0
+
+
+def _report(bundle: Bundle, seconds: float, *, as_json: bool) -> None:
+    if as_json:
         document = {"out": bundle.folder, "seconds": seconds, **asdict(bundle.manifest)}
         options.print_json(document)
     else:
-        print(_closing(bundle, seconds))
-    return 0
+        options.say(_closing(bundle, seconds))
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:

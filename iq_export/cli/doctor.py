@@ -103,7 +103,7 @@ def _tensorrt() -> list[Check]:
         if flavour not in installed:
             checks.append(Check(label, _MISSING, "-", f"{need}: {trt.install_hint(flavour)}"))
             continue
-        checks.append(Check(label, _OK, _version_of(flavour), need))
+        checks.append(Check(label, _OK, trt.installed_version(flavour) or "found", need))
     sm = trt.device_compute_capability()
     found = f"sm_{sm}" if sm else "none"
     use = "running engines; building for Jetson and data-centre targets"
@@ -112,14 +112,6 @@ def _tensorrt() -> list[Check]:
     found = ", ".join(buildable) or "none"
     checks.append(Check("engines for", _OK if buildable else _MISSING, found, need))
     return checks
-
-
-def _version_of(flavour: str) -> str:
-    """The version of a TensorRT module, found without importing it."""
-    for name, distributions in importlib.metadata.packages_distributions().items():
-        if name == flavour:
-            return importlib.metadata.version(distributions[0])
-    return "found"
 
 
 def _tools() -> list[Check]:

@@ -104,8 +104,9 @@ def _accuracy(manifest: Manifest) -> list[str]:
 
 
 def _engines(manifest: Manifest) -> list[str]:
+    failed = [f"{name}: FAILED: {reason}" for name, reason in manifest.engine_failures.items()]
     if not manifest.engines:
-        return ["none: iq-export build OUT --target NAME"]
+        return [*failed, "none: iq-export build OUT --target NAME"]
     header = ("target", "size", "TensorRT", "sm", "sink ops", "build", "sha256")
     rows = [
         (
@@ -124,7 +125,7 @@ def _engines(manifest: Manifest) -> list[str]:
         for target, engine in manifest.engines.items()
         if engine.get("form_reason")
     ]
-    return [*columns([header, *rows]), *reasons]
+    return [*columns([header, *rows]), *reasons, *failed]
 
 
 def _tensors(manifest: Manifest) -> list[str]:
