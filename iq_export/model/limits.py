@@ -61,7 +61,9 @@ def position_limit(config: Mapping[str, Any]) -> PositionLimit | None:
             hard.append(PositionLimit(trained, True, reason))
         elif name == "yarn" and trained:
             original = _size(rope, "original_max_position_embeddings") or trained
-            trained = max(trained, int(original * float(rope.get("factor") or 1)))
+            factor = rope.get("factor")
+            if isinstance(factor, (int, float)):
+                trained = max(trained, int(original * factor))
     if hard:
         return min(hard, key=lambda limit: limit.positions)
     return PositionLimit(trained, False, "it was not made for more") if trained else None
