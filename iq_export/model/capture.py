@@ -7,6 +7,8 @@ repeated heads), and one mask per kind of attention.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +159,33 @@ def flat_module(model: Any) -> torch.nn.Module:
             return (out.logits, *flat)
 
     return FlatCausalLM().eval()
+
+
+@contextmanager
+def settled_rotations(model: Any) -> Iterator[None]:
+    """Rotations that change with the length of a call stay, in the block, as they are up to the
+    limit of `position_limit`: a graph has one rotation, as the keys in its cache have."""
+    settled = {}
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            plain: Any = {layer: _settled(name) for layer, name in kind.items()}
+        else:
+            plain = _settled(kind)
+        if plain != kind:
+            settled[module] = kind
+            module.rope_type = plain
+    try:
+        yield
+    finally:
+        for module, kind in settled.items():
+            module.rope_type = kind
+
+
+def _settled(kind: Any) -> Any:
+    """transformers looks for these names at each call, and takes frequencies made before if not."""
+    changes = isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind)
+    return "default" if changes else kind
 
 
 def cache_shape(model: Any) -> CacheShape:

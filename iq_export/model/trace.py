@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
+from iq_export.model.capture import settled_rotations
 from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
-from iq_export.model.verify import TOLERANCE, Parity, compare, original_logits
+from iq_export.model.verify import Parity, Reference, compare, refer
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ _FORMAT = 1
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
-    "capture.py", "export.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "replicate.py",
-    "tidy.py", "tokenizer.py", "trace.py",
+    "arithmetic.py", "capture.py", "export.py", "gguf_file.py", "gguf_tokenizer.py", "limits.py",
+    "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
 )  # fmt: skip
 
 
@@ -163,21 +164,31 @@ def _trace_torch(
     with progress.step("load model"):
         loaded = load_model(source)
         _write_assets(loaded, source, folder / ASSETS)
-        reference = original_logits(loaded.model, "eager")
+    reference, problem = None, ""
     for short_cut in (True, False):
-        with progress.step("trace to ONNX"):
+        with progress.step("trace to ONNX"), settled_rotations(loaded.model):
             layers = _export(loaded.model, folder, opset, short_cut)
         if layers is None:
             continue
         with progress.step("compare with the model"):
-            parity = compare(folder / MODEL_FILE, reference)
-        if parity.holds:
+            reference = reference or refer(loaded.model, loaded.tokenizer)
+            parity, problem = _compared(folder / MODEL_FILE, reference)
+        if parity is not None:
             return parity, layers
-        progress.note(f"traced from {layers} layers, logits are off by {parity.relative:.1e}")
+        progress.note(f"traced from {layers} layers, the graph {problem}")
     raise GraphError(
-        f"The traced graph of {source.name} does not equal the model: logits differ by "
-        f"{parity.relative:.2g} of their range (allowed is {TOLERANCE})."
+        f"The traced graph of {source.name} (model type '{loaded.model.config.model_type}') "
+        f"{problem}; this architecture is not supported."
     )
+
+
+def _compared(path: Path, reference: Reference) -> tuple[Parity | None, str]:
+    """The parity if it holds; otherwise what is wrong with the graph."""
+    try:
+        parity = compare(path, reference)
+    except GraphError as error:
+        return None, f"is broken: {str(error).rstrip('.')}"
+    return (parity, "") if parity.holds else (None, f"does not equal the model: {parity}")
 
 
 def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None:
