@@ -402,6 +402,7 @@ def _manifest(
         targets=list(dict.fromkeys(options.targets)),
         engines=engines,
         lifecycles=lifecycle_records(done, Tokenizer(traced.assets)),
+        check=done.check.to_dict(),
         mixed=mixed_record(done),
         timings=timings,
         peak_rss_bytes=_peak_rss(),

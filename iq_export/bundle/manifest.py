@@ -43,7 +43,8 @@ class TensorInfo:
 class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
 
-    `mixed` says what a `--budget` left in half precision (None without one). `engines` maps a
+    `check` compares the finished file with fp32 (`evaluate.final_check`; None in a bundle of an
+    older version). `mixed` says what a `--budget` left in half precision (None without one). `engines` maps a
     target's name to its engine report; `accuracy` is the table of
     `evaluate.compare` (None until it is measured) and `speed` its paired timing; `timings` are
     seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
@@ -63,6 +64,7 @@ class Manifest:
     targets: list[str] = field(default_factory=list)
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     lifecycles: list[dict[str, Any]] = field(default_factory=list)
+    check: dict[str, Any] | None = None
     mixed: dict[str, Any] | None = None
     accuracy: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
