@@ -566,6 +566,7 @@ def _manifest(
         engines=built.engines,
         engine_failures=built.failures,
         lifecycles=lifecycle_records(done, Tokenizer(traced.assets)),
+        check=done.check.to_dict(),
         mixed=mixed_record(done),
         timings=timings,
         peak_rss_bytes=_peak_rss(),

@@ -44,10 +44,12 @@ class TensorInfo:
 class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
 
-    `mixed` says what a `--budget` left in half precision (None without one). `engines` maps a
-    target's name to its engine report, `engine_failures` to why TensorRT refused to build it;
-    `accuracy` is the table of `evaluate.compare` (None until it is measured) and `speed` its paired
-    timing; `timings` are seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
+    `check` compares the finished file with fp32 (`evaluate.final_check`; None in a bundle of an
+    older version). `mixed` says what a `--budget` left in half precision (None without one).
+    `engines` maps a target's name to its engine report, `engine_failures` to why TensorRT refused
+    to build it; `accuracy` is the table of `evaluate.compare` (None until it is measured) and
+    `speed` its paired timing; `timings` are seconds per step; `peak_rss_bytes` is the high-water
+    mark of the compile.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Manifest:
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     engine_failures: dict[str, str] = field(default_factory=dict)
     lifecycles: list[dict[str, Any]] = field(default_factory=list)
+    check: dict[str, Any] | None = None
     mixed: dict[str, Any] | None = None
     accuracy: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None

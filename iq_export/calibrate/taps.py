@@ -69,9 +69,15 @@ def group_by_bytes(
 
 
 def tapped_session(
-    model: ir.Model, folder: Path, names: Sequence[str], providers: Sequence[str]
+    model: ir.Model,
+    folder: Path,
+    names: Sequence[str],
+    providers: Sequence[str],
+    *,
+    round_half: bool = False,
 ) -> Any:
-    """A session of `model`, whose weights lie in `folder`, that gives the values `names` only."""
+    """A session of `model`, whose weights lie in `folder`, that gives the values `names` only;
+    `round_half` as at `open_session`."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.outputs[:] = [values[name] for name in names]
     RemoveUnusedNodesPass()(model)
@@ -79,7 +85,7 @@ def tapped_session(
     # Beside the weights, because external data may only be referenced from its own folder.
     with NamedTemporaryFile(dir=folder, prefix=".taps-", suffix=".onnx") as file:
         io.save_skeleton(model, Path(file.name))
-        return open_session(Path(file.name), providers)
+        return open_session(Path(file.name), providers, round_half=round_half)
 
 
 def window_feeds(

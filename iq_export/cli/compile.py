@@ -192,6 +192,11 @@ def _closing(bundle: Bundle, seconds: float) -> str:
     manifest = bundle.manifest
     model = sum(r.bytes for name, r in manifest.files.items() if name.startswith("model.onnx"))
     lines = [f"{bundle.folder}: {manifest.recipe}, model.onnx {options.size(model)}"]
+    if manifest.check is not None:
+        lines.append(
+            f"  against fp32 on {manifest.check['tokens']} calibration tokens: top-1 "
+            f"{manifest.check['top1']:.1%}, KL {manifest.check['kl']:.4f}"
+        )
     if manifest.mixed is not None:
         left = sum(len(site["products"]) for site in manifest.mixed["in_half"])
         ratio = manifest.mixed["ratio"]

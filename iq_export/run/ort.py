@@ -248,7 +248,8 @@ def _with_rounding(path: Path) -> bytes:
         raise GraphError(f"{path.name} is not a readable ONNX model: {error}") from error
     graph = model.graph
     kind = onnx.TensorProto.FLOAT16
-    half = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == kind}
+    typed = (*graph.value_info, *graph.output)
+    half = {v.name for v in typed if v.type.tensor_type.elem_type == kind}
     nodes = []
     for node in graph.node:
         nodes.append(node)
