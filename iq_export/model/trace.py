@@ -55,9 +55,11 @@ _TOKENIZER_FILES = (
 class TracedModel:
     """A traced model on disk.
 
-    `parity` is the largest logit error against the original, as a fraction of the logit range
-    (None for an `.onnx` source: there is no original); `layers_traced` is how many layers torch
-    exported, the others being copies with their own weights (0 for an `.onnx` source).
+    `parity` is the graph's largest logit error against the original in float64, as a fraction of
+    the logit range, and `noise_ratio` the largest one in multiples of what the original's own
+    float32 errs at that token (`verify.TOLERANCE` at most; both None for an `.onnx` source: there
+    is no original); `layers_traced` is how many layers torch exported, the others being copies
+    with their own weights (0 for an `.onnx` source).
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class TracedModel:
     license_note: str = ""
     revision: str | None = None
     parity: float | None = None
+    noise_ratio: float | None = None
     layers_traced: int = 0
 
     @property
@@ -141,7 +144,8 @@ def trace(
             seconds=time.perf_counter() - begin,
             license_note=source.license_note,
             revision=source.revision,
-            parity=None if parity is None else parity.relative,
+            parity=None if parity is None else parity.largest,
+            noise_ratio=None if parity is None else parity.ratio,
             layers_traced=layers,
         )
         traced.save(key)

@@ -160,7 +160,7 @@ def compare(path: Path, reference: Reference) -> Parity:
         largest = max(largest, float(errors.max()) / spread)
         token = int(np.argmax(errors / noise))
         place = f"token {token} of {row.name}"
-        here = Parity(errors[token] / spread, noise[token] / spread, 0.0, place)
+        here = Parity(float(errors[token]) / spread, float(noise[token]) / spread, 0.0, place)
         worst = max(worst, here, key=lambda parity: parity.ratio)
     return Parity(worst.error, worst.noise, largest, worst.where)
 
