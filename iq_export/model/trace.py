@@ -28,6 +28,7 @@ from iq_export.model.capture import settled_rotations
 from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
 from iq_export.model.verify import Parity, Reference, compare, refer
 from iq_export.progress import Progress
+from iq_export.run.generate import Tokenizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,10 +52,12 @@ _CODE = (
 class TracedModel:
     """A traced model on disk.
 
-    `parity` is the largest logit error against the original, as a fraction of the logit range
-    (None for an `.onnx` source: there is no original); `layers_traced` is how many layers torch
-    exported, the others being copies with their own weights (0 for an `.onnx` source); `notes` is
-    what a user should know about how the model was read.
+    `parity` is the graph's largest logit error against the original in float64, as a fraction of
+    the logit range, and `noise_ratio` the largest one in multiples of what the original's own
+    float32 errs at that token (`verify.TOLERANCE` at most; both None for an `.onnx` source: there
+    is no original); `layers_traced` is how many layers torch exported, the others being copies
+    with their own weights (0 for an `.onnx` source); `notes` is what a user should know about how
+    the model was read.
     """
 
     folder: Path
@@ -64,6 +67,7 @@ class TracedModel:
     license_note: str = ""
     revision: str | None = None
     parity: float | None = None
+    noise_ratio: float | None = None
     layers_traced: int = 0
     notes: tuple[str, ...] = ()
 
@@ -142,7 +146,8 @@ def trace(
             seconds=time.perf_counter() - begin,
             license_note=source.license_note,
             revision=source.revision,
-            parity=None if parity is None else parity.relative,
+            parity=None if parity is None else parity.largest,
+            noise_ratio=None if parity is None else parity.ratio,
             layers_traced=layers,
             notes=tuple(notes),
         )
@@ -171,7 +176,7 @@ def _trace_torch(
         if layers is None:
             continue
         with progress.step("compare with the model"):
-            reference = reference or refer(loaded.model, loaded.tokenizer)
+            reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
             parity, problem = _compared(folder / MODEL_FILE, reference)
         if parity is not None:
             return parity, layers

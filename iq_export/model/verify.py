@@ -112,7 +112,7 @@ class Parity:
 def refer(model: Any, tokenizer: Any = None) -> Reference:
     """Compute what a transformers causal LM says to the rows, in float64 and in float32.
 
-    `tokenizer` is the model's; without one the rows of text are random tokens as well. Takes four
+    `tokenizer` is `run.generate.Tokenizer`; without one the rows of text are random tokens as well. Takes four
     short passes; no more than one weight is in float64 at a time. Raises ModelError if the model's
     own logits are not finite.
     """
@@ -160,7 +160,7 @@ def compare(path: Path, reference: Reference) -> Parity:
         largest = max(largest, float(errors.max()) / spread)
         token = int(np.argmax(errors / noise))
         place = f"token {token} of {row.name}"
-        here = Parity(errors[token] / spread, noise[token] / spread, 0.0, place)
+        here = Parity(float(errors[token]) / spread, float(noise[token]) / spread, 0.0, place)
         worst = max(worst, here, key=lambda parity: parity.ratio)
     return Parity(worst.error, worst.noise, largest, worst.where)
 
@@ -215,7 +215,7 @@ def _reach(config: Any) -> int | None:
 def _encode(tokenizer: Any, text: str, vocab_size: int) -> list[int]:
     if tokenizer is None:
         return []
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer.encode(text, add_bos=False)
     return [token for token in ids if token < vocab_size]
 
 
