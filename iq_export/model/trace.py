@@ -41,7 +41,7 @@ _FORMAT = 1
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
-    "capture.py", "export.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "replicate.py",
+    "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "replicate.py",
     "tidy.py", "tokenizer.py", "trace.py",
 )  # fmt: skip
 
