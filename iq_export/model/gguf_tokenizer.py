@@ -182,6 +182,19 @@ def end_ids(header: GgufHeader) -> tuple[int, ...]:
     return _Vocabulary(header).end_ids() if header.keys.get("tokenizer.ggml.tokens") else ()
 
 
+def special_ids(header: GgufHeader) -> dict[str, int | None]:
+    """Ids of BOS, EOS, padding and unknown token; None for one that the file does not have."""
+    if not header.keys.get("tokenizer.ggml.tokens"):
+        return {}
+    vocabulary = _Vocabulary(header)
+    return {
+        "bos": vocabulary.bos,
+        "eos": vocabulary.eos,
+        "pad": vocabulary.special("padding"),
+        "unk": vocabulary.special("unknown"),
+    }
+
+
 class _Vocabulary:
     """Token texts, kinds and special ids of a file, with llama.cpp's defaults."""
 
@@ -421,9 +434,7 @@ def _config(vocabulary: _Vocabulary) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    defaults = {"bos": vocabulary.bos, "eos": vocabulary.eos}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = defaults[name] if name in defaults else vocabulary.special(key)
+    for name, token in special_ids(vocabulary.header).items():
         if token is not None:
             config[f"{name}_token"] = vocabulary.tokens[token]
     prefix = "tokenizer.chat_template"

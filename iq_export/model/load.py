@@ -23,6 +23,7 @@ from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
+from iq_export.model.gguf import apply_keys, check_kind, check_loaded
 from iq_export.model.gguf_file import check_magic, read_header
 from iq_export.model.gguf_tokenizer import end_ids
 from iq_export.model.layout import INDEX, check_layout
@@ -170,9 +171,14 @@ def load_model(source: ModelSource) -> LoadedModel:
     # Never a pickle (pytorch_model.bin): reading one can run code.
     weights = {} if gguf else {"use_safetensors": True}
     with _quiet_transformers(), _readable(source):
+        header = read_header(source.path) if gguf else None
+        if header is not None:
+            check_kind(header)
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
         check_config(config, source.name, remote_code=remote)
+        if header is not None:
+            apply_keys(header, config)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="float32", output_loading_info=True, **options, **weights
         )
@@ -186,8 +192,9 @@ def load_model(source: ModelSource) -> LoadedModel:
         )
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights were expanded to fp32 while loading
-    if gguf:
-        model.generation_config.eos_token_id = list(end_ids(read_header(source.path))) or None
+    if header is not None:
+        check_loaded(header, config, model)
+        model.generation_config.eos_token_id = list(end_ids(header)) or None
     model.eval().requires_grad_(False)
     return LoadedModel(model, license_files(folder))
 

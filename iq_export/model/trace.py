@@ -43,8 +43,8 @@ _FORMAT = 1
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
-    "arithmetic.py", "capture.py", "export.py", "gguf_file.py", "gguf_tokenizer.py", "limits.py",
-    "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
+    "arithmetic.py", "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
+    "limits.py", "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
 )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ class Parity:
 def refer(model: Any, tokenizer: Any = None) -> Reference:
     """Compute what a transformers causal LM says to the rows, in float64 and in float32.
 
-    `tokenizer` is `run.generate.Tokenizer`; without one the rows of text are random tokens as well. Takes four
+    `tokenizer` is a `run.generate.Tokenizer`; without one the rows of text are random tokens. Takes four
     short passes; no more than one weight is in float64 at a time. Raises ModelError if the model's
     own logits are not finite.
     """
