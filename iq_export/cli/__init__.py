@@ -66,7 +66,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Everything a user can cause is one sentence."""
-    args = parser().parse_args(argv)
+    top = parser()
+    for argument in sys.argv[1:] if argv is None else argv:
+        if argument.startswith("--") and argument.endswith("=--"):
+            # argparse takes the value for the end of the options, and gives an empty list.
+            top.error(f"argument {argument[:-3]}: '--' is no value")
+    args = top.parse_args(argv)
     try:
         _check_names(args)
         with disk_full_is_bundle_error("the output"):

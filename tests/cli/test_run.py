@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,9 @@ class SpeakingTokenizer:
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         return (f"<{token}>" for token in ids)
+
+    def token(self, token: int) -> str:
+        return f"<{token}>"
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
         return " ".join(f"{m['role']} {m['content']}" for m in messages)
@@ -166,3 +170,36 @@ def test_an_empty_prompt(
     monkeypatch.setattr(SpeakingTokenizer, "encode", lambda *_, **__: [])
     assert main(["run", str(bundle), "--prompt", "", "--raw"]) == 4
     assert "The prompt is empty" in capsys.readouterr().err
+
+
+def test_whatever_the_arguments(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd values of every option: an answer, or a sentence and a code of the table."""
+    rng = random.Random(0)
+    numbers = ["0", "1", "-1", "nan", "inf", "-inf", "1e-320", "1e309", "0x10", "", " 7", "1_0",
+               "9" * 400, "½", "--", "\udcff", str(2**64), "0.5", "None"]  # fmt: skip
+    texts = ["", "a b", "\udcff", "\0", "-", "é 🎉", "a" * 5000, "{{ x }}", "--json", "\n"]
+    stdins = [b"", b"a b", b"\xff", b"\xef\xbb\xbfa", None]
+    values = {
+        "--temperature": numbers, "--top-p": numbers, "--seed": numbers, "--system": texts,
+        "--device": ["cpu", "tpu", ""],
+    }  # fmt: skip
+    codes = set()
+    for _ in range(150):
+        arguments = [f"--prompt={rng.choice(texts)}", "--max-new-tokens=2"]
+        for option in rng.sample(list(values), rng.randrange(4)):
+            arguments.append(f"{option}={rng.choice(values[option])}")
+        arguments += rng.sample(["--raw", "--json", "-q"], rng.randrange(3))
+        stdin = rng.choice(stdins)
+        stream = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin))
+        monkeypatch.setattr("sys.stdin", stream)
+        try:
+            code = main(["run", str(bundle), *arguments])
+        except SystemExit as stop:  # argparse, whose message comes after its usage
+            code = stop.code
+        error = capsys.readouterr().err
+        assert code in (0, 2, 4), (arguments, stdin, error)
+        assert code == 0 or "error: " in error.splitlines()[-1], (arguments, error)
+        codes.add(code)
+    assert codes == {0, 2, 4}
