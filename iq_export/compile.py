@@ -373,7 +373,7 @@ def _manifest(
     from iq_export.report.html import write_report
     from iq_export.run.generate import Tokenizer
 
-    notes += done.warnings
+    notes += [*traced.notes, *done.warnings]
     if not done.decisions:
         notes.append("no token can be told from the others by a spike: no sink op was inserted")
     if done.scale_exponent:

@@ -44,8 +44,8 @@ class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
 
     `check` compares the finished file with fp32 (`evaluate.final_check`; None in a bundle of an
-    older version). `mixed` says what a `--budget` left in half precision (None without one). `engines` maps a
-    target's name to its engine report; `accuracy` is the table of
+    older version). `mixed` says what a `--budget` left in half precision (None without one).
+    `engines` maps a target's name to its engine report; `accuracy` is the table of
     `evaluate.compare` (None until it is measured) and `speed` its paired timing; `timings` are
     seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
     """

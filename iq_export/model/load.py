@@ -23,6 +23,7 @@ from typing import Any, Literal
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
+from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
 from iq_export.progress import Progress
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
@@ -57,11 +58,12 @@ class ModelSource:
 
 @dataclass
 class LoadedModel:
-    """A transformers causal LM in fp32 with its tokenizer."""
+    """A transformers causal LM in fp32 with its tokenizer; `notes` on what was left out."""
 
     model: Any
     tokenizer: Any
     license_files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -160,10 +162,12 @@ def load_model(source: ModelSource) -> LoadedModel:
             f"{source.name} is incomplete: {len(missing)} weights are missing, the first is "
             f"'{missing[0]}'."
         )
+    notes = check_unexpected(model, info["unexpected_keys"], source.name)
+    check_finite(model.named_parameters(), source.name)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights were expanded to fp32 while loading
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, license_files(folder))
+    return LoadedModel(model, tokenizer, license_files(folder), tuple(notes))
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:
@@ -217,6 +221,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 def _check_folder(folder: Path, trust_remote_code: bool) -> None:
     """Refuse early what transformers would refuse late, or after running foreign code."""
+    check_adapters(folder)
     path = folder / "config.json"
     if not path.is_file():
         inside = sorted(f.name for f in folder.glob("*") if f.suffix in (".gguf", ".onnx"))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
 from iq_export.model.verify import TOLERANCE, Parity, compare, original_logits
+from iq_export.model.weights_check import check_finite_graph
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class TracedModel:
 
     `parity` is the largest logit error against the original, as a fraction of the logit range
     (None for an `.onnx` source: there is no original); `layers_traced` is how many layers torch
-    exported, the others being copies with their own weights (0 for an `.onnx` source).
+    exported, the others being copies with their own weights (0 for an `.onnx` source). `notes` say
+    what of the source was left out.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class TracedModel:
     revision: str | None = None
     parity: float | None = None
     layers_traced: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def model(self) -> Path:
@@ -127,9 +130,9 @@ def trace(
         (folder / ASSETS).mkdir()
         if source.kind == "onnx":
             _adopt_onnx(source, folder)
-            parity, layers = None, 0
+            parity, layers, notes = None, 0, list[str]()
         else:
-            parity, layers = _trace_torch(source, folder, opset, progress)
+            parity, layers, notes = _trace_torch(source, folder, opset, progress)
         traced = TracedModel(
             folder=folder,
             name=source.name,
@@ -139,6 +142,7 @@ def trace(
             revision=source.revision,
             parity=None if parity is None else parity.relative,
             layers_traced=layers,
+            notes=notes,
         )
         traced.save(key)
     return dataclasses.replace(traced, folder=Path(out_dir))
@@ -154,11 +158,13 @@ def _check_opset(opset: int) -> None:
 
 def _trace_torch(
     source: ModelSource, folder: Path, opset: int, progress: Progress
-) -> tuple[Parity, int]:
+) -> tuple[Parity, int, list[str]]:
     with progress.step("load model"):
         loaded = load_model(source)
         _write_assets(loaded, source, folder / ASSETS)
         reference = original_logits(loaded.model, "eager")
+    for note in loaded.notes:
+        progress.note(note)
     for short_cut in (True, False):
         with progress.step("trace to ONNX"):
             layers = _export(loaded.model, folder, opset, short_cut)
@@ -167,7 +173,7 @@ def _trace_torch(
         with progress.step("compare with the model"):
             parity = compare(folder / MODEL_FILE, reference)
         if parity.holds:
-            return parity, layers
+            return parity, layers, list(loaded.notes)
         progress.note(f"traced from {layers} layers, logits are off by {parity.relative:.1e}")
     raise GraphError(
         f"The traced graph of {source.name} does not equal the model: logits differ by "
@@ -246,6 +252,7 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
     _check_types(graph, source.path)
+    check_finite_graph(graph, source.path.name)
     # Later passes find nodes by name, constants among the initializers, and types at the values.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.ShapeInferencePass()(graph)
