@@ -80,9 +80,7 @@ def product_peak(site: Attended, values: Mapping[str, np.ndarray], limit: float)
     bound = float(np.prod(list(longest), axis=0).max())
     if not bound >= limit:  # NaN as well
         return bound
-    return max(
-        float(np.abs(q @ k.T).max(initial=0)) for q, k in zip(query, key, strict=True)
-    )
+    return max(float(np.abs(q @ k.T).max(initial=0)) for q, k in zip(query, key, strict=True))
 
 
 def _by_head(rows: np.ndarray, heads: int) -> np.ndarray:

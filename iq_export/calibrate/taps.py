@@ -82,10 +82,13 @@ def tapped_session(
     model.graph.outputs[:] = [values[name] for name in names]
     RemoveUnusedNodesPass()(model)
     model.graph.inputs[:] = [value for value in model.graph.inputs if value.uses()]
-    # Beside the weights, because external data may only be referenced from its own folder.
-    with NamedTemporaryFile(dir=folder, prefix=".taps-", suffix=".onnx") as file:
-        io.save_skeleton(model, Path(file.name))
-        return open_session(Path(file.name), providers, round_half=round_half)
+    # Beside the weights, because external data may only be referenced from its own folder, but
+    # where the graph is rounded: a finished bundle may lie in a folder that cannot be written.
+    beside = None if round_half and providers[0] == "CPUExecutionProvider" else folder
+    with NamedTemporaryFile(dir=beside, prefix=".taps-", suffix=".onnx") as file:
+        path = Path(file.name)
+        io.save_skeleton(model, path)
+        return open_session(path, providers, round_half=round_half, weights=folder)
 
 
 def window_feeds(

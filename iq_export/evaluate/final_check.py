@@ -94,9 +94,7 @@ def final_check(
     """
     short = short_windows(windows)
     tensors = len(watched(io.load(shipped)))
-    exact_runs = tapped_runs(
-        traced, [["logits"]], short, providers=providers, progress=progress
-    )
+    exact_runs = tapped_runs(traced, [["logits"]], short, providers=providers, progress=progress)
     found_runs = finite_logits(shipped, short, parts, providers=providers)
     same, kl, logs = [], [], []
     for (_, values), logits in zip(exact_runs, found_runs, strict=True):
@@ -113,6 +111,14 @@ def final_check(
         kl_no_context=_without_context(logs),
         tensors=tensors,
     )
+
+
+def finite_values(path: Path, ids: list[int]) -> int:
+    """How many tensors of the graph `path` are finite on the tokens `ids`; raises as
+    `finite_logits` does if one is not."""
+    for _ in finite_logits(path, [Window(ids, False)], providers=("CPUExecutionProvider",)):
+        pass
+    return len(watched(io.load(path)))
 
 
 def short_windows(windows: Sequence[Window]) -> list[Window]:
@@ -142,7 +148,9 @@ def watched(model: ir.Model) -> dict[str, str]:
             _watch(found, node.outputs[0], f"the result of {node.name}")
         elif node.op_type == "QuantizeLinear":
             _watch(found, _before_clip(node.inputs[0]), f"the input of {_readers(node)}")
-        elif node.op_type == "Add" and not any(v is None or v.is_initializer() for v in node.inputs):
+        elif node.op_type == "Add" and not any(
+            v is None or v.is_initializer() for v in node.inputs
+        ):
             _watch(found, node.outputs[0], f"the sum {node.name}")
     for output in model.graph.outputs:
         _watch(found, output, "an output")
@@ -253,7 +261,7 @@ def _not_finite(name: str, where: str, value: np.ndarray, window: int, *, half: 
 
 def block_parts(sites: Sites) -> dict[str, str]:
     """Node name -> "the attention of block 3", for what a message may name."""
-    found = {}
+    found: dict[str, str] = {}
     for block in sites.blocks:
         for branch in (block.attention, block.mlp):
             part = f"the {branch.kind} of block {block.index}".replace("the mlp", "the MLP")

@@ -28,6 +28,7 @@ from iq_export.model.gguf_file import check_magic, read_header
 from iq_export.model.gguf_tokenizer import end_ids
 from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.support import check_config
+from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
 from iq_export.progress import Progress
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
@@ -60,10 +61,11 @@ class ModelSource:
 
 @dataclass
 class LoadedModel:
-    """A transformers causal LM in fp32."""
+    """A transformers causal LM in fp32; `notes` on what was left out."""
 
     model: Any
     license_files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -190,13 +192,15 @@ def load_model(source: ModelSource) -> LoadedModel:
             f"{source.name} is incomplete{made_as and f' (it was saved as {made_as})'}: "
             f"{len(missing)} weights are missing, the first is '{missing[0]}'."
         )
+    notes = check_unexpected(model, info["unexpected_keys"], source.name)
+    check_finite(model.named_parameters(), source.name)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights were expanded to fp32 while loading
     if header is not None:
         check_loaded(header, config, model)
         model.generation_config.eos_token_id = list(end_ids(header)) or None
     model.eval().requires_grad_(False)
-    return LoadedModel(model, license_files(folder))
+    return LoadedModel(model, license_files(folder), tuple(notes))
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:
@@ -250,6 +254,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> None:
     """Refuse early what transformers would refuse late, or after running foreign code."""
+    check_adapters(folder)
     names = [file.name for file in folder.iterdir()]
     config = _read_json(folder / "config.json")
     if config is not None:

@@ -27,6 +27,7 @@ from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
 from iq_export.model.verify import Parity, Reference, compare, refer
+from iq_export.model.weights_check import check_finite_graph
 from iq_export.progress import Progress
 from iq_export.run.generate import Tokenizer
 
@@ -57,7 +58,7 @@ class TracedModel:
     float32 errs at that token (`verify.TOLERANCE` at most; both None for an `.onnx` source: there
     is no original); `layers_traced` is how many layers torch exported, the others being copies
     with their own weights (0 for an `.onnx` source); `notes` is what a user should know about how
-    the model was read.
+    the model was read, and what of it was left out.
     """
 
     folder: Path
@@ -138,7 +139,8 @@ def trace(
             _adopt_onnx(source, folder)
             parity, layers = None, 0
         else:
-            parity, layers = _trace_torch(source, folder, opset, progress)
+            parity, layers, left = _trace_torch(source, folder, opset, progress)
+            notes = [*notes, *left]
         traced = TracedModel(
             folder=folder,
             name=source.name,
@@ -165,10 +167,12 @@ def _check_opset(opset: int) -> None:
 
 def _trace_torch(
     source: ModelSource, folder: Path, opset: int, progress: Progress
-) -> tuple[Parity, int]:
+) -> tuple[Parity, int, list[str]]:
     with progress.step("load model"):
         loaded = load_model(source)
         _write_assets(loaded, source, folder / ASSETS)
+    for note in loaded.notes:
+        progress.note(note)
     reference, problem = None, ""
     for short_cut in (True, False):
         with progress.step("trace to ONNX"), settled_rotations(loaded.model):
@@ -179,7 +183,7 @@ def _trace_torch(
             reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
             parity, problem = _compared(folder / MODEL_FILE, reference)
         if parity is not None:
-            return parity, layers
+            return parity, layers, list(loaded.notes)
         progress.note(f"traced from {layers} layers, the graph {problem}")
     raise GraphError(
         f"The traced graph of {source.name} (model type '{loaded.model.config.model_type}') "
@@ -270,6 +274,7 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
     _check_types(graph, source.path)
+    check_finite_graph(graph, source.path.name)
     # Later passes find nodes by name, constants among the initializers, and types at the values.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.ShapeInferencePass()(graph)

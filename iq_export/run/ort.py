@@ -177,13 +177,19 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids, Ids]
 
 
 def open_session(
-    path: Path, providers: Sequence[str], threads: int | None = None, *, round_half: bool = False
+    path: Path,
+    providers: Sequence[str],
+    threads: int | None = None,
+    *,
+    round_half: bool = False,
+    weights: Path | None = None,
 ) -> Any:
     """A session with all optimizers on.
 
     A CPU computes most of a half graph in float32 and does not round between such ops: what
     overflows on a GPU passes unseen, and half's rounding is not measured. With `round_half` the
-    value of every op is rounded; the file is as it is, and float32 graphs are not touched.
+    value of every op is rounded; the file is as it is, and float32 graphs are not touched. Then
+    `weights` may name another folder for external data than that of `path`.
 
     Raises GraphError if the file cannot be loaded, EngineError if this ONNX Runtime lacks a
     provider (it would fall back to the CPU by itself).
@@ -209,7 +215,7 @@ def open_session(
     if round_half and providers[0] == "CPUExecutionProvider":
         model = _with_rounding(path)
         folder = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(folder, str(path.parent))
+        options.add_session_config_entry(folder, str(weights or path.parent))
     try:
         return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except ort_errors() as error:

@@ -47,6 +47,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A complete bundle folder; `CausalLM` and `Tokenizer` are the fakes above."""
     monkeypatch.setattr("iq_export.run.ort.CausalLM", FakeModel)
     monkeypatch.setattr("iq_export.run.generate.Tokenizer", FakeTokenizer)
+    monkeypatch.setattr("iq_export.evaluate.final_check.finite_values", lambda path, ids: len(ids))
     out = tmp_path / "bundle"
     with atomic_folder(out) as folder:
         (folder / "model.onnx").write_bytes(b"graph")
