@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_Record = TypeVar("_Record", "FileRecord", "TensorInfo")
 # Beside it, as `sha256sum` writes and checks it: a manifest cannot hold its own checksum.
 CHECKSUM_NAME = "manifest.json.sha256"
 
@@ -107,14 +108,15 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(raw) - known)
         if unknown:
-            raise KeyError(f"unknown fields {', '.join(unknown)}")
+            raise TypeError(f"unknown fields {', '.join(map(repr, unknown))}")
         values = dict(raw)
-        values["inputs"] = [TensorInfo(**t) for t in raw.get("inputs", [])]
-        values["outputs"] = [TensorInfo(**t) for t in raw.get("outputs", [])]
-        values["files"] = {k: FileRecord(**v) for k, v in raw.get("files", {}).items()}
-        for name in values["files"]:
+        for key in ("inputs", "outputs"):
+            values[key] = [_record(TensorInfo, t, key) for t in raw.get(key, [])]
+        files = raw.get("files", {})
+        values["files"] = {name: _record(FileRecord, v, "files") for name, v in files.items()}
+        for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise KeyError(f"the file {name!r} is not in the bundle")
+                raise TypeError(f"files: {name!r} lies outside the bundle")
         read = cls(**values)
         _check_types(read, "")
         return read
@@ -136,6 +138,14 @@ class Manifest:
                 if not manifest.exists():
                     checksum.replace(folder / CHECKSUM_NAME)
         return path
+
+
+def _record(kind: type[_Record], value: Any, place: str) -> _Record:
+    """A dataclass from its JSON object. Raises TypeError if it is none or has other keys."""
+    wanted = {f.name for f in fields(kind)}
+    if not isinstance(value, dict) or value.keys() != wanted:
+        raise TypeError(f"{place}: an entry has not the keys {', '.join(sorted(wanted))}")
+    return kind(**value)
 
 
 def _check_types(record: Any, place: str) -> None:

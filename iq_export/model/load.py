@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import io
 import json
+import operator
 import re
 import struct
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def resolve(
     if tokenizer is not None:
         _check_tokenizer(tokenizer)
     common: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
-    path = Path(model).expanduser()
+    path = _path(model)
     if path.is_dir():
         _check_folder(path, trust_remote_code, tokenizer=tokenizer is None)
         name = path.resolve().name
@@ -228,8 +229,18 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
     )
 
 
+def _path(model: str) -> Path:
+    """What the name is as a path, with `~` for a home."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # `~nobody`
+        return Path(model)
+
+
 def _unknown(model: str) -> str:
-    path = Path(model).expanduser()
+    path = _path(model)
+    if path.exists():
+        return f"'{model}' is neither a file nor a folder."
     near = difflib.get_close_matches(model, list(EMBEDDED), cutoff=0.5)
     if path.parent.is_dir() and path.parent != Path():
         near += [
@@ -303,6 +314,8 @@ def _known_type(model_type: str) -> bool:
 
 def _check_safetensors(path: Path) -> None:
     """The header must parse and the file be as long as it says."""
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -311,9 +324,9 @@ def _check_safetensors(path: Path) -> None:
     try:
         tensors = json.loads(header)
         ends = [tensors[key]["data_offsets"][1] for key in tensors if key != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        expected = 8 + length + max(map(operator.index, ends), default=0)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: its safetensors header cannot be read.") from error
-    expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise ModelError(
             f"{path} is damaged or was not downloaded in full: it has {size} bytes of {expected}."

@@ -73,7 +73,7 @@ def _vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *alphabet])}
 
 
-def hugging_face(folder: Path) -> None:
+def hugging_face(folder: Path, shard: str = "1GB") -> None:
     """A Llama of one layer with random weights and the tokenizer above."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -84,7 +84,7 @@ def hugging_face(folder: Path) -> None:
         num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=128,
         bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard)
     tokenizer(folder)
 
 
