@@ -58,6 +58,7 @@ class Base:
     """Whole inputs that calls copy: a model as folder, GGUF and ONNX file, a tokenizer, bundles."""
 
     folder: Path
+    light: bool = False
 
     @property
     def bundles(self) -> list[Path]:
@@ -178,7 +179,7 @@ class Maker:
                     inputs.damage_file(rng, copied)
         if rng.random() < 0.3:
             argv += ["--calibration", str(self._text())]
-        if not damaged or kind == "odd" or rng.random() < 0.3:
+        if not damaged or kind == "odd" or rng.random() < 0.3 or self.base.light:
             argv.append("--dry-run")
         return [model, str(self._out()), *argv]
 
@@ -516,7 +517,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     line.add_argument("--seed", type=int, default=0)
     line.add_argument("--jobs", type=int, default=2)
     line.add_argument("--base", type=Path, help="folder that keeps the base inputs")
-    line.add_argument("--small", action="store_true", help="no bundle with an engine")
+    line.add_argument(
+        "--light", action="store_true", help="dry runs for compiles, no bundle with an engine"
+    )
     line.add_argument("--results", type=Path, help="write every call there, as JSON lines")
     args = line.parse_args(argv)
     numbers = args.only or list(range(args.first, args.first + args.calls))
@@ -527,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         maker = os.fork()
         if maker == 0:
             try:
-                Base.make(folder, engine=not args.small)
+                Base.make(folder, engine=not args.light)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -535,7 +538,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.waitpid(maker, 0)[1]:
             return 1
         begin = time.monotonic()
-        results = fuzz(numbers, args.seed, Base(folder), args.jobs, sys.stderr)
+        results = fuzz(numbers, args.seed, Base(folder, args.light), args.jobs, sys.stderr)
     if args.results:
         args.results.write_text("".join(json.dumps(asdict(r)) + "\n" for r in results))
     bad = [result for result in results if result.why]
