@@ -111,8 +111,13 @@ class Manifest:
             raise TypeError(f"unknown fields {', '.join(map(repr, unknown))}")
         values = dict(raw)
         for key in ("inputs", "outputs"):
-            values[key] = [_record(TensorInfo, t, key) for t in raw.get(key, [])]
+            tensors = raw.get(key, [])
+            if not isinstance(tensors, list):
+                raise TypeError(f"{key} is no list")
+            values[key] = [_record(TensorInfo, tensor, key) for tensor in tensors]
         files = raw.get("files", {})
+        if not isinstance(files, dict):
+            raise TypeError("files is no dict")
         values["files"] = {name: _record(FileRecord, v, "files") for name, v in files.items()}
         for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

@@ -96,9 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         place = f"cannot use {error.filename}: " if error.filename is not None else ""
-        bad_name = error.errno in _BAD_NAMES
-        code = UsageError.exit_code if bad_name else BundleError.exit_code
-        return _say(args, f"{place}{error.strerror or error}", code)
+        text = f"{place}{error.strerror or error}"
+        if error.errno in _BAD_NAMES:
+            return _say(args, f"{text}: give another name", UsageError.exit_code)
+        return _say(args, text, BundleError.exit_code)
     except MemoryError:
         return _say(args, "out of memory: this model or text needs more", IqError.exit_code)
 

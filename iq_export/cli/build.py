@@ -28,7 +28,7 @@ from iq_export.engine.trt import builder_gap, check_levers, why_not_here
 from iq_export.errors import EngineError, UsageError
 from iq_export.lengths import bundle_limit, engine_profile
 from iq_export.progress import Progress
-from iq_export.report.html import update_with_report
+from iq_export.report.html import check_report, update_with_report
 
 _EPILOG = """examples:
   iq-export build OUT --target rtx-ada
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     progress = options.progress(args)
     with progress.step("Check the files"):
         bundle = Bundle.open(args.bundle)
+        check_report(bundle)
     targets = [resolve_target(name) for name in args.targets or bundle.manifest.targets]
     if not targets:
         raise UsageError("the bundle names no target: give --target.")

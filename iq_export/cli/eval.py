@@ -22,7 +22,7 @@ from iq_export.evaluate.compare import (
     time_prefill,
 )
 from iq_export.progress import Progress
-from iq_export.report.html import update_with_report
+from iq_export.report.html import check_report, update_with_report
 
 _SPEED_LENGTH = 512
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from iq_export.run.generate import Tokenizer
 
     bundle = Bundle.open(args.bundle)
+    check_report(bundle)
     name = BUILTIN_HELDOUT if args.text == BUILTIN else args.text
     text = load_text(name)
     if text_sha256(text) == bundle.manifest.options.get("calibration_sha256"):

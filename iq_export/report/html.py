@@ -46,16 +46,26 @@ def write_report(manifest: Manifest, plan: Mapping[str, Any], path: Path) -> Pat
     return path
 
 
+def check_report(bundle: Bundle) -> None:
+    """BundleError if the report cannot be made anew: before the work that is to go into it."""
+    if REPORT_NAME in bundle.manifest.files:
+        _render(bundle, bundle.manifest)
+
+
 def update_with_report(bundle: Bundle, *, rehash: Sequence[str] = (), **changes: Any) -> Bundle:
     """`bundle.package.update_manifest`, and the bundle's report, if it has one, made anew."""
     renewed = list(rehash)
     if REPORT_NAME in bundle.manifest.files:
-        manifest, plan = replace(bundle.manifest, **changes), bundle.plan()
-        with reading_records(bundle.folder):
-            page = render(manifest, plan)
+        page = _render(bundle, replace(bundle.manifest, **changes))
         write_atomically(bundle.folder / REPORT_NAME, page)
         renewed.append(REPORT_NAME)
     return update_manifest(bundle, rehash=renewed, **changes)
+
+
+def _render(bundle: Bundle, manifest: Manifest) -> str:
+    plan = bundle.plan()
+    with reading_records(bundle.folder):
+        return render(manifest, plan)
 
 
 def render(manifest: Manifest, plan: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -124,6 +125,34 @@ def test_a_model_that_is_no_language_model(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelError, match=r"'vit', which is not a causal LM"):
         load_model(resolve(str(llama)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]", b"3", b'{"a": 1}', b'{"a": {"data_offsets": [0, null]}}', b"[" * 100_000,
+        b'{"a": {"data_offsets": [0, "8"]}}', b'{"a": {"data_offsets": {}}}', b"\xff",
+    ],
+)  # fmt: skip
+def test_headers_of_safetensors_that_say_nothing(header: bytes, llama: Path) -> None:
+    path = llama / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged") as error:
+        resolve(str(llama))
+    one_sentence(error)
+
+
+def test_what_is_neither_file_nor_folder(llama: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    for name in (str(tmp_path / "m.gguf"), os.devnull):
+        with pytest.raises(ModelError, match="is neither a file nor a folder"):
+            resolve(name)
+    (llama / "model.safetensors").unlink()
+    os.mkfifo(llama / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a file"):
+        resolve(str(llama))
+    with pytest.raises(ModelError, match="There is no model '~nobody-here/x'"):
+        resolve("~nobody-here/x")
 
 
 @pytest.mark.parametrize("keep", (4, 100, 20_000))

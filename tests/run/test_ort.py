@@ -86,6 +86,17 @@ def test_sizes_that_are_not_fixed(axis: int, counting: Maker) -> None:
         CausalLM(path)
 
 
+@pytest.mark.parametrize("name", ("past_key_values.0.key", "past_key_values.0.value"))
+def test_a_cache_of_another_rank(name: str, counting: Maker) -> None:
+    path = counting()
+    model = onnx.load(path)
+    cache = next(v for v in model.graph.input if v.name == name)
+    del cache.type.tensor_type.shape.dim[3]
+    onnx.save(model, path)
+    with pytest.raises(GraphError, match=rf"{name}' must have 4 axes|cannot load"):
+        CausalLM(path)
+
+
 def test_an_unknown_extra_output_is_named(counting: Maker) -> None:
     with pytest.raises(GraphError, match="no output 'nothing'"):
         CausalLM(counting(), extra_outputs=["nothing"])
