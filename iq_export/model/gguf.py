@@ -120,8 +120,9 @@ def apply_keys(header: GgufHeader, config: Any) -> None:
         config.num_key_value_heads = config.num_attention_heads
     if config.model_type == "falcon":
         config.multi_query = own.get("attention.head_count_kv") == 1
-        config.new_decoder_architecture = (
-            own.get("attention.head_count_kv", 1) not in (1, config.num_attention_heads)
+        config.new_decoder_architecture = own.get("attention.head_count_kv", 1) not in (
+            1,
+            config.num_attention_heads,
         )
     if hasattr(config, "attention_bias"):
         config.attention_bias = "blk.0.attn_q.bias" in header.tensors

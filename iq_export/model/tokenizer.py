@@ -25,6 +25,7 @@ _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_PIECES = ("tokenizer.model", "spiece.model")
 # Of tokens that are ordinary in both, this share may be spelled otherwise.
 _OTHER_SPELLING = 0.01
 
@@ -91,11 +92,9 @@ def _converted(folder: Path, source: ModelSource, assets: Path) -> list[str]:
             "without transformers needs; give a folder that has one with --tokenizer."
         )
     _compare(assets, lambda text: made(text)["input_ids"], f"transformers' {type(made).__name__}")
-    pieces = next(
-        (p for n in ("tokenizer.model", "spiece.model") if (p := folder / n).is_file()), None
-    )
-    if pieces is not None:
-        _compare_with_pieces(assets, pieces)
+    found = [folder / name for name in _PIECES if (folder / name).is_file()]
+    if found:
+        _compare_with_pieces(assets, found[0])
     return [
         f"{folder.name} has no tokenizer.json: one was made by transformers ({type(made).__name__})"
     ]
@@ -108,14 +107,46 @@ def _compare_with_pieces(assets: Path, model: Path) -> None:
     except ImportError:
         return
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    bundled = Tokenizer(assets)
-    _raise_for_difference(
-        (
-            (text, bundled.encode(text, add_bos=False), pieces.encode(text))
-            for text in _plain(bundled)
-        ),
-        str(model),
-    )
+
+    def compare() -> None:
+        bundled = Tokenizer(assets)
+        texts = _plain(bundled)
+        _raise_for_difference(
+            ((text, bundled.encode(text, add_bos=False), pieces.encode(text)) for text in texts),
+            str(model),
+        )
+
+    try:
+        compare()
+    except ModelError:
+        if not _keep_leading_spaces(assets):
+            raise
+        compare()
+
+
+def _keep_leading_spaces(assets: Path) -> bool:
+    """Put the space in front of a text before it is cut, as SentencePiece does.
+
+    transformers' cutter drops it where the text begins with a space. False if there is none.
+    """
+    state = json.loads((assets / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((assets / "tokenizer_config.json").read_text(encoding="utf-8"))
+    cutter = state.get("pre_tokenizer") or {}
+    if (
+        cutter.get("type") != "Metaspace"
+        or state.get("normalizer")
+        or not config.get("legacy", True)
+    ):
+        return False
+    prepend = {"type": "Prepend", "prepend": cutter["replacement"]}
+    replace = {
+        "type": "Replace", "pattern": {"String": " "}, "content": cutter["replacement"],
+    }  # fmt: skip
+    parts = [replace] if cutter.get("prepend_scheme") == "never" else [prepend, replace]
+    state |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": parts}}
+    text = json.dumps(state, ensure_ascii=False)
+    (assets / "tokenizer.json").write_text(text, encoding="utf-8")
+    return True
 
 
 def _from_gguf(header: GgufHeader, assets: Path) -> list[str]:

@@ -61,7 +61,9 @@ def make(name: str, **options: Any) -> Any:
     sizes = SIZES | {"vocab_size": len(byte_tokens())} | options
     if name != "Phi3":
         sizes |= {"head_dim": HEAD}
-    return random_model(getattr(hf, f"{name}Config" if "Gemma3" not in name else "Gemma3TextConfig")(**sizes))
+    return random_model(
+        getattr(hf, f"{name}Config" if "Gemma3" not in name else "Gemma3TextConfig")(**sizes)
+    )
 
 
 def difference(path: Path, reference: Any) -> float:
