@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
+from iq_export.cli.doctor import memory_bytes
 from iq_export.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
+
+
+# Of the unpacked weights, while they are made.
+_COPIES = 2
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     tokenizer = Tokenizer(bundle.folder)
     ids = _prompt_ids(args, tokenizer)
-    model = CausalLM(bundle.model, providers=options.providers(args.device))
+    model = CausalLM(
+        bundle.model, providers=options.providers(args.device), unpack=_unpack(bundle.model, args)
+    )
     Vocabulary(model.embedding_rows).check(ids, tokenizer, "the prompt")
     tokens = generate(
         model,
@@ -112,6 +119,24 @@ def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
+
+
+def _unpack(model: Path, args: argparse.Namespace) -> bool:
+    """Whether int8 weights are unpacked once; what is done, or why it is slow, is said."""
+    from iq_export.run.ort import unpacked_bytes
+
+    size = unpacked_bytes(model) if args.device == "cpu" else 0
+    if size == 0:
+        return False
+    fits = _COPIES * size < (memory_bytes() or math.inf)
+    what = f"{options.size(size)} of float32"
+    options.progress(args).note(
+        f"note: a CPU unpacks int8 weights in every step; they are unpacked once instead, to {what}"
+        if fits
+        else "note: a CPU unpacks int8 weights in every step, hence it is slow; unpacked once, to "
+        f"{what}, they would not fit into memory"
+    )
+    return fits
 
 
 def _stdin() -> str:
