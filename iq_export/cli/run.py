@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -109,16 +110,26 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    prompt = _stdin() if args.prompt == "-" else args.prompt
-    for name, text in (("prompt", prompt), ("system message", args.system or "")):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"The {name} is not UTF-8 text.")
+    prompt = _stdin() if args.prompt == "-" else _utf8(args.prompt, "prompt")
     if args.raw:
         return tokenizer.encode(prompt, add_bos=None)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
+        messages.insert(0, {"role": "system", "content": _utf8(args.system, "system message")})
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
+
+
+def _utf8(argument: str, name: str) -> str:
+    """An argument as its bytes in UTF-8 say, whatever the locale's encoding made of them."""
+    try:
+        argument.encode("utf-8")
+        return argument
+    except UnicodeEncodeError:  # bytes that the locale does not know came as half characters
+        pass
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError as error:
+        raise DataError(f"The {name} is not UTF-8 text.") from error
 
 
 def _unpack(model: Path, args: argparse.Namespace) -> bool:
@@ -131,10 +142,12 @@ def _unpack(model: Path, args: argparse.Namespace) -> bool:
     fits = _COPIES * size < (memory_bytes() or math.inf)
     what = f"{options.size(size)} of float32"
     options.progress(args).note(
-        f"note: a CPU unpacks int8 weights in every step; they are unpacked once instead, to {what}"
-        if fits
-        else "note: a CPU unpacks int8 weights in every step, hence it is slow; unpacked once, to "
-        f"{what}, they would not fit into memory"
+        "note: ONNX Runtime on a CPU unpacks int8 weights in every step; "
+        + (
+            f"they are unpacked once instead, to {what}"
+            if fits
+            else f"hence it is slow; unpacked once, to {what}, they would not fit into memory"
+        )
     )
     return fits
 
