@@ -53,7 +53,7 @@ def all_checks() -> list[Check]:
 def _machine() -> list[Check]:
     checks = [Check("Python", _OK, platform.python_version(), "everything (3.10 or newer)")]
     checks.append(Check("CPU cores", _OK, str(os.cpu_count()), "calibration, evaluation"))
-    memory = _memory_bytes()
+    memory = memory_bytes()
     if memory is not None:
         checks.append(Check("memory", _OK, options.size(memory), "compile (SmolLM2: 5 GB)"))
     free = options.size(shutil.disk_usage(".").free)
@@ -61,7 +61,7 @@ def _machine() -> list[Check]:
     return checks
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
     """Physical memory; None where the system does not tell (Windows)."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
+from iq_export.cli.doctor import memory_bytes
 from iq_export.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
+
+
+# Of the unpacked weights, while they are made.
+_COPIES = 2
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     tokenizer = Tokenizer(bundle.folder)
     ids = _prompt_ids(args, tokenizer)
-    model = CausalLM(bundle.model, providers=options.providers(args.device))
+    model = CausalLM(
+        bundle.model, providers=options.providers(args.device), unpack=_unpack(bundle.model, args)
+    )
     Vocabulary(model.embedding_rows).check(ids, tokenizer, "the prompt")
     tokens = generate(
         model,
@@ -102,16 +110,46 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    prompt = _stdin() if args.prompt == "-" else args.prompt
-    for name, text in (("prompt", prompt), ("system message", args.system or "")):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"The {name} is not UTF-8 text.")
+    prompt = _stdin() if args.prompt == "-" else _utf8(args.prompt, "prompt")
     if args.raw:
         return tokenizer.encode(prompt, add_bos=None)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
+        messages.insert(0, {"role": "system", "content": _utf8(args.system, "system message")})
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
+
+
+def _utf8(argument: str, name: str) -> str:
+    """An argument as its bytes in UTF-8 say, whatever the locale's encoding made of them."""
+    try:
+        argument.encode("utf-8")
+        return argument
+    except UnicodeEncodeError:  # bytes that the locale does not know came as half characters
+        pass
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError as error:
+        raise DataError(f"The {name} is not UTF-8 text.") from error
+
+
+def _unpack(model: Path, args: argparse.Namespace) -> bool:
+    """Whether int8 weights are unpacked once; what is done, or why it is slow, is said."""
+    from iq_export.run.ort import unpacked_bytes
+
+    size = unpacked_bytes(model) if args.device == "cpu" else 0
+    if size == 0:
+        return False
+    fits = _COPIES * size < (memory_bytes() or math.inf)
+    what = f"{options.size(size)} of float32"
+    options.progress(args).note(
+        "note: ONNX Runtime on a CPU unpacks int8 weights in every step; "
+        + (
+            f"they are unpacked once instead, to {what}"
+            if fits
+            else f"hence it is slow; unpacked once, to {what}, they would not fit into memory"
+        )
+    )
+    return fits
 
 
 def _stdin() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from iq_export.cli import main
+from tests.cli.conftest import FakeModel
 
 
 class SpeakingTokenizer:
@@ -203,3 +204,35 @@ def test_whatever_the_arguments(
         assert code == 0 or "error: " in error.splitlines()[-1], (arguments, error)
         codes.add(code)
     assert codes == {0, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("weights", "memory", "unpack", "says"),
+    (
+        (0, 10**9, False, None),
+        (4 * 10**8, 10**9, True, "they are unpacked once instead, to 400.0 MB of float32"),
+        (6 * 10**8, 10**9, False, "hence it is slow; unpacked once, to 600.0 MB of float32"),
+        (6 * 10**8, None, True, "unpacked once instead"),
+    ),
+)
+def test_int8_weights_on_a_cpu(
+    weights: int, memory: int | None, unpack: bool, says: str | None, bundle: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is done about them is said once, unless nothing shall be said."""
+    asked = []
+
+    class Model(FakeModel):
+        def __init__(self, path: Path, **options: object) -> None:
+            asked.append(options["unpack"])
+            super().__init__(path)
+
+    monkeypatch.setattr("iq_export.run.ort.CausalLM", Model)
+    monkeypatch.setattr("iq_export.run.ort.unpacked_bytes", lambda _: weights)
+    monkeypatch.setattr("iq_export.cli.run.memory_bytes", lambda: memory)
+    arguments = ["run", str(bundle), "--prompt", "a", "--max-new-tokens", "1"]
+    assert main(arguments) == 0
+    error = capsys.readouterr().err
+    assert error.count("note:") == (says is not None) and (says or "") in error
+    assert main([*arguments, "-q", "--device", "cuda"]) == 0
+    assert asked == [unpack, False] and capsys.readouterr().err == ""
