@@ -101,7 +101,7 @@ def check_support(
     size = _weight_bytes(config)
     require_memory(size, name)
     return Support(
-        completed={**raw, **(vars(config) if remote_code else config.to_dict())},
+        completed=raw if remote_code else config.to_dict(),
         layers=int(config.num_hidden_layers),
         head_dim=_head_dim(config),
         softcap=bool(_get(config, "attn_logit_softcapping")),

@@ -69,7 +69,7 @@ def test_softcap_and_head_size_are_read() -> None:
         ({"model_type": "vit"}, "not a causal LM"),
         ({"model_type": "llama9000"}, "llama9000"),
         ({"model_type": "mamba"}, "state-space"),
-        (config("deepseek_v3", n_routed_experts=None, v_head_dim=8), "sizes"),
+        (config("deepseek_v3", v_head_dim=8), "sizes"),
         (config("qwen3_next"), "layers"),
         (config("qwen3_5_text"), "layers"),
         (config("lfm2", layer_types=["conv", "full_attention"]), "layers"),
