@@ -39,6 +39,8 @@ _POST_NORM = "its norms do not stand in front of the branches (post-norm)"
 _ALIBI = "its attention adds position biases (ALiBi)"
 _ENCODER = "it is an encoder"
 _RESHAPED = "its linear layers stand between Reshapes, where they are not recognised"
+_UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
+_SINKS = "its attention has sinks of its own (s_aux)"
 _UNTRACEABLE = "its code cannot be traced with dynamic lengths"
 
 
@@ -61,7 +63,10 @@ _TYPES: dict[str, _Kind] = {
     **dict.fromkeys(("exaone4", "olmo2", "olmo3"), _Kind(_POST_NORM)),
     **dict.fromkeys(("gpt2", "gpt-sw3", "opt"), _Kind(_RESHAPED)),
     **dict.fromkeys(("cpmant", "gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
+    **dict.fromkeys(("doge", "helium", "moshi"), _Kind(_UNRECOGNISED)),
     "bloom": _Kind(_ALIBI),
+    "gemma3n_text": _Kind("its layers share keys and values"),
+    "granite_swa": _Kind(_SINKS),
     "falcon": _Kind(
         "one head of keys and values is kept apart from the others (multi-query)",
         unless=lambda config: config.new_decoder_architecture or not config.multi_query,
@@ -314,7 +319,7 @@ def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of what is no concern of a compile
     try:
-        return found.from_dict(dict(raw))
+        return found.from_dict(_plain(raw))
     except Exception as error:  # validators of transformers and of its models raise what they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = (lines[-1] if lines else type(error).__name__).rstrip(".")
@@ -322,6 +327,15 @@ def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) 
         raise ModelError(f"config.json of {name} is impossible: {said}.") from error
     finally:
         logging.set_verbosity(level)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values as transformers reads them: it writes infinity as `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _config_class(kind: str) -> Any:

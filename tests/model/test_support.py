@@ -77,6 +77,7 @@ def test_softcap_and_head_size_are_read() -> None:
         (config("falcon_h1", mamba_d_ssm=128), "layers"),
         (config("bamba", attn_layer_indices=[1]), "layers"),
         (config("jamba"), "layers"),
+        (config("falcon_h1", time_step_limit=[0.0, {"__float__": "Infinity"}]), "state-space"),
         (config("nemotron_h", hybrid_override_pattern="M*"), "layers"),
         (config("minimax"), "layers"),
         (config("recurrent_gemma"), "layers"),
