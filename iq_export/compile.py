@@ -273,7 +273,8 @@ def _check(options: CompileOptions) -> _Checked:
     check_output(options.out, options.force)
     source = _source(options)
     known = _known(source, recipe, options.dtype)
-    gaps = _gaps(targets, known.form, asked=options.targets is not None)
+    built = () if recipe.simulated else targets
+    gaps = _gaps(built, known.form, asked=options.targets is not None)
     settled, remarks = _within(replace(options, targets=names), known.limit)
     embedded = EMBEDDED.get(source.name) if source.path is None else None
     size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)

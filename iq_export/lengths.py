@@ -95,7 +95,7 @@ def generated(prompt: int, wanted: int, limit: PositionLimit | None) -> tuple[in
 
 
 def _positions(limit: PositionLimit) -> str:
-    return f"{limit.positions} positions: {limit.reason}"
+    return f"{limit.positions} positions ({limit.reason})"
 
 
 def _shortened(sizes: Range, most: int) -> Range:

@@ -19,7 +19,7 @@ def test_a_default_length_is_shortened_with_a_note(limit: PositionLimit) -> None
     assert window_length(0, PositionLimit(512, True, "")) == (512, [])
     length, notes = window_length(0, limit)
     assert length == 256
-    assert notes == ["windows of 256 tokens, not 512: the model has 256 positions: so it is"]
+    assert notes == ["windows of 256 tokens, not 512: the model has 256 positions (so it is)"]
 
 
 def test_a_length_that_was_asked_for() -> None:

@@ -140,9 +140,10 @@ def require_memory(weight_bytes: int, name: str) -> None:
     """ModelError if float32 weights of this size are more than this machine's memory and swap."""
     there = _machine_memory()
     if there is not None and weight_bytes > there:
+        gigabytes = min(weight_bytes // 10**9, 10**12)  # of what a typing error says, too
         raise ModelError(
-            f"{name} has at least {weight_bytes / 1e9:,.0f} GB of weights in float32, as it is "
-            f"loaded, and this machine has {there / 1e9:,.0f} GB of memory and swap."
+            f"{name} has at least {gigabytes:,} GB of weights in float32, as it is loaded, and "
+            f"this machine has {there // 10**9:,} GB of memory and swap."
         )
 
 
@@ -156,7 +157,8 @@ def _structure(config: Any) -> str | None:
             return f"it has state-space, linear or convolution layers ('{name}')"
     for name in ("layer_types", "layers_block_type", "block_types"):
         kinds = _get(config, name)
-        other = [kind for kind in kinds or () if kind not in _TRACED_KINDS]
+        listed = kinds if isinstance(kinds, (list, tuple)) else ()
+        other = [kind for kind in listed if kind not in _TRACED_KINDS]
         if other:
             return (
                 f"it has layers of type '{other[0]}', and only '{FULL}' and '{SLIDING}' can be "
@@ -183,14 +185,14 @@ def _experts(config: Any) -> str | None:
     if False in (_get(config, "is_moe"), _get(config, "enable_moe_block")):
         return None
     kinds = _get(config, "mlp_layer_types")
-    if kinds and "sparse" not in kinds:
+    if isinstance(kinds, (list, tuple)) and kinds and "sparse" not in kinds:
         return None
     found = {name: _get(config, name) for name in _EXPERTS}
     found["moe_num_experts"] = found["moe_num_experts"] or _nested(
         config, "ffn_config", "moe_num_experts"
     )
-    dense = _get(config, "first_k_dense_replace") or 0
-    if dense and dense >= config.num_hidden_layers:
+    dense, layers = _get(config, "first_k_dense_replace"), _get(config, "num_hidden_layers")
+    if _is_size(dense) and _is_size(layers) and dense >= layers:
         return None
     return next((name for name, value in found.items() if value), None)
 

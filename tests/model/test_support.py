@@ -144,6 +144,28 @@ def test_absurd_sizes_are_a_matter_of_memory(kind: str, changes: dict[str, Any])
     assert "GB of weights in float32" in text and "this machine has" in text
 
 
+ODD: list[Any] = [None, 0, -1, 1.5, "x", True, [], {}, [1, "x"], {"a": {}}, 10**400, float("nan")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gpt_bigcode", "deepseek_v3"])
+def test_odd_values_give_a_sentence_or_pass(kind: str) -> None:
+    """Every entry that such a configuration has, by one odd value after the other."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from iq_export.model.limits import position_limit
+
+    raw = {**CONFIG_MAPPING[kind](**SIZES).to_dict(), "model_type": kind}
+    for name in raw.keys() - {"model_type"}:
+        for value in ODD:
+            for remote_code in (False, True):
+                try:
+                    found = check_support({**raw, name: value}, "m", W4A16, remote_code=remote_code)
+                except IqError as error:
+                    assert str(error).count("\n") == 0
+                else:
+                    position_limit(found.completed)
+
+
 def test_int4_blocks_must_divide_every_width() -> None:
     check_support(config(), "m", W4A16)
     for changes in ({"intermediate_size": 96}, {"hidden_size": 96}, {"head_dim": 8}):
