@@ -132,7 +132,10 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
         progress.note(note)
     progress.total = progress.total or len(_steps(checked, options))
     with _work_folder(options) as work:
-        traced, done = _calibrate_and_rewrite(options, checked.recipe, work, progress)
+        traced = _trace(options, work, progress)
+        checked = _with_limit(checked, bundle_limit(traced.assets), progress)
+        options = checked.options
+        done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
         with atomic_folder(options.out, options.force) as folder:
             _fill(folder, options, traced, done)
             sinks = done.sink_nodes
@@ -196,7 +199,8 @@ def reference_graphs(
     options = _options_of(bundle, folder)
     checked = _check(replace(options, force=True))
     with _work_folder(options) as made:
-        _, done = _calibrate_and_rewrite(options, checked.recipe, made, progress)
+        traced = _trace(options, made, progress)
+        done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
         _remember(made, options, done, plan_sha256=expected)
     return _recall_references(folder, expected)
 
@@ -220,8 +224,10 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Checked:
-    """`options` with its defaults settled; `gaps` says of a target why it gets no engine."""
+    """`options` is what was `asked` with its defaults settled; `gaps` says of a target why it gets
+    no engine."""
 
+    asked: CompileOptions
     options: CompileOptions
     source: ModelSource
     recipe: Recipe
@@ -248,8 +254,8 @@ def _check(options: CompileOptions) -> _Checked:
     from iq_export.sinks.form import INSERTIONS
 
     recipe = load_recipe(options.recipe)
-    names = DEFAULT_TARGETS if options.targets is None else options.targets
-    targets = tuple(resolve_target(name) for name in dict.fromkeys(names))
+    names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
+    targets = tuple(resolve_target(name) for name in names)
     for target in targets:
         check_recipe(target, recipe.weight_bits)
         check_opset(target, options.opset)
@@ -274,9 +280,9 @@ def _check(options: CompileOptions) -> _Checked:
     check_output(options.out, options.force)
     source = _source(options)
     known = _known(source, recipe, options.dtype)
-    gaps = _gaps(targets, known.form, asked=options.targets is not None)
-    length, remarks = window_length(options.length, known.limit)
-    profile, more = engine_profile(options.profile, known.limit)
+    built = () if recipe.simulated else targets
+    gaps = _gaps(built, known.form, asked=options.targets is not None)
+    settled, remarks = _within(replace(options, targets=names), known.limit)
     embedded = EMBEDDED.get(source.name) if source.path is None else None
     size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
     if size is None:
@@ -284,9 +290,8 @@ def _check(options: CompileOptions) -> _Checked:
     if size is not None:
         require_space(options.out, _disk_need(size))
     return _Checked(
-        options=replace(
-            options, length=length, profile=profile, targets=tuple(t.name for t in targets)
-        ),
+        asked=options,
+        options=settled,
         source=source,
         recipe=recipe,
         targets=targets,
@@ -294,8 +299,28 @@ def _check(options: CompileOptions) -> _Checked:
         weight_bytes=size,
         calibration_sha256=text_sha256(text),
         gaps=gaps,
-        notes=[*known.notes, *gaps.values(), *remarks, *more],
+        notes=[*known.notes, *gaps.values(), *remarks],
     )
+
+
+def _within(
+    options: CompileOptions, limit: PositionLimit | None
+) -> tuple[CompileOptions, list[str]]:
+    """The options with lengths that the model has positions for, and notes."""
+    length, remarks = window_length(options.length, limit)
+    profile, more = engine_profile(options.profile, limit)
+    return replace(options, length=length, profile=profile), [*remarks, *more]
+
+
+def _with_limit(checked: _Checked, limit: PositionLimit | None, progress: Progress) -> _Checked:
+    """`checked` by the limit that only the traced model told: that of a GGUF file."""
+    if limit is None or checked.known.limit is not None:
+        return checked
+    asked = replace(checked.asked, targets=checked.options.targets)
+    options, remarks = _within(asked, limit)
+    for remark in remarks:
+        progress.note(remark)
+    return replace(checked, options=options, notes=[*checked.notes, *remarks])
 
 
 def _known(source: ModelSource, recipe: Recipe, dtype: str) -> _Known:
@@ -419,17 +444,20 @@ def _work_folder(options: CompileOptions) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _calibrate_and_rewrite(
-    options: CompileOptions, recipe: Recipe, work: Path, progress: Progress
-) -> tuple[Any, Any]:
-    from iq_export.calibrate.text_check import token_warnings
+def _trace(options: CompileOptions, work: Path, progress: Progress) -> Any:
     from iq_export.model.trace import trace
+
+    with progress.step("Trace"):
+        return trace(_source(options), work / "traced", opset=options.opset, progress=progress)
+
+
+def _calibrate_and_rewrite(
+    options: CompileOptions, recipe: Recipe, traced: Any, work: Path, progress: Progress
+) -> Any:
+    from iq_export.calibrate.text_check import token_warnings
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
-    source = _source(options)
-    with progress.step("Trace"):
-        traced = trace(source, work / "traced", opset=options.opset, progress=progress)
     text = load_text(options.calibration)
     tokenizer = Tokenizer(traced.assets)
 
@@ -461,7 +489,7 @@ def _calibrate_and_rewrite(
     stages = work / f"{options.recipe}-{options.dtype}"
     stages.mkdir(exist_ok=True)
     done = rewrite(traced.model, stages, recipe, options.dtype, data, progress)
-    return traced, replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
+    return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
 def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None:

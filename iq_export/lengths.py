@@ -57,8 +57,8 @@ def engine_profile(profile: Profile, limit: PositionLimit | None) -> tuple[Profi
     most = limit.positions
     fitted = profile
     if profile.seq == Profile.seq:
-        past = 0 if profile.past == Profile.past else profile.past.max
-        room = most // 2 if past == 0 else most - past
+        both = profile.past == Profile.past
+        room = max(most // 2, 1) if both else most - profile.past.max
         fitted = replace(fitted, seq=_shortened(profile.seq, room))
     if profile.past == Profile.past:
         fitted = replace(fitted, past=_shortened(profile.past, most - fitted.seq.max))
@@ -95,7 +95,7 @@ def generated(prompt: int, wanted: int, limit: PositionLimit | None) -> tuple[in
 
 
 def _positions(limit: PositionLimit) -> str:
-    return f"{limit.positions} positions: {limit.reason}"
+    return f"{limit.positions} positions ({limit.reason})"
 
 
 def _shortened(sizes: Range, most: int) -> Range:

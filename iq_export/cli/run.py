@@ -15,6 +15,7 @@ from iq_export.bundle.package import Bundle
 from iq_export.cli import options
 from iq_export.cli.doctor import memory_bytes
 from iq_export.errors import DataError, UsageError
+from iq_export.lengths import bundle_limit, generated
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
@@ -56,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     tokenizer = Tokenizer(bundle.folder)
     ids = _prompt_ids(args, tokenizer)
+    room, remarks = generated(len(ids), args.max_new_tokens, bundle_limit(bundle.folder))
+    if not args.quiet:
+        for remark in remarks:
+            print(remark, file=sys.stderr)
     model = CausalLM(
         bundle.model, providers=options.providers(args.device), unpack=_unpack(bundle.model, args)
     )
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = generate(
         model,
         ids,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=room,
         eos_ids=tokenizer.eos_ids,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -85,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                 "new_tokens": len(new_ids),
                 "ids": new_ids,
                 "seconds": seconds,
-                "finished": len(new_ids) < args.max_new_tokens,
+                "finished": len(new_ids) < room,
             }
         )
     else:

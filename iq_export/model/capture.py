@@ -192,14 +192,23 @@ def cache_shape(model: Any) -> CacheShape:
     """Layer count, K/V heads and head size, as one token through the model leaves them.
 
     Configurations of different families disagree on how they call these. Raises ModelError if
-    the layers' caches are not all of one shape `[1, kv_heads, 1, head_dim]`.
+    the layers' caches are not all of one shape `[1, kv_heads, 1, head_dim]`, or the model does not
+    run with a plain cache.
     """
     import torch
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:  # a model's own code, which expects a cache of its own
+        said = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+        raise ModelError(
+            f"A '{model.config.model_type}' does not run with a plain cache of keys and values "
+            f"({said.rstrip('.')[:200]}); this architecture is not supported."
+        ) from error
     tensors = [tensor for layer in cache.layers for tensor in _cached(layer)]
     shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors}
     shape = next(iter(shapes), None)

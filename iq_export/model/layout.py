@@ -31,8 +31,7 @@ def check_layout(
     """
     if config is None:
         raise ModelError(_no_config(names, where))
-    architectures = [str(name) for name in config.get("architectures") or ()]
-    if "modules.json" in names and not any("CausalLM" in name for name in architectures):
+    if "modules.json" in names and "CausalLM" not in str(config.get("architectures")):
         raise ModelError(
             f"{where} is a sentence-transformers model (modules.json), which embeds text; only "
             "causal LMs can be compiled."
@@ -65,7 +64,7 @@ def _check_weights(names: Collection[str], where: str, index: Mapping[str, Any] 
                 "can run code: convert it to model.safetensors with transformers' save_pretrained."
             )
         raise ModelError(f"{where} has no weights: there is no model.safetensors in it.")
-    shards = (index or {}).get("weight_map")
+    shards = index.get("weight_map") if isinstance(index, Mapping) else None
     named = {str(shard) for shard in shards.values()} if isinstance(shards, Mapping) else set()
     absent = sorted(named - set(names))
     if absent:

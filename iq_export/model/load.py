@@ -188,7 +188,7 @@ def load_model(source: ModelSource) -> LoadedModel:
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        made_as = ", ".join(getattr(config, "architectures", None) or ())
+        made_as = ", ".join(map(str, getattr(config, "architectures", None) or ()))
         raise ModelError(
             f"{source.name} is incomplete{made_as and f' (it was saved as {made_as})'}: "
             f"{len(missing)} weights are missing, the first is '{missing[0]}'."
@@ -266,7 +266,10 @@ def _check_tokenizer(folder: Path) -> None:
 def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> None:
     """Refuse early what transformers would refuse late, or after running foreign code."""
     check_adapters(folder)
-    names = [file.name for file in folder.iterdir()]
+    try:
+        names = [file.name for file in folder.iterdir()]
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror}.") from error
     config = _read_json(folder / "config.json")
     if config is not None:
         check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
@@ -284,6 +287,8 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def check_header(config: Any, name: str, where: str, trust_remote_code: bool) -> None:
@@ -364,7 +369,7 @@ def _readable(source: ModelSource) -> Iterator[None]:
         raise
     except (
         OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError,
-        ImportError, struct.error, safetensors.SafetensorError,
+        ImportError, MemoryError, struct.error, safetensors.SafetensorError,
     ) as error:  # fmt: skip
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__

@@ -39,6 +39,8 @@ _POST_NORM = "its norms do not stand in front of the branches (post-norm)"
 _ALIBI = "its attention adds position biases (ALiBi)"
 _ENCODER = "it is an encoder"
 _RESHAPED = "its linear layers stand between Reshapes, where they are not recognised"
+_UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
+_SINKS = "its attention has sinks of its own (s_aux)"
 _UNTRACEABLE = "its code cannot be traced with dynamic lengths"
 
 
@@ -61,7 +63,10 @@ _TYPES: dict[str, _Kind] = {
     **dict.fromkeys(("exaone4", "olmo2", "olmo3"), _Kind(_POST_NORM)),
     **dict.fromkeys(("gpt2", "gpt-sw3", "opt"), _Kind(_RESHAPED)),
     **dict.fromkeys(("cpmant", "gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
+    **dict.fromkeys(("doge", "helium", "moshi"), _Kind(_UNRECOGNISED)),
     "bloom": _Kind(_ALIBI),
+    "gemma3n_text": _Kind("its layers share keys and values"),
+    "granite_swa": _Kind(_SINKS),
     "falcon": _Kind(
         "one head of keys and values is kept apart from the others (multi-query)",
         unless=lambda config: config.new_decoder_architecture or not config.multi_query,
@@ -101,7 +106,7 @@ def check_support(
     size = _weight_bytes(config)
     require_memory(size, name)
     return Support(
-        completed={**raw, **(vars(config) if remote_code else config.to_dict())},
+        completed=raw if remote_code else config.to_dict(),
         layers=int(config.num_hidden_layers),
         head_dim=_head_dim(config),
         softcap=bool(_get(config, "attn_logit_softcapping")),
@@ -135,9 +140,10 @@ def require_memory(weight_bytes: int, name: str) -> None:
     """ModelError if float32 weights of this size are more than this machine's memory and swap."""
     there = _machine_memory()
     if there is not None and weight_bytes > there:
+        gigabytes = min(weight_bytes // 10**9, 10**12)  # of what a typing error says, too
         raise ModelError(
-            f"{name} has at least {weight_bytes / 1e9:,.0f} GB of weights in float32, as it is "
-            f"loaded, and this machine has {there / 1e9:,.0f} GB of memory and swap."
+            f"{name} has at least {gigabytes:,} GB of weights in float32, as it is loaded, and "
+            f"this machine has {there // 10**9:,} GB of memory and swap."
         )
 
 
@@ -151,7 +157,8 @@ def _structure(config: Any) -> str | None:
             return f"it has state-space, linear or convolution layers ('{name}')"
     for name in ("layer_types", "layers_block_type", "block_types"):
         kinds = _get(config, name)
-        other = [kind for kind in kinds or () if kind not in _TRACED_KINDS]
+        listed = kinds if isinstance(kinds, (list, tuple)) else ()
+        other = [kind for kind in listed if kind not in _TRACED_KINDS]
         if other:
             return (
                 f"it has layers of type '{other[0]}', and only '{FULL}' and '{SLIDING}' can be "
@@ -178,14 +185,14 @@ def _experts(config: Any) -> str | None:
     if False in (_get(config, "is_moe"), _get(config, "enable_moe_block")):
         return None
     kinds = _get(config, "mlp_layer_types")
-    if kinds and "sparse" not in kinds:
+    if isinstance(kinds, (list, tuple)) and kinds and "sparse" not in kinds:
         return None
     found = {name: _get(config, name) for name in _EXPERTS}
     found["moe_num_experts"] = found["moe_num_experts"] or _nested(
         config, "ffn_config", "moe_num_experts"
     )
-    dense = _get(config, "first_k_dense_replace") or 0
-    if dense and dense >= config.num_hidden_layers:
+    dense, layers = _get(config, "first_k_dense_replace"), _get(config, "num_hidden_layers")
+    if _is_size(dense) and _is_size(layers) and dense >= layers:
         return None
     return next((name for name, value in found.items() if value), None)
 
@@ -314,7 +321,7 @@ def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of what is no concern of a compile
     try:
-        return found.from_dict(dict(raw))
+        return found.from_dict(_plain(raw))
     except Exception as error:  # validators of transformers and of its models raise what they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = (lines[-1] if lines else type(error).__name__).rstrip(".")
@@ -322,6 +329,15 @@ def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) 
         raise ModelError(f"config.json of {name} is impossible: {said}.") from error
     finally:
         logging.set_verbosity(level)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values as transformers reads them: it writes infinity as `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _config_class(kind: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from iq_export.errors import ModelError, UsageError
-from iq_export.model import load
+from iq_export.model import hub, load
 from iq_export.model.load import ModelSource, fingerprint, load_model, materialize, resolve
 
 Getter = Callable[[str], Path]
@@ -252,7 +252,7 @@ def hub_failure(name: str) -> Exception:
         "revision": lambda: errors.RevisionNotFoundError("no", response=response),
         "offline": lambda: errors.LocalEntryNotFoundError("no"),
         "server": lambda: errors.HfHubHTTPError("no", response=response),
-        "network": lambda: load._transport_errors()[-1]("no"),
+        "network": lambda: hub.transport_errors()[-1]("no"),
     }
     return kinds[name]()
 

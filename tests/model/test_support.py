@@ -69,7 +69,7 @@ def test_softcap_and_head_size_are_read() -> None:
         ({"model_type": "vit"}, "not a causal LM"),
         ({"model_type": "llama9000"}, "llama9000"),
         ({"model_type": "mamba"}, "state-space"),
-        (config("deepseek_v3", n_routed_experts=None, v_head_dim=8), "sizes"),
+        (config("deepseek_v3", v_head_dim=8), "sizes"),
         (config("qwen3_next"), "layers"),
         (config("qwen3_5_text"), "layers"),
         (config("lfm2", layer_types=["conv", "full_attention"]), "layers"),
@@ -77,6 +77,7 @@ def test_softcap_and_head_size_are_read() -> None:
         (config("falcon_h1", mamba_d_ssm=128), "layers"),
         (config("bamba", attn_layer_indices=[1]), "layers"),
         (config("jamba"), "layers"),
+        (config("falcon_h1", time_step_limit=[0.0, {"__float__": "Infinity"}]), "state-space"),
         (config("nemotron_h", hybrid_override_pattern="M*"), "layers"),
         (config("minimax"), "layers"),
         (config("recurrent_gemma"), "layers"),
@@ -141,6 +142,28 @@ def test_impossible_configurations(changes: dict[str, Any], says: str) -> None:
 def test_absurd_sizes_are_a_matter_of_memory(kind: str, changes: dict[str, Any]) -> None:
     text = refusal(config(kind, **changes))
     assert "GB of weights in float32" in text and "this machine has" in text
+
+
+ODD: list[Any] = [None, 0, -1, 1.5, "x", True, [], {}, [1, "x"], {"a": {}}, 10**400, float("nan")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gpt_bigcode", "deepseek_v3"])
+def test_odd_values_give_a_sentence_or_pass(kind: str) -> None:
+    """Every entry that such a configuration has, by one odd value after the other."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from iq_export.model.limits import position_limit
+
+    raw = {**CONFIG_MAPPING[kind](**SIZES).to_dict(), "model_type": kind}
+    for name in raw.keys() - {"model_type"}:
+        for value in ODD:
+            for remote_code in (False, True):
+                try:
+                    found = check_support({**raw, name: value}, "m", W4A16, remote_code=remote_code)
+                except IqError as error:
+                    assert str(error).count("\n") == 0
+                else:
+                    position_limit(found.completed)
 
 
 def test_int4_blocks_must_divide_every_width() -> None:
