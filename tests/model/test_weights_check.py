@@ -82,7 +82,7 @@ def test_a_mask_may_hold_infinity(tmp_path: Path) -> None:
 
 def test_layers_beyond_the_configured_number(llama: Path) -> None:
     edit_config(llama, num_hidden_layers=2)
-    with pytest.raises(ModelError, match="weights of layer 2 .* num_hidden_layers 2"):
+    with pytest.raises(ModelError, match=r"weights of layer 2 .* num_hidden_layers 2"):
         load_model(resolve(str(llama)))
 
 
