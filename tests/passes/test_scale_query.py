@@ -1,4 +1,4 @@
-"""The scale's power of two in front of q.k gives the same logits, and half then holds the product."""
+"""With the scale's power of two in front of q.k logits are equal, and half holds the product."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def peaks(path: Path, limit: float = 0.0) -> dict[str, float]:
 
 @pytest.mark.parametrize("decoder", [SMALL, NORMED, Decoder(spikes=(), blocks=2, head_dim=8)])
 def test_same_function_and_smaller_product(tmp_path: Path, decoder: Decoder) -> None:
-    """Head sizes whose root is a power of two and such whose root is none; with norms of q and k."""
+    """Head sizes whose root is a power of two, and one whose is not; with norms of q and k."""
     path = planted.save(decoder, tmp_path)
     model = io.load(path)
     names = [attended.node for attended in attentions(model)]
