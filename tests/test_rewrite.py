@@ -86,6 +86,25 @@ def test_w8a8(run: Run) -> None:
     }  # fmt: skip
 
 
+def test_finished_file_is_compared_with_fp32(run: Run) -> None:
+    check = run(SPIKY, dtype="fp16").check
+    assert check is not None and check.tokens == 4 * 40
+    assert check.top1 > 0.9 and check.lost < 0.25 and check.tensors > 40
+
+
+def test_a_file_that_has_lost_everything_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iq_export.rewrite.MOST_LOST", 0.0)  # as if this were everything
+    traced = planted.save(CALM, tmp_path)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(GraphError, match=r"finished file is broken.* of block \d"):
+        rewrite(
+            traced, tmp_path / "work", load_recipe("w8a8-norot"), "fp16", calibration(CALM),
+            Progress(quiet=True),
+        )  # fmt: skip
+
+
 def test_insertion_alone_changes_next_to_nothing(run: Run) -> None:
     done = run(SPIKY)
     assert error(done.inserted, done.traced) < 1e-5

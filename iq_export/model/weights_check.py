@@ -90,9 +90,10 @@ def check_finite(weights: Iterable[tuple[str, Any]], name: str) -> None:
     for key, tensor in weights:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        ends = torch.stack(torch.aminmax(tensor))  # NaN comes through, with no copy of the tensor
+        # NaN comes through, with no copy of the tensor.
+        ends = torch.stack(torch.aminmax(tensor.detach()))
         if not torch.isfinite(ends).all():
-            raise ModelError(_not_finite(key, tensor.float().numpy(), name))
+            raise ModelError(_not_finite(key, tensor.detach().float().numpy(), name))
 
 
 def check_finite_graph(model: ir.Model, name: str) -> None:
