@@ -11,6 +11,7 @@ With `post_norms` the branch passes a norm of its own and that norm's weight is 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import erf
 from typing import Any
 
 import numpy as np
@@ -413,10 +414,18 @@ def _write(builder: _Builder, block: int, read: int, sign: int, value: float, le
             values[f"{at}.gate.bias"][row] = bias
         up[read, row] = sign * level / (active / (1 + np.exp(-active))) / value
     else:
-        bias = -0.5 * level if m.layer_norm else 0.0
-        up[read, row] = sign * (level - bias) / value
+        # So far below zero that GELU gives none to the tokens that have a little on the channel.
+        bias = -max(0.5 * level, 6.0) if m.layer_norm else 0.0
+        up[read, row] = sign * (_before_gelu(level) - bias) / value
         if m.layer_norm:
             values[f"{at}.up.bias"][row] = bias
+
+
+def _before_gelu(level: float) -> float:
+    """The positive number whose GELU is `level`."""
+    grid = np.linspace(0, level + 2, 4001)
+    gelu = grid * 0.5 * (1 + np.array([erf(x / np.sqrt(2)) for x in grid]))
+    return float(np.interp(level, gelu, grid))
 
 
 def _everyone(builder: _Builder, sample: list[Window]) -> None:
