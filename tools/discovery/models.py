@@ -267,8 +267,9 @@ def _weights(m: Model) -> dict[str, np.ndarray]:
         }
         if m.gated:
             found[f"{at}.gate.weight"] = normal(d, f)
-        if m.layer_norm:  # such models have biases
+        if m.layer_norm or not m.gated:  # such models have biases
             found[f"{at}.up.bias"] = np.zeros(f, np.float32)
+        if m.layer_norm:
             found[f"{at}.down.bias"] = (0.02 * gain * rng.normal(size=d)).astype(np.float32)
             if m.gated:
                 found[f"{at}.gate.bias"] = np.zeros(f, np.float32)
@@ -415,10 +416,9 @@ def _write(builder: _Builder, block: int, read: int, sign: int, value: float, le
         up[read, row] = sign * level / (active / (1 + np.exp(-active))) / value
     else:
         # So far below zero that GELU gives none to the tokens that have a little on the channel.
-        bias = -max(0.5 * level, 6.0) if m.layer_norm else 0.0
+        bias = -max(0.5 * level, 6.0)
         up[read, row] = sign * (_before_gelu(level) - bias) / value
-        if m.layer_norm:
-            values[f"{at}.up.bias"][row] = bias
+        values[f"{at}.up.bias"][row] = bias
 
 
 def _before_gelu(level: float) -> float:
