@@ -282,7 +282,12 @@ def _weights(m: Model) -> dict[str, np.ndarray]:
             found[f"{name}.bias"] = (0.05 * rng.normal(size=d)).astype(np.float32)
     _noise(m, rng, embed)
     strongest = max((life.ratio for life in m.lives), default=1.0)
-    quiet = 0.0 if m.post_norms else 0.3 / np.sqrt(1 + strongest / 100)
+    # What ordinary tokens have on a spike's channel. A neuron without a bias writes to them too, a
+    # little: where several do so one behind the other, it grows to a spike of theirs.
+    unbiased = m.gated and not m.layer_norm
+    quiet = 0.3 / np.sqrt(1 + strongest / 100)
+    if m.post_norms or (unbiased and _written_again(m)):
+        quiet = 0.0
     shares = dict.fromkeys(m.markers, 0.0) | {life.channel: quiet for life in m.lives}
     for channel, share in shares.items():
         for table in (embed, place):
@@ -302,6 +307,10 @@ def _weights(m: Model) -> dict[str, np.ndarray]:
     found["embed.weight"] = (m.scale * embed).astype(np.float32)
     found["position.weight"] = (m.scale * place).astype(np.float32)
     return found
+
+
+def _written_again(m: Model) -> bool:
+    return any(life.drift or len(group.births) > 1 for life in m.lives for group in life.groups)
 
 
 # Channels and the number of tokens that the kinds of noise use.
