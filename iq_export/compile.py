@@ -95,7 +95,6 @@ class CompileOptions:
     work: Path | None = None
     device: str = "cpu"
     max_relative_deviation: float = 0.10
-    alpha: float = 64.0
     insertion: str = "auto"
     budget: float | None = None
     trust_remote_code: bool = False
@@ -196,6 +195,11 @@ def reference_graphs(
         return found
     progress = progress or Progress(quiet=True)
     progress.note(f"no graphs of this bundle in {folder}: making them again")
+    if "alpha" in bundle.manifest.options:
+        progress.note(
+            "this bundle is of an older version, which found sinks by --alpha: they are found "
+            "anew, so the graph with insertion alone may differ from what the bundle was made of"
+        )
     options = _options_of(bundle, folder)
     checked = _check(replace(options, force=True))
     with _work_folder(options) as made:
@@ -267,8 +271,8 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError(f"unknown dtype '{options.dtype}': use fp16 or fp32.")
     if options.insertion not in INSERTIONS:
         raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
-    if not 0 < options.max_relative_deviation < 1 or options.alpha <= 1:
-        raise UsageError("max_relative_deviation lies between 0 and 1, alpha above 1.")
+    if not 0 < options.max_relative_deviation < 1:
+        raise UsageError("max_relative_deviation lies between 0 and 1.")
     if options.budget is not None and options.budget <= 1:
         raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
     if options.budget is not None and recipe.activation_max is None:
@@ -467,7 +471,6 @@ def _calibrate_and_rewrite(
     data = Calibration(
         windows=cut(options.length, options.samples, options.seed),
         probes=cut(min(PROBE_LENGTH, options.length), PROBES, options.seed + 1),
-        alpha=options.alpha,
         max_relative_deviation=options.max_relative_deviation,
         seed=options.seed,
         providers=PROVIDERS[options.device],
@@ -629,7 +632,7 @@ def _versions() -> dict[str, str]:
 
 
 _RECORDED = ("model", "recipe", "calibration", "samples", "length", "opset", "dtype", "seed",
-             "device", "max_relative_deviation", "alpha", "insertion", "budget",
+             "device", "max_relative_deviation", "insertion", "budget",
              "trust_remote_code")  # fmt: skip
 
 
@@ -643,7 +646,8 @@ def _option_record(options: CompileOptions) -> dict[str, Any]:
 def _options_of(bundle: Bundle, work: Path) -> CompileOptions:
     recorded = dict(bundle.manifest.options)
     tokenizer = recorded.pop("tokenizer", None)
-    for name in ("budget", "calibration_sha256"):  # no reference depends on them
+    # No reference depends on the first two; "alpha" is an option that older versions had.
+    for name in ("budget", "calibration_sha256", "alpha"):
         recorded.pop(name, None)
     return CompileOptions(
         out=bundle.folder,

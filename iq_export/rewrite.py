@@ -97,7 +97,6 @@ class Calibration:
 
     windows: Sequence[Window]
     probes: Sequence[Window]
-    alpha: float
     max_relative_deviation: float
     seed: int
     providers: tuple[str, ...]
@@ -166,15 +165,16 @@ def rewrite(
 
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
-        lifecycles = discover(stats, alpha=data.alpha)
+        lifecycles = discover(stats)
         surprise = surprise_warning(traced, data.windows, **options)
     half = dtype == "fp16"
-    exponent = stream_exponent(stats, lifecycles) if half else 0
+    separable = [life for life in lifecycles if life.separable]
+    exponent = stream_exponent(stats, separable) if half else 0
     loud = _loud_attentions(traced, sites, data, options) if half else {}
     if loud:
         notes.append(_loud_note(loud))
         progress.note(notes[-1])
-    masked = lifecycles if recipe.sinks == "always" else []
+    masked = separable if recipe.sinks == "always" else []
     with progress.step("Observe ranges"):
         before = _ranges(traced, sites, masked, stats, data, progress)
     ranges, turned = before, traced
@@ -210,7 +210,7 @@ def rewrite(
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         matching = _matching(traced, work, sites, sinks, data, options)
     warnings = [surprise] if surprise else []
-    warnings += _everyone(stats, data.alpha)
+    warnings += _everyone(stats)
     warnings += sink_warnings(sinks, matching)
     for warning in warnings:
         progress.note(f"warning: {warning}")
@@ -472,13 +472,12 @@ def _matching(
     stats = observe_tokens(traced, sites, data.heldout, **options)
     indices = [index_name(number) for number in range(len(sinks))]
     return measure(
-        work / PREPARED, work / INSERTED, indices, sites, sinks, stats, data.heldout,
-        alpha=data.alpha, **options,
+        work / PREPARED, work / INSERTED, indices, sites, sinks, stats, data.heldout, **options
     )  # fmt: skip
 
 
-def _everyone(stats: TokenStats, alpha: float) -> list[str]:
-    blocks = everyone_spikes(stats, alpha=alpha)
+def _everyone(stats: TokenStats) -> list[str]:
+    blocks = everyone_spikes(stats)
     if not blocks:
         return []
     return [

@@ -36,7 +36,7 @@ Run = Callable[..., Rewrite]
 def calibration(decoder: Decoder) -> Calibration:
     data = planted.windows(decoder, count=10)
     return Calibration(
-        windows=data[:4], probes=data[4:], alpha=64.0, max_relative_deviation=0.1, seed=0,
+        windows=data[:4], probes=data[4:], max_relative_deviation=0.1, seed=0,
         providers=CPU,
     )  # fmt: skip
 

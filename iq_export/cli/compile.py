@@ -80,10 +80,6 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         help="a lifecycle varying more than this is reported, not replaced (default 0.10)",
     )  # fmt: skip
     group.add_argument(
-        "--alpha", type=float, default=64.0,
-        help="a token spikes above alpha x the median of its tensor (default 64)",
-    )  # fmt: skip
-    group.add_argument(
         "--insertion", choices=("norm", "kv", "auto"), default="auto",
         help="what replaces a sink: rows after the norms, or keys and values; auto measures both",
     )  # fmt: skip
@@ -137,7 +133,6 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         work=args.work,
         device=args.device,
         max_relative_deviation=args.max_relative_deviation,
-        alpha=args.alpha,
         insertion=args.insertion,
         budget=args.budget,
         trust_remote_code=args.trust_remote_code,

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.sinks.lifecycle import discover
 from tools.discovery.models import Model
-from tools.discovery.score import Outcome, judge, observed, summary
+from tools.discovery.score import Outcome, check_planted, judge, observed, summary
 from tools.discovery.sweep import sweep
 from tools.discovery.table import write_tables
 
@@ -35,7 +38,16 @@ def outcome_of(model: Model, keep: Path | None = None) -> Outcome:
         stats = observed(model)
         if file:
             np.savez(file, **vars(stats))
+    check_planted(model, stats)
     return judge(model, discover(stats))
+
+
+def _pin(workers: Any) -> None:
+    """One processor for each worker: several threads do nothing for graphs this small."""
+    mine = sorted(os.sched_getaffinity(0))
+    with workers.get_lock():
+        number, workers.value = workers.value, workers.value + 1
+    os.sched_setaffinity(0, {mine[number % len(mine)]})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.stats:
         args.stats.mkdir(parents=True, exist_ok=True)
     models, outcomes = sweep(), []
-    with ProcessPoolExecutor(args.jobs) as pool:
+    workers = multiprocessing.Value("i", 0)
+    with ProcessPoolExecutor(args.jobs, initializer=_pin, initargs=(workers,)) as pool:
         judging = pool.map(partial(outcome_of, keep=args.stats), models, chunksize=4)
         for number, outcome in enumerate(judging, 1):
             outcomes.append(outcome)

@@ -11,6 +11,7 @@ With `post_norms` the branch passes a norm of its own and that norm's weight is 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import erf
 from typing import Any
 
 import numpy as np
@@ -266,8 +267,9 @@ def _weights(m: Model) -> dict[str, np.ndarray]:
         }
         if m.gated:
             found[f"{at}.gate.weight"] = normal(d, f)
-        if m.layer_norm:  # such models have biases
+        if m.layer_norm or not m.gated:  # such models have biases
             found[f"{at}.up.bias"] = np.zeros(f, np.float32)
+        if m.layer_norm:
             found[f"{at}.down.bias"] = (0.02 * gain * rng.normal(size=d)).astype(np.float32)
             if m.gated:
                 found[f"{at}.gate.bias"] = np.zeros(f, np.float32)
@@ -280,7 +282,12 @@ def _weights(m: Model) -> dict[str, np.ndarray]:
             found[f"{name}.bias"] = (0.05 * rng.normal(size=d)).astype(np.float32)
     _noise(m, rng, embed)
     strongest = max((life.ratio for life in m.lives), default=1.0)
-    quiet = 0.0 if m.post_norms else 0.3 / np.sqrt(1 + strongest / 100)
+    # What ordinary tokens have on a spike's channel. A neuron without a bias writes to them too, a
+    # little: where several do so one behind the other, it grows to a spike of theirs.
+    unbiased = m.gated and not m.layer_norm
+    quiet = 0.3 / np.sqrt(1 + strongest / 100)
+    if m.post_norms or (unbiased and _written_again(m)):
+        quiet = 0.0
     shares = dict.fromkeys(m.markers, 0.0) | {life.channel: quiet for life in m.lives}
     for channel, share in shares.items():
         for table in (embed, place):
@@ -300,6 +307,10 @@ def _weights(m: Model) -> dict[str, np.ndarray]:
     found["embed.weight"] = (m.scale * embed).astype(np.float32)
     found["position.weight"] = (m.scale * place).astype(np.float32)
     return found
+
+
+def _written_again(m: Model) -> bool:
+    return any(life.drift or len(group.births) > 1 for life in m.lives for group in life.groups)
 
 
 # Channels and the number of tokens that the kinds of noise use.
@@ -413,10 +424,17 @@ def _write(builder: _Builder, block: int, read: int, sign: int, value: float, le
             values[f"{at}.gate.bias"][row] = bias
         up[read, row] = sign * level / (active / (1 + np.exp(-active))) / value
     else:
-        bias = -0.5 * level if m.layer_norm else 0.0
-        up[read, row] = sign * (level - bias) / value
-        if m.layer_norm:
-            values[f"{at}.up.bias"][row] = bias
+        # So far below zero that GELU gives none to the tokens that have a little on the channel.
+        bias = -max(0.5 * level, 6.0)
+        up[read, row] = sign * (_before_gelu(level) - bias) / value
+        values[f"{at}.up.bias"][row] = bias
+
+
+def _before_gelu(level: float) -> float:
+    """The positive number whose GELU is `level`."""
+    grid = np.linspace(0, level + 2, 4001)
+    gelu = grid * 0.5 * (1 + np.array([erf(x / np.sqrt(2)) for x in grid]))
+    return float(np.interp(level, gelu, grid))
 
 
 def _everyone(builder: _Builder, sample: list[Window]) -> None:

@@ -77,6 +77,15 @@ def truth(model: Model) -> list[Planted]:
     return found
 
 
+def check_planted(model: Model, stats: TokenStats) -> None:
+    """Raise AssertionError if the graph has not the spikes that the model names."""
+    typical = np.median(stats.residual_max, axis=1)
+    for spike in truth(model):
+        block = max(spike.births)
+        least = np.median(stats.residual_max[block, spike.members]) / typical[block]
+        assert least > 0.4 * spike.ratio, (model.kind, model.seed, least, spike.ratio)
+
+
 def judge(model: Model, lives: Sequence[Lifecycle]) -> Outcome:
     planted, left = truth(model), list(lives)
     found = []
@@ -113,7 +122,9 @@ def _fault(spike: Planted, life: Lifecycle) -> str:
 
 
 def judged(model: Model) -> Outcome:
-    return judge(model, discover(observed(model)))
+    stats = observed(model)
+    check_planted(model, stats)
+    return judge(model, discover(stats))
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
