@@ -175,11 +175,9 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         return
     for key, value in plan.items():
         if isinstance(value, (list, tuple)):
-            print(f"{key}:")
-            for item in value:
-                print(f"  {item}")
+            options.say("\n".join([f"{key}:", *(f"  {item}" for item in value)]))
         else:
-            print(f"{key}: {value}")
+            options.say(f"{key}: {value}")
 
 
 def _closing(bundle: Bundle, seconds: float) -> str:

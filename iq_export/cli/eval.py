@@ -67,13 +67,14 @@ def run(args: argparse.Namespace) -> int:
     limit = bundle_limit(bundle.folder)
     length, remarks = window_length(args.length, limit)
     providers = options.providers(args.device)
+    tokenizer = Tokenizer(bundle.folder)  # before graphs are made, which takes minutes
     graphs = _graphs(bundle, args)
     progress = options.progress(args, len(graphs) + (REFERENCE in graphs and not args.no_speed))
     for remark in remarks:
         progress.note(remark)
     comparison = compare(
         graphs,
-        Tokenizer(bundle.folder),
+        tokenizer,
         text,
         count=args.windows,
         length=length,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -136,8 +137,10 @@ def trace(
         with progress.step("read tokenizer"):
             notes = _write_tokenizer(source, folder / ASSETS, progress)
         if source.kind == "onnx":
-            _adopt_onnx(source, folder)
-            parity, layers = None, 0
+            remarks = _adopt_onnx(source, folder)
+            for remark in remarks:
+                progress.note(f"warning: {remark}")
+            parity, layers, notes = None, 0, [*notes, *remarks]
         else:
             parity, layers, left = _trace_torch(source, folder, opset, progress)
             notes = [*notes, *left]
@@ -259,10 +262,10 @@ def _write_license(files: tuple[Path, ...], source: ModelSource, assets: Path) -
         (assets / "NOTICE").write_text(text, encoding="utf-8")
 
 
-def _adopt_onnx(source: ModelSource, folder: Path) -> None:
+def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
     """Take an ONNX file into the folder's layout, with names, constants and types in place.
 
-    Weights are streamed.
+    Weights are streamed. Returns notes on what could not be told of the graph.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -270,20 +273,25 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     from iq_export.model.load import license_files
 
     assert source.path is not None and source.tokenizer is not None
-    graph = _read_onnx(source.path)
+    with _heard() as said:
+        graph = _read_onnx(source.path)
+    if said:  # a value that nothing makes
+        raise ModelError(f"{source.path} is no valid graph: {said[0]}")
     _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
     _check_types(graph, source.path)
     check_finite_graph(graph, source.path.name)
     # Later passes find nodes by name, constants among the initializers, and types at the values.
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-    common.ShapeInferencePass()(graph)
-    common.NameFixPass()(graph)
+    with _heard() as said:
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+        common.ShapeInferencePass()(graph)
+        common.NameFixPass()(graph)
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
     for name in ("config.json", "generation_config.json"):
         if (source.tokenizer / name).is_file():
             shutil.copyfile(source.tokenizer / name, folder / ASSETS / name)
     _write_license(license_files(source.path.parent), source, folder / ASSETS)
+    return [f"{source.path.name}: {line}" for line in said]
 
 
 def _read_onnx(path: Path) -> ir.Model:
@@ -292,8 +300,28 @@ def _read_onnx(path: Path) -> ir.Model:
 
     try:
         return ir.load(path)
-    except (DecodeError, ValueError, KeyError, TypeError) as error:
+    except (DecodeError, ValueError, KeyError, TypeError, ir.serde.SerdeError) as error:
         raise ModelError(f"{path} is not an ONNX file, or it is damaged.") from error
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What onnx_ir says while it works, a line each, which it would print amid our own lines."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            said.append(str(error or record.getMessage()).splitlines()[0])
+
+    logger, listener = logging.getLogger("onnx_ir"), Listener(logging.WARNING)
+    logger.addHandler(listener)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)
+        logger.propagate = before
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:
