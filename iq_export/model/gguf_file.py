@@ -74,8 +74,8 @@ class GgufHeader:
         return np.frombuffer(data, "<f4").reshape(tensor.shape)
 
 
-def check_magic(path: Path) -> None:
-    """Raise ModelError if a file is no GGUF file, or of a version that cannot be read."""
+def read_header(path: Path) -> GgufHeader:
+    """Read the header. Raises ModelError if it is none, or damaged."""
     with path.open("rb") as file:
         head = file.read(8)
     if len(head) < 8 or head[:4] != _MAGIC:
@@ -83,11 +83,6 @@ def check_magic(path: Path) -> None:
     version = struct.unpack("<I", head[4:])[0]
     if version not in _VERSIONS:
         raise ModelError(f"{path} is GGUF version {version}; versions 2 and 3 can be read.")
-
-
-def read_header(path: Path) -> GgufHeader:
-    """Read the header. Raises ModelError if it is none, or damaged."""
-    check_magic(path)
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,

@@ -6,6 +6,7 @@ no `tokenizer.json` is converted: a GGUF file from its own keys, an older folder
 Either way the ids of `HARD_TEXTS` are compared with the source's before anything else is done.
 """
 
+# ruff: noqa: RUF001 - letters of many scripts
 from __future__ import annotations
 
 import json
@@ -82,10 +83,13 @@ def _converted(folder: Path, source: ModelSource, assets: Path) -> list[str]:
     """Have transformers make a `tokenizer.json` of an older folder's files."""
     import transformers
 
-    made = transformers.AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=source.trust_remote_code
-    )
-    made.save_pretrained(assets)
+    from iq_export.model.load import quiet_transformers
+
+    with quiet_transformers():
+        made = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=source.trust_remote_code
+        )
+        made.save_pretrained(assets)
     if not (assets / "tokenizer.json").is_file():
         raise ModelError(
             f"The tokenizer of {source.name} has no fast version (tokenizer.json), which running "
@@ -152,7 +156,13 @@ def _keep_leading_spaces(assets: Path) -> bool:
 def _from_gguf(header: GgufHeader, assets: Path) -> list[str]:
     from iq_export.model.gguf_tokenizer import build_tokenizer
 
-    made = build_tokenizer(header)
+    try:
+        made = build_tokenizer(header)
+    except Exception as error:
+        # The Rust library raises bare Exception for everything that it cannot use.
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"The tokenizer in {header.path.name} is damaged: {error}.") from error
     made.core.save(str(assets / "tokenizer.json"))
     config = dict(made.config)
     template = config.get("chat_template")

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
-from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
+from iq_export.model.load import (
+    LoadedModel, ModelSource, fingerprint, load_model, materialize, readable,
+)  # fmt: skip
 from iq_export.model.verify import TOLERANCE, Parity, compare, original_logits
 from iq_export.progress import Progress
 
@@ -217,7 +219,8 @@ def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None
 def _write_tokenizer(source: ModelSource, assets: Path, progress: Progress) -> list[str]:
     from iq_export.model.tokenizer import write_tokenizer
 
-    notes = write_tokenizer(source, assets)
+    with readable(source):
+        notes = write_tokenizer(source, assets)
     for note in notes:
         progress.note(note)
     return notes

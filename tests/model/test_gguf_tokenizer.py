@@ -1,5 +1,6 @@
 """The tokenizer of a GGUF file: its kind is honoured as llama.cpp does, or refused by name."""
 
+# ruff: noqa: RUF001 - letters of many scripts
 from __future__ import annotations
 
 from pathlib import Path
@@ -176,4 +177,14 @@ def test_smollm2(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.pad_id) == (1, 2)
 
 
-SMOLLM2 = {"a   1": [81, 333, 33]}
+SMOLLM2 = {
+    "a   1": [81, 333, 33],
+    "2023 a b": [34, 32, 34, 35, 253, 278],
+    "rows:  12  34\n    56": [5612, 42, 256, 33, 34, 256, 35, 36, 2367, 37, 38],
+    "don't  WE'LL": [12420, 982, 216, 26587, 23, 16421],
+    "x=3.14;\t\ty": [104, 45, 35, 30, 33, 36, 43, 197, 197, 105],
+    "你好 😀": [18645, 250, 48392, 138, 40303, 218],
+    "<|im_start|>user\nHi 1<|im_end|>\n": [1, 4093, 198, 26843, 216, 33, 2, 198],
+    " lead": [1022],
+    "trail ": [4861, 301, 216],
+}

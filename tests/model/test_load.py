@@ -183,6 +183,7 @@ def tiny_gguf(path: Path) -> Path:
     writer.add_head_count(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"w{i}" for i in range(96)])
     writer.add_token_types([1] * 96)
     writer.add_token_merges([])

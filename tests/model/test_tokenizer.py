@@ -1,5 +1,6 @@
 """A bundle's token ids are those of the model's own tokenizer."""
 
+# ruff: noqa: RUF001 - letters of many scripts
 from __future__ import annotations
 
 import json
