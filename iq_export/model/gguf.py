@@ -289,9 +289,9 @@ def _rope(header: GgufHeader, config: Any, own: dict[str, Any], head_size: int) 
         factor = own.get("rope.scaling.attn_factor", 1.0)
         if factor not in (0.0, 1.0):
             raise _refused(header, "rope.scaling.attn_factor", factor)
-    if "rope.freq_base_swa" in own and not nested:
-        if own["rope.freq_base_swa"] != parameters["rope_theta"]:
-            raise _refused(header, "rope.freq_base_swa", own["rope.freq_base_swa"])
+    local_theta = own.get("rope.freq_base_swa", parameters["rope_theta"])
+    if not nested and local_theta != parameters["rope_theta"]:
+        raise _refused(header, "rope.freq_base_swa", local_theta)
     if nested:
         local = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10000.0)}
         parts = {"sliding_attention": local, "full_attention": parameters}
@@ -372,8 +372,8 @@ def _llama3(header: GgufHeader, base: Array) -> dict[str, Any]:
         if high > 1 and length > 0 and np.allclose(_llama3_factors(base, found), given, 1e-4, 0):
             return found
     raise ModelError(
-        f"The tensor '{_FREQUENCIES}' of {header.path.name} scales rotary frequencies in a way that "
-        "is not Llama 3's; give the original Hugging Face folder."
+        f"The tensor '{_FREQUENCIES}' of {header.path.name} scales rotary frequencies in a way "
+        "that is not Llama 3's; give the original Hugging Face folder."
     )
 
 

@@ -87,7 +87,9 @@ def _rows() -> dict[str, PreTokenizer]:
         ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", PreTokenizer(_DEEPSEEK3)),
         (
             "deepseek-coder",
-            PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}")),
+            PreTokenizer((
+                r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}",
+            )),
         ),
         ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"))),
         ("bloom gpt3-finnish poro-chat", PreTokenizer((_BLOOM,))),
@@ -165,8 +167,8 @@ def check_tokenizer(header: GgufHeader) -> None:
         _pre_tokenizer(header)
     elif kind != "llama":
         raise ModelError(
-            f"{header.path.name} has a tokenizer of kind '{kind}', which is not supported (gpt2 and "
-            "llama are); give a folder that has its tokenizer.json with --tokenizer DIR."
+            f"{header.path.name} has a tokenizer of kind '{kind}', which is not supported (gpt2 "
+            "and llama are); give a folder that has its tokenizer.json with --tokenizer DIR."
         )
 
 
@@ -403,7 +405,8 @@ def _add_special(core: Any, vocabulary: _Vocabulary) -> None:
 
     name = str(vocabulary.keys.get("general.name", "")).lower()
     strips = "phi-3" in name or "phi3" in name
-    special, shown = [], []
+    special: list[AddedToken] = []
+    shown: list[AddedToken] = []
     for text, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=False):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             rstrip = strips and text not in ("<unk>", "<s>", "<|endoftext|>")

@@ -43,11 +43,15 @@ HARD_TEXTS = (
     "שלום עולם مرحبا بالعالم فارسی ۱۲۳ हिन्दी देवनागरी ไทยแลนด์ বাংলা தமிழ்",
     "e\u0301 n\u0303 a\u0308\u0323 \u0301 Z\u0351\u036b\u0343 \u1e9b\u0323 Å Å Å",
     "😀 👍🏽 👨\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 🇺🇳 ☃️ ✈ ©®™ →←↔ ∑∫√≠ ½⅓ Ⅷ ㊗",
-    "nbsp:\u00a0x\u00a0\u00a0y thin:\u2009z ideographic:\u3000w zwsp:\u200bv nel:\u0085u ls:\u2028t",
+    "nbsp:\u00a0x\u00a0\u00a0y thin:\u2009z ideographic:\u3000w zwsp:\u200bv nel:\u0085u",
+    "ls:\u2028t",
     "bom:\ufeffa soft\u00adhyphen rtl:\u202eabc\u202c nul:\x00b esc:\x1b[0m del:\x7f bell:\x07",
-    "\ufffd\ufffd \ue000 \U0001f9ff \U00010348 \U0010ffff", "$$$ ### !!! ??? ... ---- ==== ____ ''''",
-    "a\u2581b \u2581\u2581 <0x0A> Ġ Ċ", "<s> </s> <unk> <pad> <bos> <eos> [INST] <|endoftext|> <|im_start|>",
-    "x" * 300, "ab" * 100 + "12" * 100, "a" + " " * 70 + "b", "Donaudampfschifffahrtsgesellschaft" * 4,
+    "\ufffd\ufffd \ue000 \U0001f9ff \U00010348 \U0010ffff",
+    "$$$ ### !!! ??? ... ---- ==== ____ ''''",
+    "a\u2581b \u2581\u2581 <0x0A> Ġ Ċ",
+    "<s> </s> <unk> <pad> <bos> <eos> [INST] <|endoftext|> <|im_start|>",
+    "x" * 300, "ab" * 100 + "12" * 100, "a" + " " * 70 + "b",
+    "Donaudampfschifffahrtsgesellschaft" * 4,
 )  # fmt: skip
 
 

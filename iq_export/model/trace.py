@@ -25,7 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model.load import (
-    LoadedModel, ModelSource, fingerprint, load_model, materialize, readable,
+    LoadedModel,
+    ModelSource,
+    fingerprint,
+    load_model,
+    materialize,
+    readable,
 )  # fmt: skip
 from iq_export.model.verify import TOLERANCE, Parity, compare, original_logits
 from iq_export.progress import Progress
@@ -43,8 +48,8 @@ _FORMAT = 1
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
-    "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py", "load.py", "replicate.py",
-    "tidy.py", "tokenizer.py", "trace.py",
+    "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py", "load.py",
+    "replicate.py", "tidy.py", "tokenizer.py", "trace.py",
 )  # fmt: skip
 
 

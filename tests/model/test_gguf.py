@@ -20,6 +20,9 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+LLAMA32 = LLAMA3 | {
+    "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 Keys = Callable[[Any], None]
 
@@ -117,13 +120,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Keys, dict[str, np.ndarray]]] =
                   yarn_beta_fast=16.0), {}),
     "llama3": ("llama", "Llama", {"rope_parameters": LLAMA3}, rope_keys(),
                {"rope_freqs.weight": rope_freqs(LLAMA3)}),
-    "llama3, real sizes": (
-        "llama", "Llama",
-        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5, "factor": 32.0,
-                                      "original_max_position_embeddings": 8192}},
-        rope_keys(5e5),
-        {"rope_freqs.weight": rope_freqs(
-            LLAMA3 | {"rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192})}),
+    "llama3, real sizes": ("llama", "Llama", {"rope_parameters": LLAMA32}, rope_keys(5e5),
+                           {"rope_freqs.weight": rope_freqs(LLAMA32)}),
     "biases": ("llama", "Llama", {"rope_parameters": ROPE, "attention_bias": True,
                                   "mlp_bias": True}, rope_keys(), {}),
     "qwen2": ("qwen2", "Qwen2", {"rope_parameters": YARN},

@@ -1,6 +1,5 @@
 """The tokenizer of a GGUF file: its kind is honoured as llama.cpp does, or refused by name."""
 
-# ruff: noqa: RUF001 - letters of many scripts
 from __future__ import annotations
 
 from pathlib import Path
