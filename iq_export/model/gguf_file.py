@@ -112,6 +112,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
         position += 16 + 8 * rank
         found.append((name, tuple(reversed(shape)), kind, offset))
     alignment = keys.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise struct.error("no alignment")
     begin = -(-position // alignment) * alignment
     return GgufHeader(path, keys, {n: GgufTensor(s, k, begin + o) for n, s, k, o in found})
 
@@ -124,8 +126,8 @@ def _value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
         return struct.unpack_from(form, data, position)[0], position + struct.calcsize(form)
     kind, count = struct.unpack_from("<IQ", data, position)
     position += 12
-    if count > len(data):
-        raise struct.error("an array longer than the file")
+    if count > len(data) or kind == _ARRAY:
+        raise struct.error("an array longer than the file, or within another")
     if kind in _FORMATS:
         form = f"<{count}{_FORMATS[kind]}"
         return list(struct.unpack_from(form, data, position)), position + struct.calcsize(form)

@@ -178,12 +178,14 @@ def license_files(folder: Path) -> tuple[Path, ...]:
 def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        header = read_header(path)
-        check_kind(header)
-        if common["tokenizer"] is None:
-            check_tokenizer(header)
         note = _license_note(path.parent)
-        return ModelSource("gguf", path.stem, path, license_note=note, **common)
+        source = ModelSource("gguf", path.stem, path, license_note=note, **common)
+        with readable(source):
+            header = read_header(path)
+            check_kind(header)
+            if source.tokenizer is None:
+                check_tokenizer(header)
+        return source
     if suffix == ".onnx":
         if common["tokenizer"] is None:
             raise UsageError(

@@ -56,7 +56,8 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     keys(writer)
     if tokens:
         texts = byte_tokens()
@@ -79,7 +80,7 @@ def write_gguf(
             # llama.cpp keeps the two halves of a head's rows interleaved.
             values = values.reshape(-1, 2, HEAD // 2, *values.shape[1:]).swapaxes(1, 2)
             values = values.reshape(value.shape)
-        if architecture.startswith("gemma") and "norm" in name:
+        if architecture.startswith(("gemma", "nemotron")) and "norm.weight" in name:
             values = values + 1
         writer.add_tensor(short, np.ascontiguousarray(values))
     for name, values in tensors.items():

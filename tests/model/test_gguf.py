@@ -62,7 +62,7 @@ def make(name: str, **options: Any) -> Any:
     import transformers as hf
 
     sizes = SIZES | {"vocab_size": len(byte_tokens())} | options
-    if name != "Phi3":
+    if name not in ("Phi3", "StableLm", "Starcoder2"):
         sizes |= {"head_dim": HEAD}
     return random_model(
         getattr(hf, f"{name}Config" if "Gemma3" not in name else "Gemma3TextConfig")(**sizes)
@@ -100,6 +100,12 @@ def gemma_keys(writer: Any) -> None:
     writer.add_key_length(HEAD)
     writer.add_value_length(HEAD)
     writer.add_sliding_window(8)
+
+
+def partial_keys(writer: Any) -> None:
+    writer.add_rope_freq_base(3e4)
+    writer.add_rope_dimension_count(HEAD // 2)
+    writer.add_layer_norm_eps(1e-3)
 
 
 CASES: dict[str, tuple[str, str, dict[str, Any], Keys, dict[str, np.ndarray]]] = {
@@ -146,6 +152,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Keys, dict[str, np.ndarray]]] =
                both(gemma_keys, rope_keys(1e6, type="linear", factor=8.0),
                     lambda w: w.add_array("gemma3.attention.sliding_window_pattern",
                                           [True, False])), {}),
+    "stablelm": ("stablelm", "StableLm",
+                 {"layer_norm_eps": 1e-3, "use_parallel_residual": False, "use_qkv_bias": True,
+                  "rope_parameters": ROPE | {"rope_theta": 3e4, "partial_rotary_factor": 0.5}},
+                 both(partial_keys, lambda w: w.add_parallel_residual(False)), {}),
+    "nemotron": ("nemotron", "Nemotron",
+                 {"norm_eps": 1e-3, "rope_parameters": ROPE | {
+                     "rope_theta": 3e4, "partial_rotary_factor": 0.5}}, partial_keys, {}),
+    "starcoder2": ("starcoder2", "Starcoder2",
+                   {"norm_epsilon": 1e-3, "rope_parameters": ROPE | {"rope_theta": 3e4}},
+                   both(rope_keys(3e4), lambda w: w.add_layer_norm_eps(1e-3)), {}),
 }  # fmt: skip
 
 
