@@ -90,3 +90,22 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_vocabulary(path: Path, keys: dict[str, Any]) -> Path:
+    """Write a file of a tokenizer alone; `keys` stand below `tokenizer.ggml.`."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for add in (writer.add_context_length, writer.add_embedding_length, writer.add_head_count,
+                writer.add_feed_forward_length, writer.add_block_count):  # fmt: skip
+        add(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, value in keys.items():
+        put = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        put.get(type(value), writer.add_array)(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -62,6 +62,8 @@ def make(name: str, **options: Any) -> Any:
     import transformers as hf
 
     sizes = SIZES | {"vocab_size": len(byte_tokens())} | options
+    if name in ("StableLm", "Nemotron", "Starcoder2"):
+        del sizes["rms_norm_eps"]
     if name not in ("Phi3", "StableLm", "Starcoder2"):
         sizes |= {"head_dim": HEAD}
     return random_model(

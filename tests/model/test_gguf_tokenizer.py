@@ -10,10 +10,10 @@ import pytest
 from iq_export.errors import ModelError
 from iq_export.model.gguf_file import GgufHeader
 from iq_export.model.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, end_ids
-from iq_export.model.load import ModelSource
+from iq_export.model.load import ModelSource, resolve
 from iq_export.model.tokenizer import HARD_TEXTS, write_tokenizer
 from iq_export.run.generate import Tokenizer
-from tests.model.gguf_files import byte_tokens
+from tests.model.gguf_files import byte_tokens, write_vocabulary
 from tests.model.test_tokenizer import pieces  # noqa: F401 - a fixture
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -187,3 +187,24 @@ SMOLLM2 = {
     " lead": [1022],
     "trail ": [4861, 301, 216],
 }
+
+
+def test_a_folder_serves_a_kind_that_is_refused(tmp_path: Path) -> None:
+    """`--tokenizer DIR` with a GGUF file: of the same vocabulary, or refused."""
+    tokens = byte_tokens()
+    keys = {"model": "gpt2", "pre": "of-a-later-year", "tokens": tokens, "merges": ["t h"]}
+    path = write_vocabulary(tmp_path / "m.gguf", keys)
+    with pytest.raises(ModelError, match="--tokenizer DIR"):
+        resolve(str(path))
+    folder, assets = tmp_path / "folder", tmp_path / "assets"
+    folder.mkdir()
+    assets.mkdir()
+    build_tokenizer(header()).core.save(str(folder / "tokenizer.json"))
+    write_tokenizer(resolve(str(path), tokenizer=folder), assets)
+    same = (folder / "tokenizer.json").read_bytes()
+    assert (assets / "tokenizer.json").read_bytes() == same
+    tokens[10:20] = tokens[11:21]
+    tokens[20] = "<x4>"
+    build_tokenizer(header(tokens=tokens)).core.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"is not that of m\.gguf: token 10 is"):
+        write_tokenizer(resolve(str(path), tokenizer=folder), assets)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from iq_export.model.gguf_file import read_header
 from iq_export.model.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, end_ids
 from iq_export.model.tokenizer import HARD_TEXTS
+from tests.model.gguf_files import write_vocabulary
 from tests.model.test_tokenizer import pieces  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.heavy
@@ -58,24 +58,6 @@ def train_merges() -> tuple[list[str], list[str]]:
     state = json.loads(core.to_str())["model"]
     tokens = sorted(state["vocab"], key=state["vocab"].get)
     return tokens, [" ".join(merge) for merge in state["merges"]]
-
-
-def write_vocabulary(path: Path, keys: dict[str, Any]) -> Path:
-    import gguf
-
-    writer = gguf.GGUFWriter(str(path), "llama")
-    for add in (writer.add_context_length, writer.add_embedding_length, writer.add_head_count,
-                writer.add_feed_forward_length, writer.add_block_count):  # fmt: skip
-        add(8)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for name, value in keys.items():
-        put = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
-        put.get(type(value), writer.add_array)(f"tokenizer.ggml.{name}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def compare(path: Path) -> int:
