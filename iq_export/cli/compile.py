@@ -88,7 +88,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("source")
-    group.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer of an .onnx model")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="DIR",
+        help="folder of the tokenizer.json to use, needed for .onnx (default: the model's own)",
+    )  # fmt: skip
     group.add_argument(
         "--trust-remote-code", action="store_true",
         help="run the Python code that comes with a hub model",

@@ -89,7 +89,7 @@ _WIDE_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 
 
 def check_kind(header: GgufHeader) -> None:
-    """Raise ModelError if a file is no whole model."""
+    """Raise ModelError if a file is no whole model, or has a key that nothing here applies."""
     name, keys = header.path.name, header.keys
     kind = keys.get("general.type", "model")
     if kind != "model" or any(key.startswith("adapter.") for key in keys):
@@ -100,6 +100,9 @@ def check_kind(header: GgufHeader) -> None:
         raise ModelError(
             f"{name} is one of {parts} parts of a model: join them with llama-gguf-split --merge."
         )
+    for key, value in _own_keys(header).items():
+        if key not in _NAMES and not _is_known(key, value):
+            raise _refused(header, key, value)
 
 
 def apply_keys(header: GgufHeader, config: Any) -> None:
@@ -107,15 +110,10 @@ def apply_keys(header: GgufHeader, config: Any) -> None:
 
     Raises ModelError for a key that cannot be applied, by name.
     """
-    prefix = f"{header.architecture}."
-    own = {k.removeprefix(prefix): v for k, v in header.keys.items() if k.startswith(prefix)}
-    own = {key: _single(header, key, value) for key, value in own.items()}
+    own = _own_keys(header)
     for key, value in own.items():
-        if key in _HARMLESS or key in _ELSEWHERE or value in _NEUTRAL.get(key, ()):
-            continue
-        if key not in _NAMES:
-            raise _refused(header, key, value)
-        _set(header, config, key, value)
+        if not _is_known(key, value):
+            _set(header, config, key, value)
     if "attention.head_count_kv" not in own and hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = config.num_attention_heads
     if config.model_type == "falcon":
@@ -161,6 +159,18 @@ def check_loaded(header: GgufHeader, config: Any, model: Any) -> None:
                 f"The rotary embedding of {header.path.name} does not come out as its keys "
                 f"'{header.architecture}.rope.*' ask for; this file is not supported."
             )
+
+
+def _own_keys(header: GgufHeader) -> dict[str, Any]:
+    """The keys of the architecture's namespace, without it."""
+    prefix = f"{header.architecture}."
+    own = {k.removeprefix(prefix): v for k, v in header.keys.items() if k.startswith(prefix)}
+    return {key: _single(header, key, value) for key, value in own.items()}
+
+
+def _is_known(key: str, value: Any) -> bool:
+    """Whether a key changes nothing, or is seen to by a function of its own."""
+    return key in _HARMLESS or key in _ELSEWHERE or value in _NEUTRAL.get(key, ())
 
 
 def _single(header: GgufHeader, key: str, value: Any) -> Any:
@@ -279,9 +289,9 @@ def _rope(header: GgufHeader, config: Any, own: dict[str, Any], head_size: int) 
         factor = own.get("rope.scaling.attn_factor", 1.0)
         if factor not in (0.0, 1.0):
             raise _refused(header, "rope.scaling.attn_factor", factor)
-    if "rope.freq_base_swa" in own and not nested:
-        if own["rope.freq_base_swa"] != parameters["rope_theta"]:
-            raise _refused(header, "rope.freq_base_swa", own["rope.freq_base_swa"])
+    local_theta = own.get("rope.freq_base_swa", parameters["rope_theta"])
+    if not nested and local_theta != parameters["rope_theta"]:
+        raise _refused(header, "rope.freq_base_swa", local_theta)
     if nested:
         local = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10000.0)}
         parts = {"sliding_attention": local, "full_attention": parameters}
@@ -362,8 +372,8 @@ def _llama3(header: GgufHeader, base: Array) -> dict[str, Any]:
         if high > 1 and length > 0 and np.allclose(_llama3_factors(base, found), given, 1e-4, 0):
             return found
     raise ModelError(
-        f"The tensor '{_FREQUENCIES}' of {header.path.name} scales rotary frequencies in a way that "
-        "is not Llama 3's; give the original Hugging Face folder."
+        f"The tensor '{_FREQUENCIES}' of {header.path.name} scales rotary frequencies in a way "
+        "that is not Llama 3's; give the original Hugging Face folder."
     )
 
 
@@ -396,12 +406,9 @@ def _longrope(header: GgufHeader, config: Any, own: dict[str, Any]) -> dict[str,
 
 def _expected_rope(header: GgufHeader, config: Any) -> dict[str, tuple[Array, float]]:
     """Frequencies and magnitude as the file's keys give them, by the kind of layer."""
-    prefix = f"{header.architecture}."
-    own = {
-        k.removeprefix(prefix): v for k, v in header.keys.items() if k.startswith(f"{prefix}rope.")
-    }
+    own = _own_keys(header)
     heads = int(config.num_attention_heads)
-    size = header.keys.get(f"{prefix}attention.key_length", int(config.hidden_size) // heads)
+    size = own.get("attention.key_length", int(config.hidden_size) // heads)
     rotated = int(own.get("rope.dimension_count", size))
     exponents = np.arange(0, rotated, 2) / rotated
     theta = own.get("rope.freq_base", 10000.0)
@@ -417,9 +424,7 @@ def _expected_rope(header: GgufHeader, config: Any) -> dict[str, tuple[Array, fl
     elif kind == "linear":
         full = full / factor
     elif kind == "yarn":
-        trained = own.get(
-            "rope.scaling.original_context_length", header.keys.get(f"{prefix}context_length")
-        )
+        trained = own.get("rope.scaling.original_context_length", own.get("context_length"))
         borders = [
             rotated * math.log(trained / (own.get(f"rope.scaling.yarn_beta_{n}", usual) * math.tau))
             / (2 * math.log(theta))

@@ -74,8 +74,8 @@ class GgufHeader:
         return np.frombuffer(data, "<f4").reshape(tensor.shape)
 
 
-def check_magic(path: Path) -> None:
-    """Raise ModelError if a file is no GGUF file, or of a version that cannot be read."""
+def read_header(path: Path) -> GgufHeader:
+    """Read the header. Raises ModelError if it is none, or damaged."""
     with path.open("rb") as file:
         head = file.read(8)
     if len(head) < 8 or head[:4] != _MAGIC:
@@ -83,11 +83,6 @@ def check_magic(path: Path) -> None:
     version = struct.unpack("<I", head[4:])[0]
     if version not in _VERSIONS:
         raise ModelError(f"{path} is GGUF version {version}; versions 2 and 3 can be read.")
-
-
-def read_header(path: Path) -> GgufHeader:
-    """Read the header. Raises ModelError if it is none, or damaged."""
-    check_magic(path)
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -117,6 +112,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
         position += 16 + 8 * rank
         found.append((name, tuple(reversed(shape)), kind, offset))
     alignment = keys.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise struct.error("no alignment")
     begin = -(-position // alignment) * alignment
     return GgufHeader(path, keys, {n: GgufTensor(s, k, begin + o) for n, s, k, o in found})
 
@@ -129,8 +126,8 @@ def _value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
         return struct.unpack_from(form, data, position)[0], position + struct.calcsize(form)
     kind, count = struct.unpack_from("<IQ", data, position)
     position += 12
-    if count > len(data):
-        raise struct.error("an array longer than the file")
+    if count > len(data) or kind == _ARRAY:
+        raise struct.error("an array longer than the file, or within another")
     if kind in _FORMATS:
         form = f"<{count}{_FORMATS[kind]}"
         return list(struct.unpack_from(form, data, position)), position + struct.calcsize(form)

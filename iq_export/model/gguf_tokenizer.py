@@ -5,6 +5,7 @@ are, how each cuts text, which tokens are found in text before it is cut, and wh
 What is not in the tables below is refused by name.
 """
 
+# ruff: noqa: RUF001 - letters of many scripts
 from __future__ import annotations
 
 import heapq
@@ -86,7 +87,9 @@ def _rows() -> dict[str, PreTokenizer]:
         ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", PreTokenizer(_DEEPSEEK3)),
         (
             "deepseek-coder",
-            PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+            PreTokenizer((
+                r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}",
+            )),
         ),
         ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"))),
         ("bloom gpt3-finnish poro-chat", PreTokenizer((_BLOOM,))),
@@ -157,21 +160,28 @@ class GgufTokenizer:
     reference: Callable[[str], list[int]] | None = None
 
 
+def check_tokenizer(header: GgufHeader) -> None:
+    """Raise ModelError for a kind of tokenizer that is not known, without building it."""
+    kind = header.keys.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        _pre_tokenizer(header)
+    elif kind != "llama":
+        raise ModelError(
+            f"{header.path.name} has a tokenizer of kind '{kind}', which is not supported (gpt2 "
+            "and llama are); give a folder that has its tokenizer.json with --tokenizer DIR."
+        )
+
+
 def build_tokenizer(header: GgufHeader) -> GgufTokenizer:
     """Build the tokenizer. Raises ModelError for a kind that is not known, or a damaged one."""
+    check_tokenizer(header)
     vocabulary = _Vocabulary(header)
-    kind = header.keys.get("tokenizer.ggml.model")
     reference = None
-    if kind == "gpt2":
+    if vocabulary.is_byte_level:
         row = _pre_tokenizer(header)
         core, add_bos = _byte_level(vocabulary, row), row.add_bos
-    elif kind == "llama":
-        core, add_bos, reference = _sentencepiece(vocabulary), True, vocabulary.merged_by_score
     else:
-        raise ModelError(
-            f"{header.path.name} has a tokenizer of kind '{kind}', which is not supported (gpt2 and "
-            "llama are); give a folder that has its tokenizer.json with --tokenizer DIR."
-        )
+        core, add_bos, reference = _sentencepiece(vocabulary), True, vocabulary.merged_by_score
     _add_special(core, vocabulary)
     _add_borders(core, vocabulary, add_bos)
     return GgufTokenizer(core, _config(vocabulary), reference)
@@ -395,7 +405,8 @@ def _add_special(core: Any, vocabulary: _Vocabulary) -> None:
 
     name = str(vocabulary.keys.get("general.name", "")).lower()
     strips = "phi-3" in name or "phi3" in name
-    special, shown = [], []
+    special: list[AddedToken] = []
+    shown: list[AddedToken] = []
     for text, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=False):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             rstrip = strips and text not in ("<unk>", "<s>", "<|endoftext|>")

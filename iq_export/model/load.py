@@ -25,8 +25,8 @@ from iq_export.errors import ModelError, UsageError
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded
-from iq_export.model.gguf_file import check_magic, read_header
-from iq_export.model.gguf_tokenizer import end_ids
+from iq_export.model.gguf_file import read_header
+from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.support import check_config
 from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
@@ -173,7 +173,7 @@ def load_model(source: ModelSource) -> LoadedModel:
         options["gguf_file"] = source.path.name
     # Never a pickle (pytorch_model.bin): reading one can run code.
     weights = {} if gguf else {"use_safetensors": True}
-    with _quiet_transformers(), _readable(source):
+    with quiet_transformers(), readable(source):
         header = read_header(source.path) if gguf else None
         if header is not None:
             check_kind(header)
@@ -198,7 +198,8 @@ def load_model(source: ModelSource) -> LoadedModel:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights were expanded to fp32 while loading
     if header is not None:
-        check_loaded(header, config, model)
+        with readable(source):
+            check_loaded(header, config, model)
         model.generation_config.eos_token_id = list(end_ids(header)) or None
     model.eval().requires_grad_(False)
     return LoadedModel(model, license_files(folder), tuple(notes))
@@ -212,9 +213,14 @@ def license_files(folder: Path) -> tuple[Path, ...]:
 def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        check_magic(path)
         note = _license_note(path.parent)
-        return ModelSource("gguf", path.stem, path, license_note=note, **common)
+        source = ModelSource("gguf", path.stem, path, license_note=note, **common)
+        with readable(source):
+            header = read_header(path)
+            check_kind(header)
+            if source.tokenizer is None:
+                check_tokenizer(header)
+        return source
     if suffix == ".onnx":
         if common["tokenizer"] is None:
             raise UsageError(
@@ -359,7 +365,7 @@ def _license_note(folder: Path) -> str:
 
 
 @contextmanager
-def _readable(source: ModelSource) -> Iterator[None]:
+def readable(source: ModelSource) -> Iterator[None]:
     """Turn what transformers and its readers raise into one ModelError."""
     import safetensors
 
@@ -380,7 +386,7 @@ def _readable(source: ModelSource) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and warnings of transformers between our own lines of progress."""
     from transformers.utils import logging
 

@@ -6,6 +6,7 @@ no `tokenizer.json` is converted: a GGUF file from its own keys, an older folder
 Either way the ids of `HARD_TEXTS` are compared with the source's before anything else is done.
 """
 
+# ruff: noqa: RUF001 - letters of many scripts
 from __future__ import annotations
 
 import json
@@ -42,11 +43,15 @@ HARD_TEXTS = (
     "שלום עולם مرحبا بالعالم فارسی ۱۲۳ हिन्दी देवनागरी ไทยแลนด์ বাংলা தமிழ்",
     "e\u0301 n\u0303 a\u0308\u0323 \u0301 Z\u0351\u036b\u0343 \u1e9b\u0323 Å Å Å",
     "😀 👍🏽 👨\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 🇺🇳 ☃️ ✈ ©®™ →←↔ ∑∫√≠ ½⅓ Ⅷ ㊗",
-    "nbsp:\u00a0x\u00a0\u00a0y thin:\u2009z ideographic:\u3000w zwsp:\u200bv nel:\u0085u ls:\u2028t",
+    "nbsp:\u00a0x\u00a0\u00a0y thin:\u2009z ideographic:\u3000w zwsp:\u200bv nel:\u0085u",
+    "ls:\u2028t",
     "bom:\ufeffa soft\u00adhyphen rtl:\u202eabc\u202c nul:\x00b esc:\x1b[0m del:\x7f bell:\x07",
-    "\ufffd\ufffd \ue000 \U0001f9ff \U00010348 \U0010ffff", "$$$ ### !!! ??? ... ---- ==== ____ ''''",
-    "a\u2581b \u2581\u2581 <0x0A> Ġ Ċ", "<s> </s> <unk> <pad> <bos> <eos> [INST] <|endoftext|> <|im_start|>",
-    "x" * 300, "ab" * 100 + "12" * 100, "a" + " " * 70 + "b", "Donaudampfschifffahrtsgesellschaft" * 4,
+    "\ufffd\ufffd \ue000 \U0001f9ff \U00010348 \U0010ffff",
+    "$$$ ### !!! ??? ... ---- ==== ____ ''''",
+    "a\u2581b \u2581\u2581 <0x0A> Ġ Ċ",
+    "<s> </s> <unk> <pad> <bos> <eos> [INST] <|endoftext|> <|im_start|>",
+    "x" * 300, "ab" * 100 + "12" * 100, "a" + " " * 70 + "b",
+    "Donaudampfschifffahrtsgesellschaft" * 4,
 )  # fmt: skip
 
 
@@ -82,10 +87,13 @@ def _converted(folder: Path, source: ModelSource, assets: Path) -> list[str]:
     """Have transformers make a `tokenizer.json` of an older folder's files."""
     import transformers
 
-    made = transformers.AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=source.trust_remote_code
-    )
-    made.save_pretrained(assets)
+    from iq_export.model.load import quiet_transformers
+
+    with quiet_transformers():
+        made = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=source.trust_remote_code
+        )
+        made.save_pretrained(assets)
     if not (assets / "tokenizer.json").is_file():
         raise ModelError(
             f"The tokenizer of {source.name} has no fast version (tokenizer.json), which running "
@@ -152,7 +160,13 @@ def _keep_leading_spaces(assets: Path) -> bool:
 def _from_gguf(header: GgufHeader, assets: Path) -> list[str]:
     from iq_export.model.gguf_tokenizer import build_tokenizer
 
-    made = build_tokenizer(header)
+    try:
+        made = build_tokenizer(header)
+    except Exception as error:
+        # The Rust library raises bare Exception for everything that it cannot use.
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"The tokenizer in {header.path.name} is damaged: {error}.") from error
     made.core.save(str(assets / "tokenizer.json"))
     config = dict(made.config)
     template = config.get("chat_template")

@@ -26,7 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model.capture import settled_rotations
-from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
+from iq_export.model.load import (
+    LoadedModel,
+    ModelSource,
+    fingerprint,
+    load_model,
+    materialize,
+    readable,
+)
 from iq_export.model.verify import Parity, Reference, compare, refer
 from iq_export.model.weights_check import check_finite_graph
 from iq_export.progress import Progress
@@ -240,7 +247,8 @@ def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None
 def _write_tokenizer(source: ModelSource, assets: Path, progress: Progress) -> list[str]:
     from iq_export.model.tokenizer import write_tokenizer
 
-    notes = write_tokenizer(source, assets)
+    with readable(source):
+        notes = write_tokenizer(source, assets)
     for note in notes:
         progress.note(note)
     return notes

@@ -56,7 +56,8 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     keys(writer)
     if tokens:
         texts = byte_tokens()
@@ -79,11 +80,30 @@ def write_gguf(
             # llama.cpp keeps the two halves of a head's rows interleaved.
             values = values.reshape(-1, 2, HEAD // 2, *values.shape[1:]).swapaxes(1, 2)
             values = values.reshape(value.shape)
-        if architecture.startswith("gemma") and "norm" in name:
+        if architecture.startswith(("gemma", "nemotron")) and "norm.weight" in name:
             values = values + 1
         writer.add_tensor(short, np.ascontiguousarray(values))
     for name, values in tensors.items():
         writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_vocabulary(path: Path, keys: dict[str, Any]) -> Path:
+    """Write a file of a tokenizer alone; `keys` stand below `tokenizer.ggml.`."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for add in (writer.add_context_length, writer.add_embedding_length, writer.add_head_count,
+                writer.add_feed_forward_length, writer.add_block_count):  # fmt: skip
+        add(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, value in keys.items():
+        put = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        put.get(type(value), writer.add_array)(f"tokenizer.ggml.{name}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

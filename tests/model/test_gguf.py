@@ -20,6 +20,9 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+LLAMA32 = LLAMA3 | {
+    "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 Keys = Callable[[Any], None]
 
@@ -59,7 +62,9 @@ def make(name: str, **options: Any) -> Any:
     import transformers as hf
 
     sizes = SIZES | {"vocab_size": len(byte_tokens())} | options
-    if name != "Phi3":
+    if name in ("StableLm", "Nemotron", "Starcoder2"):
+        del sizes["rms_norm_eps"]
+    if name not in ("Phi3", "StableLm", "Starcoder2"):
         sizes |= {"head_dim": HEAD}
     return random_model(
         getattr(hf, f"{name}Config" if "Gemma3" not in name else "Gemma3TextConfig")(**sizes)
@@ -99,6 +104,12 @@ def gemma_keys(writer: Any) -> None:
     writer.add_sliding_window(8)
 
 
+def partial_keys(writer: Any) -> None:
+    writer.add_rope_freq_base(3e4)
+    writer.add_rope_dimension_count(HEAD // 2)
+    writer.add_layer_norm_eps(1e-3)
+
+
 CASES: dict[str, tuple[str, str, dict[str, Any], Keys, dict[str, np.ndarray]]] = {
     "plain": ("llama", "Llama", {"rope_parameters": ROPE}, rope_keys(), {}),
     "tied": ("llama", "Llama", {"rope_parameters": ROPE, "tie_word_embeddings": True},
@@ -117,13 +128,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Keys, dict[str, np.ndarray]]] =
                   yarn_beta_fast=16.0), {}),
     "llama3": ("llama", "Llama", {"rope_parameters": LLAMA3}, rope_keys(),
                {"rope_freqs.weight": rope_freqs(LLAMA3)}),
-    "llama3, real sizes": (
-        "llama", "Llama",
-        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5, "factor": 32.0,
-                                      "original_max_position_embeddings": 8192}},
-        rope_keys(5e5),
-        {"rope_freqs.weight": rope_freqs(
-            LLAMA3 | {"rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192})}),
+    "llama3, real sizes": ("llama", "Llama", {"rope_parameters": LLAMA32}, rope_keys(5e5),
+                           {"rope_freqs.weight": rope_freqs(LLAMA32)}),
     "biases": ("llama", "Llama", {"rope_parameters": ROPE, "attention_bias": True,
                                   "mlp_bias": True}, rope_keys(), {}),
     "qwen2": ("qwen2", "Qwen2", {"rope_parameters": YARN},
@@ -148,6 +154,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Keys, dict[str, np.ndarray]]] =
                both(gemma_keys, rope_keys(1e6, type="linear", factor=8.0),
                     lambda w: w.add_array("gemma3.attention.sliding_window_pattern",
                                           [True, False])), {}),
+    "stablelm": ("stablelm", "StableLm",
+                 {"layer_norm_eps": 1e-3, "use_parallel_residual": False, "use_qkv_bias": True,
+                  "rope_parameters": ROPE | {"rope_theta": 3e4, "partial_rotary_factor": 0.5}},
+                 both(partial_keys, lambda w: w.add_parallel_residual(False)), {}),
+    "nemotron": ("nemotron", "Nemotron",
+                 {"norm_eps": 1e-3, "rope_parameters": ROPE | {
+                     "rope_theta": 3e4, "partial_rotary_factor": 0.5}}, partial_keys, {}),
+    "starcoder2": ("starcoder2", "Starcoder2",
+                   {"norm_epsilon": 1e-3, "rope_parameters": ROPE | {"rope_theta": 3e4}},
+                   both(rope_keys(3e4), lambda w: w.add_layer_norm_eps(1e-3)), {}),
 }  # fmt: skip
 
 

@@ -10,10 +10,10 @@ import pytest
 from iq_export.errors import ModelError
 from iq_export.model.gguf_file import GgufHeader
 from iq_export.model.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, end_ids
-from iq_export.model.load import ModelSource
+from iq_export.model.load import ModelSource, resolve
 from iq_export.model.tokenizer import HARD_TEXTS, write_tokenizer
 from iq_export.run.generate import Tokenizer
-from tests.model.gguf_files import byte_tokens
+from tests.model.gguf_files import byte_tokens, write_vocabulary
 from tests.model.test_tokenizer import pieces  # noqa: F401 - a fixture
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -176,4 +176,35 @@ def test_smollm2(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.pad_id) == (1, 2)
 
 
-SMOLLM2 = {"a   1": [81, 333, 33]}
+SMOLLM2 = {
+    "a   1": [81, 333, 33],
+    "2023 a b": [34, 32, 34, 35, 253, 278],
+    "rows:  12  34\n    56": [5612, 42, 256, 33, 34, 256, 35, 36, 2367, 37, 38],
+    "don't  WE'LL": [12420, 982, 216, 26587, 23, 16421],
+    "x=3.14;\t\ty": [104, 45, 35, 30, 33, 36, 43, 197, 197, 105],
+    "你好 😀": [18645, 250, 48392, 138, 40303, 218],
+    "<|im_start|>user\nHi 1<|im_end|>\n": [1, 4093, 198, 26843, 216, 33, 2, 198],
+    " lead": [1022],
+    "trail ": [4861, 301, 216],
+}
+
+
+def test_a_folder_serves_a_kind_that_is_refused(tmp_path: Path) -> None:
+    """`--tokenizer DIR` with a GGUF file: of the same vocabulary, or refused."""
+    tokens = byte_tokens()
+    keys = {"model": "gpt2", "pre": "of-a-later-year", "tokens": tokens, "merges": ["t h"]}
+    path = write_vocabulary(tmp_path / "m.gguf", keys)
+    with pytest.raises(ModelError, match="--tokenizer DIR"):
+        resolve(str(path))
+    folder, assets = tmp_path / "folder", tmp_path / "assets"
+    folder.mkdir()
+    assets.mkdir()
+    build_tokenizer(header()).core.save(str(folder / "tokenizer.json"))
+    write_tokenizer(resolve(str(path), tokenizer=folder), assets)
+    same = (folder / "tokenizer.json").read_bytes()
+    assert (assets / "tokenizer.json").read_bytes() == same
+    tokens[10:20] = tokens[11:21]
+    tokens[20] = "<x4>"
+    build_tokenizer(header(tokens=tokens)).core.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"is not that of m\.gguf: token 10 is"):
+        write_tokenizer(resolve(str(path), tokenizer=folder), assets)

@@ -37,7 +37,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def test_kinds(folders: Getter, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<I", 3) + bytes(64))
+    tiny_gguf(tmp_path / "m.gguf")
     (tmp_path / "m.onnx").write_bytes(b"")
     assert resolve("smollm2-135m").kind == "gguf"
     assert "Apache-2.0" in resolve("smollm2-135m").license_note
@@ -212,6 +212,7 @@ def tiny_gguf(path: Path) -> Path:
     writer.add_head_count(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"w{i}" for i in range(96)])
     writer.add_token_types([1] * 96)
     writer.add_token_merges([])
@@ -238,6 +239,45 @@ def test_an_incomplete_gguf(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
         load_model(resolve(str(path)))
     one_sentence(error)
+
+
+def test_a_gguf_that_cannot_be_compiled_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    for found, other, message in (
+        (b"gpt-2", b"gpt-X", "cuts text the way 'gpt-X'"),
+        (b"llama.block_count", b"llama.block_cOunt", r"llama\.block_cOunt = 1"),
+    ):
+        path.write_bytes(data.replace(found, other))
+        with pytest.raises(ModelError, match=message) as error:
+            resolve(str(path))
+        one_sentence(error)
+
+
+def test_damaged_gguf_headers_give_sentences(tmp_path: Path) -> None:
+    import random
+
+    from iq_export.model.load import readable
+    from iq_export.model.tokenizer import write_tokenizer
+
+    whole = bytearray(tiny_gguf(tmp_path / "m.gguf").read_bytes())
+    choose = random.Random(1)
+    (tmp_path / "assets").mkdir()
+    failed = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(choose.randint(1, 4)):
+            data[choose.randrange(8, 1500)] = choose.choice(
+                (0, 1, 8, 9, 255, choose.randrange(256))
+            )
+        (tmp_path / "m.gguf").write_bytes(data)
+        try:
+            source = resolve(str(tmp_path / "m.gguf"))
+            with readable(source):
+                write_tokenizer(source, tmp_path / "assets")
+        except ModelError:
+            failed += 1
+    assert failed > 100
 
 
 def hub_failure(name: str) -> Exception:

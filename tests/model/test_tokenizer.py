@@ -195,11 +195,14 @@ def test_the_tokenizer_that_was_named_wins(tmp_path: Path) -> None:
 def test_ids_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder_of(KINDS["digits"](), tmp_path / "model")
     (tmp_path / "assets").mkdir()
-    other = KINDS["GPT-2"]()
-    monkeypatch.setattr(
-        module.shutil, "copyfile",
-        lambda a, b: other.save(str(b)) if b.name == "tokenizer.json" else b.write_bytes(a.read_bytes()),
-    )  # fmt: skip
+    other = tmp_path / "other.json"
+    KINDS["GPT-2"]().save(str(other))
+    real = module.shutil.copyfile
+
+    def copy(a: Path, b: Path) -> Any:
+        return real(other if a.name == "tokenizer.json" else a, b)
+
+    monkeypatch.setattr(module.shutil, "copyfile", copy)
     with pytest.raises(ModelError, match=r"'a   1' is .* there and .* here"):
         write_tokenizer(source, tmp_path / "assets")
 
@@ -208,6 +211,7 @@ def test_ids_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of BPE with bytes, as Llama 2's."""
     import pydoc_data.topics
+
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("pieces")
