@@ -190,8 +190,8 @@ def open_session(
     value of every op is rounded; the file is as it is, and float32 graphs are not touched.
 
     The CPU provider has no kernel for W8A8 with half parts: it dequantizes all weights in every
-    step (SmolLM2: 0.48 s of one core per token, 0.05 s without). With `unpack` it does so once, when
-    it loads (`unpacked_bytes` says what that takes); activations are quantized as before.
+    step (SmolLM2: 0.48 s of one core per token, 0.05 s without). With `unpack` it does so once,
+    when it loads (`unpacked_bytes` says what that takes); activations are quantized as before.
 
     Raises GraphError if the file cannot be loaded, EngineError if this ONNX Runtime lacks a
     provider (it would fall back to the CPU by itself).

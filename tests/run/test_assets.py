@@ -83,9 +83,7 @@ def test_chat_templates_of_every_type(value: Any, says: str | None, assets: Path
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"3", b"null", b"{", b"\xff", b"[" * 100_000])
-@pytest.mark.parametrize(
-    "name", ["tokenizer_config.json", "generation_config.json", "config.json"]
-)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "config.json"])
 def test_files_that_hold_no_object(name: str, content: bytes, assets: Path) -> None:
     (assets / name).write_bytes(content)
     with pytest.raises(ModelError, match=f"{name} is damaged"):
