@@ -13,9 +13,10 @@ from iq_export.calibrate.data import Window
 from iq_export.calibrate.taps import tapped_runs
 from iq_export.progress import Progress
 
-# Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. The model's
-# loss is 0.3-0.6 of the entropy of the token frequencies on such text, 1.06 on the same words in
-# random order.
+# Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. Single
+# letters and parts of a character are 2 % of prose and of code, 31 % of French, 81 % of Russian and
+# 98 % of Japanese. The model's loss is 0.3-0.6 of the entropy of the token frequencies on running
+# text, 1.06 on the same words in random order.
 _LEAST_DISTINCT = 0.02
 _MOST_COUNTED = 10_000
 _MOST_FRAGMENTS = 0.5

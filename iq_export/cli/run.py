@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
 
 
-# Of the unpacked weights, while they are made.
+# Of the unpacked weights, in half and in float32, while they are made.
 _COPIES = 2
 
 
@@ -141,17 +141,16 @@ def _unpack(model: Path, args: argparse.Namespace) -> bool:
     """Whether int8 weights are unpacked once; what is done, or why it is slow, is said."""
     from iq_export.run.ort import unpacked_bytes
 
-    size = unpacked_bytes(model) if args.device == "cpu" else 0
+    size = _COPIES * unpacked_bytes(model) if args.device == "cpu" else 0
     if size == 0:
         return False
-    fits = _COPIES * size < (memory_bytes() or math.inf)
-    what = f"{options.size(size)} of float32"
+    fits = size < (memory_bytes() or math.inf)
     options.progress(args).note(
         "note: ONNX Runtime on a CPU unpacks int8 weights in every step; "
         + (
-            f"they are unpacked once instead, to {what}"
+            f"they are unpacked once instead, which takes {options.size(size)} of memory"
             if fits
-            else f"hence it is slow; unpacked once, to {what}, they would not fit into memory"
+            else f"hence it is slow; unpacking them once would take {options.size(size)} of memory"
         )
     )
     return fits

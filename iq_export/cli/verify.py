@@ -91,7 +91,7 @@ def _ids(folder: Path, vocab_size: int) -> list[int]:
 
 def check_steps(model: Any) -> None:
     """A prefill of a few tokens and one decode step. Raises GraphError if a logit is not finite."""
-    ids = (np.arange(_TOKENS, dtype=np.int64) % model.vocab_size)[None]
+    ids = (np.arange(_TOKENS, dtype=np.int64) % model.embedding_rows)[None]
     positions = np.arange(_TOKENS, dtype=np.int64)[None]
     prefill = model.forward(ids, np.ones_like(ids), positions)
     mask = np.ones((1, _TOKENS + 1), np.int64)

@@ -216,7 +216,7 @@ def time_prefill(
 
 
 def _prefill_seconds(model: CausalLM, length: int) -> float:
-    ids = (np.arange(length, dtype=np.int64) % model.vocab_size)[None]
+    ids = (np.arange(length, dtype=np.int64) % model.embedding_rows)[None]
     positions = np.arange(length, dtype=np.int64)[None]
     begin = time.perf_counter()
     model.forward(ids, np.ones_like(ids), positions)

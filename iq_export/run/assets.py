@@ -105,12 +105,11 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         value = config.get(group)
         given.update(value if isinstance(value, dict) else {})
     given.update({key: value for key, value in config.items() if value is not None})
-    found = {}
+    found: dict[str, str] = {}
     for key, value in given.items():
         # A special token is written as a string or as an object with its `content`.
         text = value.get("content") if isinstance(value, dict) else value
-        whole = isinstance(text, str) and not _HALF_CHARACTER.search(text)
-        if whole and key.endswith("_token"):
+        if isinstance(text, str) and key.endswith("_token") and not _HALF_CHARACTER.search(text):
             found[key] = text
         elif key in _USUAL and value is not None:
             path = folder / "tokenizer_config.json"

@@ -200,8 +200,8 @@ def open_session(
     `weights` may name another folder for external data than that of `path`.
 
     The CPU provider has no kernel for W8A8 with half parts: it dequantizes all weights in every
-    step (SmolLM2: 0.48 s of one core per token, 0.05 s without). With `unpack` it does so once, when
-    it loads (`unpacked_bytes` says what that takes); activations are quantized as before.
+    step (SmolLM2: 0.48 s of one core per token, 0.05 s without). With `unpack` it does so once,
+    when it loads (`unpacked_bytes` says what that takes); activations are quantized as before.
 
     Raises GraphError if the file cannot be loaded, EngineError if this ONNX Runtime lacks a
     provider (it would fall back to the CPU by itself).

@@ -125,8 +125,11 @@ def test_numbers_that_mean_nothing(
         assert option in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("options", (("--seed", str(2**70)), ("--temperature", "1e-320"),
-                                     ("--temperature", "1e300"), ("--top-p", "1e-320")))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    (("--seed", str(2**70)), ("--temperature", "1e-320"), ("--temperature", "1e300"),
+     ("--top-p", "1e-320")),
+)  # fmt: skip
 def test_numbers_at_the_edge(
     options: tuple[str, ...], bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,8 +213,13 @@ def test_whatever_the_arguments(
     ("weights", "memory", "unpack", "says"),
     (
         (0, 10**9, False, None),
-        (4 * 10**8, 10**9, True, "they are unpacked once instead, to 400.0 MB of float32"),
-        (6 * 10**8, 10**9, False, "hence it is slow; unpacked once, to 600.0 MB of float32"),
+        (4 * 10**8, 10**9, True, "they are unpacked once instead, which takes 800.0 MB of memory"),
+        (
+            6 * 10**8,
+            10**9,
+            False,
+            "hence it is slow; unpacking them once would take 1.2 GB of memory",
+        ),
         (6 * 10**8, None, True, "unpacked once instead"),
     ),
 )

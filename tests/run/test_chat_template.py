@@ -154,7 +154,7 @@ DOUBLING = (
 def test_a_template_that_takes_all(
     template: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Time and memory have limits. (The child has its own limits, so it is told of shorter ones.)"""
+    """Time and memory have limits. (The child has its own: it is told of shorter ones.)"""
     begin = time.perf_counter()
     with monkeypatch.context() as patch, pytest.raises(ModelError, match=says) as caught:
         _shorter(patch)
