@@ -294,3 +294,26 @@ def test_a_target_that_fails_to_build_stops_no_other(
     streams = capsys.readouterr()
     assert "it does not like it" in streams.err and "rtx-ampere.plan" in streams.out
     assert sorted(Bundle.open(out).manifest.engines) == ["rtx-ada", "rtx-ampere"]
+
+
+@RTX
+def test_a_plugin_that_cannot_be_compiled_keeps_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--plugin on` is said to lack nvcc before the first step, and costs the engines at most."""
+    import importlib
+
+    from iq_export.engine import plugin
+    from iq_export.progress import Progress
+
+    monkeypatch.setattr(plugin, "find_nvcc", lambda: None)
+    module = importlib.import_module("iq_export.compile")
+    options = module.CompileOptions(
+        str(folder(tmp_path / "m")), tmp_path / "out", targets=("rtx-ampere",), plugin="on"
+    )
+    checked = module._check(options)
+    (note,) = checked.notes
+    assert note.startswith("with --plugin on there is no engine if the model has sinks: nvcc")
+    built = module._build(tmp_path, checked.options, checked, 1, Progress(quiet=True))
+    assert built.engines == {}
+    assert "nvcc was not found" in built.failures["rtx-ampere"]
