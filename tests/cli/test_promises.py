@@ -14,7 +14,7 @@ import pytest
 from iq_export.bundle.package import Bundle
 from iq_export.cli import main
 from iq_export.engine import trt
-from iq_export.errors import EngineError
+from iq_export.errors import EngineError, UsageError
 
 RTX = pytest.mark.skipif("tensorrt_rtx" not in trt.available(), reason="no TensorRT for RTX")
 SIZES: dict[str, Any] = {
@@ -317,3 +317,27 @@ def test_a_plugin_that_cannot_be_compiled_keeps_the_bundle(
     built = module._build(tmp_path, checked.options, checked, 1, Progress(quiet=True))
     assert built.engines == {}
     assert "nvcc was not found" in built.failures["rtx-ampere"]
+
+
+def test_a_limit_that_only_the_traced_model_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a GGUF file: defaults are shortened then, and what was asked for is refused."""
+    import importlib
+    from dataclasses import replace
+
+    from iq_export.model.limits import PositionLimit
+    from iq_export.progress import Progress
+
+    module = importlib.import_module("iq_export.compile")
+    options = module.CompileOptions(str(folder(tmp_path / "m")), tmp_path / "out")
+    known = module._check(options)
+    checked = replace(known, known=replace(known.known, limit=None))
+    limit, progress = PositionLimit(256, True, "so it is"), Progress(quiet=True)
+    assert module._with_limit(known, limit, progress) is known
+    settled = module._with_limit(checked, limit, progress)
+    assert (settled.options.length, settled.options.profile.seq.max) == (256, 128)
+    assert len(settled.notes) == len(known.notes) + 2
+    asked = replace(checked, asked=replace(options, length=300))
+    with pytest.raises(UsageError, match="--length 256 or less"):
+        module._with_limit(asked, limit, progress)
