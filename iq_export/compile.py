@@ -45,7 +45,7 @@ from iq_export.engine.targets import (
     resolve_target,
 )
 from iq_export.engine.trt import builder_gap, why_not_here
-from iq_export.errors import BundleError, EngineError, UsageError
+from iq_export.errors import BundleError, EngineError, ModelError, UsageError
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
@@ -341,7 +341,10 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> _Known:
 
     if source.kind == "onnx":
         assert source.path is not None and source.tokenizer is not None
-        header = read_header(source.path)
+        try:
+            header = read_header(source.path)
+        except EngineError as error:
+            raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
         form = AttentionForm(dtype, header.head_dim, header.softcap)
         return _Known(form, bundle_limit(source.tokenizer))
     found = configuration(source)

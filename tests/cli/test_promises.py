@@ -341,3 +341,21 @@ def test_a_limit_that_only_the_traced_model_tells(
     asked = replace(checked, asked=replace(options, length=300))
     with pytest.raises(UsageError, match="--length 256 or less"):
         module._with_limit(asked, limit, progress)
+
+
+def test_onnx_files(both: Both, tmp_path: Path) -> None:
+    """Broken ones are the model's fault; what their Attention asks for is read in the graph."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper
+
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"no protobuf")
+    tokenizer = ("--tokenizer", str(folder(tmp_path / "t", n_positions=256)))
+    code, error = both.refused(model, *tokenizer)
+    assert (code, "not an ONNX file" in error) == (3, True), error
+    shape = ["batch", 1, "past", 20]
+    info = helper.make_tensor_value_info("past_key_values.0.key", 1, shape)
+    node = helper.make_node("Attention", [info.name] * 3, ["y"], softcap=50.0)
+    graph = helper.make_graph([node], "g", [info], [helper.make_tensor_value_info("y", 1, shape)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), model)
+    assert any("softcap" in note for note in both.plan(model, *tokenizer)["notes"])
