@@ -35,7 +35,13 @@ from iq_export.calibrate.data import (
 )
 from iq_export.engine.build import build_engine
 from iq_export.engine.onnx_header import read_header
-from iq_export.engine.plugin import MODES, provide_plugin
+from iq_export.engine.plugin import (
+    MODES,
+    PluginBuild,
+    find_headers,
+    provide_plugin,
+    why_no_plugin,
+)
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import (
     AttentionForm,
@@ -46,7 +52,7 @@ from iq_export.engine.targets import (
     resolve_target,
 )
 from iq_export.engine.trt import builder_gap, why_not_here
-from iq_export.errors import BundleError, EngineError, UsageError
+from iq_export.errors import BundleError, EngineError, ModelError, UsageError
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
@@ -303,8 +309,16 @@ def _check(options: CompileOptions) -> _Checked:
         weight_bytes=size,
         calibration_sha256=text_sha256(text),
         gaps=gaps,
-        notes=[*known.notes, *gaps.values(), *remarks],
+        notes=[*known.notes, *gaps.values(), *remarks, *_plugin_note(options, targets)],
     )
+
+
+def _plugin_note(options: CompileOptions, targets: Sequence[Target]) -> list[str]:
+    """What `--plugin on` lacks; whether there are sinks to need it shows only later."""
+    here = any(why_not_here(target) is None for target in targets)
+    reason = why_no_plugin(find_headers()) if options.plugin == "on" and here else ""
+    said = reason.removeprefix("no plugin: ")
+    return [f"with --plugin on there is no engine if the model has sinks: {said}"] if said else []
 
 
 def _within(
@@ -338,7 +352,10 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> _Known:
 
     if source.kind == "onnx":
         assert source.path is not None and source.tokenizer is not None
-        header = read_header(source.path)
+        try:
+            header = read_header(source.path)
+        except EngineError as error:
+            raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
         form = AttentionForm(dtype, header.head_dim, header.softcap)
         return _Known(form, bundle_limit(source.tokenizer))
     found = configuration(source)
@@ -532,12 +549,18 @@ def _build(
         return built
     with progress.step("Build engines"):
         architectures = sorted({sm for t in buildable for sm in t.compute_capabilities})
-        plugin = provide_plugin(options.plugin, folder / "plugins", architectures, sinks)
+        plugin: PluginBuild | EngineError
+        try:
+            plugin = provide_plugin(options.plugin, folder / "plugins", architectures, sinks)
+        except EngineError as error:  # --plugin on, and it cannot be compiled
+            plugin = error
         for target in buildable:
-            chosen = plugin.covering(target.compute_capabilities)
-            if chosen.path is None and options.plugin == "auto" and sinks:
-                built.notes.append(f"{target.name}: {chosen.reason}")
             try:
+                if isinstance(plugin, EngineError):
+                    raise plugin
+                chosen = plugin.covering(target.compute_capabilities)
+                if chosen.path is None and options.plugin == "auto" and sinks:
+                    built.notes.append(f"{target.name}: {chosen.reason}")
                 report = build_engine(
                     folder / "model.onnx", folder / "engines" / f"{target.name}.plan", target,
                     options.profile, plugin=chosen.path, form_reason=chosen.reason,

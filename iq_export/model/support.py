@@ -60,7 +60,7 @@ _TYPES: dict[str, _Kind] = {
         _Kind(_ENCODER),
     ),
     **dict.fromkeys(("codegen", "cohere", "cohere2", "gptj", "phi"), _Kind(_PARALLEL)),
-    **dict.fromkeys(("exaone4", "olmo2", "olmo3"), _Kind(_POST_NORM)),
+    **dict.fromkeys(("exaone4", "olmo2", "olmo3", "openai-gpt"), _Kind(_POST_NORM)),
     **dict.fromkeys(("gpt2", "gpt-sw3", "opt"), _Kind(_RESHAPED)),
     **dict.fromkeys(("cpmant", "gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
     **dict.fromkeys(("doge", "helium", "moshi"), _Kind(_UNRECOGNISED)),

@@ -14,7 +14,7 @@ import pytest
 from iq_export.bundle.package import Bundle
 from iq_export.cli import main
 from iq_export.engine import trt
-from iq_export.errors import EngineError
+from iq_export.errors import EngineError, UsageError
 
 RTX = pytest.mark.skipif("tensorrt_rtx" not in trt.available(), reason="no TensorRT for RTX")
 SIZES: dict[str, Any] = {
@@ -294,3 +294,68 @@ def test_a_target_that_fails_to_build_stops_no_other(
     streams = capsys.readouterr()
     assert "it does not like it" in streams.err and "rtx-ampere.plan" in streams.out
     assert sorted(Bundle.open(out).manifest.engines) == ["rtx-ada", "rtx-ampere"]
+
+
+@RTX
+def test_a_plugin_that_cannot_be_compiled_keeps_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--plugin on` is said to lack nvcc before the first step, and costs the engines at most."""
+    import importlib
+
+    from iq_export.engine import plugin
+    from iq_export.progress import Progress
+
+    monkeypatch.setattr(plugin, "find_nvcc", lambda: None)
+    module = importlib.import_module("iq_export.compile")
+    options = module.CompileOptions(
+        str(folder(tmp_path / "m")), tmp_path / "out", targets=("rtx-ampere",), plugin="on"
+    )
+    checked = module._check(options)
+    (note,) = checked.notes
+    assert note.startswith("with --plugin on there is no engine if the model has sinks: nvcc")
+    built = module._build(tmp_path, checked.options, checked, 1, Progress(quiet=True))
+    assert built.engines == {}
+    assert "nvcc was not found" in built.failures["rtx-ampere"]
+
+
+def test_a_limit_that_only_the_traced_model_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a GGUF file: defaults are shortened then, and what was asked for is refused."""
+    import importlib
+    from dataclasses import replace
+
+    from iq_export.model.limits import PositionLimit
+    from iq_export.progress import Progress
+
+    module = importlib.import_module("iq_export.compile")
+    options = module.CompileOptions(str(folder(tmp_path / "m")), tmp_path / "out")
+    known = module._check(options)
+    checked = replace(known, known=replace(known.known, limit=None))
+    limit, progress = PositionLimit(256, True, "so it is"), Progress(quiet=True)
+    assert module._with_limit(known, limit, progress) is known
+    settled = module._with_limit(checked, limit, progress)
+    assert (settled.options.length, settled.options.profile.seq.max) == (256, 128)
+    assert len(settled.notes) == len(known.notes) + 2
+    asked = replace(checked, asked=replace(options, length=300))
+    with pytest.raises(UsageError, match="--length 256 or less"):
+        module._with_limit(asked, limit, progress)
+
+
+def test_onnx_files(both: Both, tmp_path: Path) -> None:
+    """Broken ones are the model's fault; what their Attention asks for is read in the graph."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper
+
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"no protobuf")
+    tokenizer = ("--tokenizer", str(folder(tmp_path / "t", n_positions=256)))
+    code, error = both.refused(model, *tokenizer)
+    assert (code, "not an ONNX file" in error) == (3, True), error
+    shape = ["batch", 1, "past", 20]
+    info = helper.make_tensor_value_info("past_key_values.0.key", 1, shape)
+    node = helper.make_node("Attention", [info.name] * 3, ["y"], softcap=50.0)
+    graph = helper.make_graph([node], "g", [info], [helper.make_tensor_value_info("y", 1, shape)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), model)
+    assert any("softcap" in note for note in both.plan(model, *tokenizer)["notes"])
