@@ -2,7 +2,7 @@
 
 Checked after every trace; it is what allows the trace to take short cuts. The graph's logits are
 compared, token by token, with the model's in float64, and the measure is the model's own float32
-noise: how far equally right float32 evaluations of it (transformers' own, and two that round
+noise: how far equally right float32 evaluations of it (transformers' own, and four that round
 otherwise) are from float64 at that token. Some tokens stand on a cliff, where rounding alone moves
 logits by a thousandth of their range, and any fixed bound is too narrow there and too wide at all
 others.
@@ -34,7 +34,7 @@ _LENGTHS = (40, 36, 29, 17)
 _JUMP, _STEPS = 24, 8  # tokens of the row whose positions jump, and of the steps on a long cache
 _REFERENCE_BYTES = 256 << 20
 _SEED = 20
-_JITTERS = (21, 22)
+_JITTERS = (21, 22, 23, 24)
 # Two units in the last place of the largest logit: differences below are none.
 _FLOOR = 2.0**-22
 _TEXTS = (
@@ -112,7 +112,7 @@ class Parity:
 def refer(model: Any, tokenizer: Any = None) -> Reference:
     """Compute what a transformers causal LM says to the rows, in float64 and in float32.
 
-    `tokenizer` is the model's; without one the rows of text are random tokens as well. Takes four
+    `tokenizer` is the model's; without one the rows of text are random tokens as well. Takes six
     short passes; no more than one weight is in float64 at a time. Raises ModelError if the model's
     own logits are not finite.
     """

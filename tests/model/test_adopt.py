@@ -89,3 +89,17 @@ def test_other_opset_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = resolve(str(tmp_path / "old.onnx"), tokenizer=tokenizer_folder)
     with pytest.raises(GraphError, match="has opset 21; only opset 23"):
         trace(source, tmp_path / "traced")
+
+
+def test_a_cache_inside_of_attention_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Its keys and values of past and present never stand in the graph, where passes look."""
+    model = planted.proto(DECODER)
+    node = next(node for node in model.graph.node if node.op_type == "Attention")
+    node.input.extend([""] * (4 - len(node.input)))
+    node.input.extend(["past_key_values.0.key", "past_key_values.0.value"])
+    onnx.save(model, tmp_path / "inside.onnx")
+    source = resolve(str(tmp_path / "inside.onnx"), tokenizer=tokenizer_folder)
+    with pytest.raises(
+        GraphError, match=rf"'{node.name}' \(Attention\).*takes the KV cache itself"
+    ):
+        trace(source, tmp_path / "traced")
