@@ -15,6 +15,7 @@ keys and values, so that a window of thousands of tokens costs no pass over thou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -289,14 +290,14 @@ def _is_plain(row: Row) -> bool:
 
 
 def _graph_logits(graph: Any, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-    """Logits of all rows; the plain ones as one left-padded batch: two chunks, then single steps."""
+    """Logits of all rows; the plain ones as a left-padded batch: two chunks, then single steps."""
     from iq_export.run.ort import left_pad
 
     plain = [row for row in rows if _is_plain(row)]
     ids, mask, positions = left_pad([row.ids.tolist() for row in plain], 0)
     longest, past, parts = ids.shape[1], None, []
     bounds = sorted({0, longest // 2, longest - 2, longest - 1, longest})
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         step = graph.forward(ids[:, start:end], mask[:, :end], positions[:, start:end], past)
         parts.append(step.logits)
         past = step.present
