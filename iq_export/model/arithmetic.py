@@ -17,11 +17,11 @@ from typing import Any
 _SLICE = 1 << 24
 _HALF_ULP = 2.0**-24
 # What rounds its result. Moves, lookups and comparisons do not.
-_ROUNDS = frozenset(
-    "add addmm baddbmm bmm cos div einsum exp gelu layer_norm linear log matmul mean mul norm pow "
-    "reciprocal rms_norm rsqrt sigmoid silu sin softmax softplus sqrt square sub sum tanh truediv "
-    "var".split()
-)
+_ROUNDS = frozenset({
+    "add", "addmm", "baddbmm", "bmm", "cos", "div", "einsum", "exp", "gelu", "layer_norm", "linear",
+    "log", "matmul", "mean", "mul", "norm", "pow", "reciprocal", "rms_norm", "rsqrt", "sigmoid",
+    "silu", "sin", "softmax", "softplus", "sqrt", "square", "sub", "sum", "tanh", "truediv", "var",
+})  # fmt: skip
 
 
 @contextmanager

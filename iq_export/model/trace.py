@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model.capture import settled_rotations
+from iq_export.model.export import quiet
 from iq_export.model.load import (
     LoadedModel,
     ModelSource,
@@ -185,11 +186,11 @@ def _trace_torch(
         progress.note(note)
     reference, problem = None, ""
     for short_cut in (True, False):
-        with progress.step("trace to ONNX"), settled_rotations(loaded.model):
+        with progress.step("trace to ONNX"), quiet(), settled_rotations(loaded.model):
             layers = _export(loaded.model, folder, opset, short_cut)
         if layers is None:
             continue
-        with progress.step("compare with the model"):
+        with progress.step("compare with the model"), quiet():
             reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
             parity, problem = _compared(folder / MODEL_FILE, reference)
         if parity is not None:
@@ -358,6 +359,13 @@ def _check_types(model: ir.Model, path: Path) -> None:
             f"{path} has opset {opset}; only opset {OPSET} is supported, whose single Attention "
             "and RMSNormalization ops are recognised. Export it again with opset_version=23."
         )
+    for node in model.graph:
+        if node.op_type == "Attention" and any(node.inputs[4:6]):
+            raise GraphError(
+                f"Node '{node.name}' (Attention) of {path} takes the KV cache itself (past_key, "
+                "past_value); export the model with the cache joined to keys and values by a "
+                "Concat in front of it."
+            )
     for value in model.graph.inputs:
         if value.dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
             raise GraphError(

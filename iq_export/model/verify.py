@@ -2,7 +2,7 @@
 
 Checked after every trace; it is what allows the trace to take short cuts. The graph's logits are
 compared, token by token, with the model's in float64, and the measure is the model's own float32
-noise: how far equally right float32 evaluations of it (transformers' own, and two that round
+noise: how far equally right float32 evaluations of it (transformers' own, and four that round
 otherwise) are from float64 at that token. Some tokens stand on a cliff, where rounding alone moves
 logits by a thousandth of their range, and any fixed bound is too narrow there and too wide at all
 others.
@@ -15,6 +15,7 @@ keys and values, so that a window of thousands of tokens costs no pass over thou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ _LENGTHS = (40, 36, 29, 17)
 _JUMP, _STEPS = 24, 8  # tokens of the row whose positions jump, and of the steps on a long cache
 _REFERENCE_BYTES = 256 << 20
 _SEED = 20
-_JITTERS = (21, 22)
+_JITTERS = (21, 22, 23, 24)
 # Two units in the last place of the largest logit: differences below are none.
 _FLOOR = 2.0**-22
 _TEXTS = (
@@ -112,7 +113,7 @@ class Parity:
 def refer(model: Any, tokenizer: Any = None) -> Reference:
     """Compute what a transformers causal LM says to the rows, in float64 and in float32.
 
-    `tokenizer` is a `run.generate.Tokenizer`; without one the rows of text are random tokens. Takes four
+    `tokenizer` is a `run.generate.Tokenizer`; without one rows of text are random tokens. Takes six
     short passes; no more than one weight is in float64 at a time. Raises ModelError if the model's
     own logits are not finite.
     """
@@ -289,14 +290,14 @@ def _is_plain(row: Row) -> bool:
 
 
 def _graph_logits(graph: Any, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-    """Logits of all rows; the plain ones as one left-padded batch: two chunks, then single steps."""
+    """Logits of all rows; the plain ones as a left-padded batch: two chunks, then single steps."""
     from iq_export.run.ort import left_pad
 
     plain = [row for row in rows if _is_plain(row)]
     ids, mask, positions = left_pad([row.ids.tolist() for row in plain], 0)
     longest, past, parts = ids.shape[1], None, []
     bounds = sorted({0, longest // 2, longest - 2, longest - 1, longest})
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         step = graph.forward(ids[:, start:end], mask[:, :end], positions[:, start:end], past)
         parts.append(step.logits)
         past = step.present

@@ -85,9 +85,7 @@ def _convert_node(
             wide.add(output)
 
 
-def _is_wide(
-    node: ir.Node, output: ir.Value, floats: list[ir.Value], wide: set[ir.Value]
-) -> bool:
+def _is_wide(node: ir.Node, output: ir.Value, floats: list[ir.Value], wide: set[ir.Value]) -> bool:
     """A float of wide values; or of constants alone, like one of two rotations, chosen."""
     computed = [value for value in floats if not value.is_initializer()]
     if computed:

@@ -174,10 +174,13 @@ def damage_json(rng: random.Random, text: str) -> bytes:
     if rng.random() < 0.15:
         return rng.choice(
             (b"", b"{", b"[]", b"null", b"5", b'"x"', b"[" * 100_000, b'{"a":' * 50_000, b"\xff",
-             text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode(), text.encode()[:-2],
-             text.encode() + b"x", b"9" * 5000, b"NaN", b"\0" * 64)
+             text.encode("utf-16", "replace"), b"\xef\xbb\xbf" + text.encode("utf-8", "replace"),
+             text.encode("utf-8", "replace")[:-2], text.encode("utf-8", "replace") + b"x", b"9" * 5000, b"NaN", b"\0" * 64)
         )  # fmt: skip
-    document = json.loads(text)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):  # damaged already
+        return damage_bytes(rng, text.encode("utf-8", "surrogateescape"))
     for _ in range(rng.randint(1, 3)):
         _change(rng, document)
     return json.dumps(document).encode("utf-8", "surrogatepass")
@@ -246,10 +249,10 @@ def damage_gguf(rng: random.Random, content: bytes) -> bytes:
 
 def damage_safetensors(rng: random.Random, content: bytes) -> bytes:
     """The header changed as JSON, with the right or a wrong length in front; or bytes."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 or len(content) < 16:
         return damage_bytes(rng, content)
     length = struct.unpack("<Q", content[:8])[0]
-    header = damage_json(rng, content[8 : 8 + length].decode())
+    header = damage_json(rng, content[8 : 8 + length].decode("utf-8", "surrogateescape"))
     said = len(header) if rng.random() < 0.8 else rng.choice((0, 1, 2**40, 2**63, 2**64 - 1))
     return struct.pack("<Q", said) + header + content[8 + length :]
 
@@ -332,12 +335,10 @@ def damage_file(rng: random.Random, path: Path) -> None:
         template = rng.choice(TEMPLATES)
         if path.name.endswith(".json"):
             (path.parent / "chat_template.jinja").unlink(missing_ok=True)
-            config = json.loads(content)
-            config["chat_template"] = template
-            template = json.dumps(config)
+            template = json.dumps({"bos_token": "<s>", "chat_template": template})
         path.write_text(template, encoding="utf-8")
     elif path.suffix == ".json":
-        path.write_bytes(damage_json(rng, content.decode()))
+        path.write_bytes(damage_json(rng, content.decode("utf-8", "surrogateescape")))
     else:
         path.write_bytes((_DAMAGE.get(path.suffix) or damage_bytes)(rng, content))
 

@@ -22,12 +22,12 @@ Mutation = Callable[[ir.Graph], bool]
 def mutations(window: int | None) -> Iterator[tuple[str, Mutation]]:
     """Name and function, which changes a graph in place or says that it has no such place."""
     for size in SCALES:
-        yield f"weight x {1 + size:g}", lambda g, s=size: _scale(_linears(g)[1], 1 + s)
-        yield f"norm x {1 + size:g}", lambda g, s=size: _scale(_norms(g)[0], 1 + s)
-        yield f"attention scale x {1 + size:g}", lambda g, s=size: _attention_scale(g, 1 + s)
-        yield f"frequencies x {1 + size:g}", lambda g, s=size: _scale(_frequencies(g), 1 + s)
-        yield f"scalar x {1 + size:g}", lambda g, s=size: _scale(_scalar(g), 1 + s)
-        yield f"bias x {1 + size:g}", lambda g, s=size: _scale(_bias(g), 1 + s)
+        yield f"weight x (1 + {size:g})", lambda g, s=size: _scale(_linears(g)[1], 1 + s)
+        yield f"norm x (1 + {size:g})", lambda g, s=size: _scale(_norms(g)[0], 1 + s)
+        yield f"attention scale x (1 + {size:g})", lambda g, s=size: _attention_scale(g, 1 + s)
+        yield f"frequencies x (1 + {size:g})", lambda g, s=size: _scale(_frequencies(g), 1 + s)
+        yield f"scalar x (1 + {size:g})", lambda g, s=size: _scale(_scalar(g), 1 + s)
+        yield f"bias x (1 + {size:g})", lambda g, s=size: _scale(_bias(g), 1 + s)
     yield "bias dropped", lambda g: _scale(_bias(g), 0)
     yield "frequencies by half", lambda g: _scale(_frequencies(g), 0.5)
     yield "lowest frequency x 1.01", lambda g: _edit(_frequencies(g), _lowest)

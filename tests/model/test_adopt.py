@@ -129,3 +129,17 @@ def test_shapes_that_contradict_each_other_are_a_note(
     assert "Traceback" not in printed
     (note,) = [note for note in traced.notes if "Inference" in note]
     assert f"warning: {note}" in printed
+
+
+def test_a_cache_inside_of_attention_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Its keys and values of past and present never stand in the graph, where passes look."""
+    model = planted.proto(DECODER)
+    node = next(node for node in model.graph.node if node.op_type == "Attention")
+    node.input.extend([""] * (4 - len(node.input)))
+    node.input.extend(["past_key_values.0.key", "past_key_values.0.value"])
+    onnx.save(model, tmp_path / "inside.onnx")
+    source = resolve(str(tmp_path / "inside.onnx"), tokenizer=tokenizer_folder)
+    with pytest.raises(
+        GraphError, match=rf"'{node.name}' \(Attention\).*takes the KV cache itself"
+    ):
+        trace(source, tmp_path / "traced")
