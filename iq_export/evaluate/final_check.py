@@ -108,7 +108,7 @@ def final_check(
         windows=len(short),
         tokens=agree.size,
         top1=float(agree.mean()),
-        kl=float(np.concatenate(kl).mean()),
+        kl=max(0.0, float(np.concatenate(kl).mean())),  # float32 may round below zero
         kl_no_context=_without_context(logs),
         tensors=tensors,
     )
