@@ -18,34 +18,34 @@ import onnx_ir as ir
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.taps import tapped_runs
 from iq_export.graph import io
-from iq_export.passes.scale_query import attention_scale, head_counts
+from iq_export.passes.scale_query import attention_scale, query_heads
 from iq_export.progress import Progress
 
 
 @dataclass(frozen=True)
 class Attended:
-    """An `Attention` node with the names of its query and key and its head counts."""
+    """An `Attention` node with the names of its query and key."""
 
     node: str
     query: str
     key: str
     heads: int
-    kv_heads: int
+    head_dim: int
     scale: float
 
 
 def attentions(model: ir.Model) -> list[Attended]:
-    """Every `Attention` node whose head counts are fixed, in graph order."""
+    """Every `Attention` node whose query has a known number of heads, in graph order."""
     found = []
     for node in model.graph:
         if node.op_type == "Attention":
             try:
-                heads, kv_heads, _ = head_counts(node)
+                heads, head_dim = query_heads(node)
             except ValueError:
                 continue
             query, key = (str(value.name) for value in node.inputs[:2] if value is not None)
             found.append(
-                Attended(str(node.name), query, key, heads, kv_heads, attention_scale(node))
+                Attended(str(node.name), query, key, heads, head_dim, attention_scale(node))
             )
     return found
 
@@ -74,8 +74,8 @@ def product_peaks(
 
 def product_peak(site: Attended, values: Mapping[str, np.ndarray], limit: float) -> float:
     """As `product_peaks`, for one window; `values[name]` is `[seq, heads * head_dim]`."""
-    query = _by_head(values[site.query], site.heads)
-    key = np.repeat(_by_head(values[site.key], site.kv_heads), site.heads // site.kv_heads, axis=0)
+    query, key = (_by_head(values[name], site.head_dim) for name in (site.query, site.key))
+    key = np.repeat(key, site.heads // key.shape[0], axis=0)
     longest = (np.linalg.norm(x, axis=2).max(axis=1, initial=0) for x in (query, key))
     bound = float(np.prod(list(longest), axis=0).max())
     if not bound >= limit:  # NaN as well
@@ -83,7 +83,7 @@ def product_peak(site: Attended, values: Mapping[str, np.ndarray], limit: float)
     return max(float(np.abs(q @ k.T).max(initial=0)) for q, k in zip(query, key, strict=True))
 
 
-def _by_head(rows: np.ndarray, heads: int) -> np.ndarray:
+def _by_head(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """`[seq, heads * head_dim]` as float32 `[heads, seq, head_dim]`."""
-    split = rows.reshape(rows.shape[0], heads, -1)
+    split = rows.reshape(rows.shape[0], -1, head_dim)
     return split.transpose(1, 0, 2).astype(np.float32, copy=False)

@@ -54,14 +54,15 @@ def run(args: argparse.Namespace) -> int:
         "finite_tensors": tensors,
         "seconds": time.perf_counter() - begin,
     }
+    rounded = "" if bundle.manifest.dtype == "fp32" else ", rounded to half as hardware does"
     if args.json:
         options.print_json(report)
     else:
         options.say(
             f"{bundle.folder}: {len(files)} files ({options.size(size)}) as recorded; "
-            "model.onnx loads in ONNX Runtime, prefill and decode give finite logits, and so are "
-            f"{tensors} tensors (in front of quantizers, in attention, in the residual stream), "
-            f"rounded to half as hardware does, on {_TEXT_TOKENS} tokens of text"
+            "model.onnx loads in ONNX Runtime, prefill and decode give finite logits; on "
+            f"{_TEXT_TOKENS} tokens of text {tensors} tensors are finite too, in front of "
+            f"quantizers, in attention and in the residual stream{rounded}"
         )
     return 0
 

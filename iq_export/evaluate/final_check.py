@@ -21,9 +21,10 @@ from iq_export.calibrate.divergence import log_softmax
 from iq_export.calibrate.taps import tapped_runs, tapped_session, window_feeds
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.graph.sites import Sites
+from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.progress import Progress
 from iq_export.run.ort import ort_errors
+from iq_export.sinks.ops import DOMAIN
 
 # A CPU dequantizes all half weights in every run, however short: few windows.
 WINDOWS, LENGTH = 4, 128
@@ -107,7 +108,7 @@ def final_check(
         windows=len(short),
         tokens=agree.size,
         top1=float(agree.mean()),
-        kl=float(np.concatenate(kl).mean()),
+        kl=max(0.0, float(np.concatenate(kl).mean())),  # float32 may round below zero
         kl_no_context=_without_context(logs),
         tensors=tensors,
     )
@@ -138,7 +139,7 @@ def watched(model: ir.Model) -> dict[str, str]:
     """The values in which NaN or infinity would pass unseen, in graph order: name -> what it is.
 
     What enters a quantizer (in front of its Clip, which makes a number of NaN too), what attention
-    reads and gives, every sum of two computed values (the residual stream), and the outputs.
+    reads and gives, every sum that a norm or sink op reads (the residual stream), and the outputs.
     """
     found: dict[str, str] = {}
     for node in model.graph:
@@ -148,8 +149,9 @@ def watched(model: ir.Model) -> dict[str, str]:
             _watch(found, node.outputs[0], f"the result of {node.name}")
         elif node.op_type == "QuantizeLinear":
             _watch(found, _before_clip(node.inputs[0]), f"the input of {_readers(node)}")
-        elif node.op_type == "Add" and not any(
-            v is None or v.is_initializer() for v in node.inputs
+        elif node.op_type == "Add" and any(
+            reader.op_type in NORM_OPS or reader.domain == DOMAIN
+            for reader in node.outputs[0].consumers()
         ):
             _watch(found, node.outputs[0], f"the sum {node.name}")
     for output in model.graph.outputs:

@@ -35,23 +35,18 @@ def scale_queries(model: ir.Model, attentions: Collection[str]) -> list[str]:
 def attention_scale(node: ir.Node) -> float:
     """What q.k is multiplied with: the attribute, or `1 / sqrt(head_dim)` without one."""
     given = node.attributes.get("scale")
-    return given.as_float() if given is not None else head_counts(node)[2] ** -0.5
+    return given.as_float() if given is not None else query_heads(node)[1] ** -0.5
 
 
-def head_counts(node: ir.Node) -> tuple[int, int, int]:
-    """`(query heads, key heads, head_dim)` of an `Attention` node."""
-    query, key = node.inputs[0], node.inputs[1]
-    assert query is not None and query.shape is not None and key is not None and key.shape
-    if len(query.shape) == 4:
-        return _fixed(query.shape[1]), _fixed(key.shape[1]), _fixed(query.shape[3])
-    heads = node.attributes["q_num_heads"].as_int()
-    return heads, node.attributes["kv_num_heads"].as_int(), _fixed(query.shape[2]) // heads
-
-
-def _fixed(size: object) -> int:
-    if not isinstance(size, int):
-        raise ValueError(f"a head count or size is not fixed: {size}")
-    return size
+def query_heads(node: ir.Node) -> tuple[int, int]:
+    """`(heads, head_dim)` of the query of an `Attention` node; ValueError if they are not fixed."""
+    match tuple(node.inputs[0].shape or ()):
+        case (_, int(heads), _, int(size)):
+            return heads, size
+        case (_, _, int(features)):
+            heads = node.attributes["q_num_heads"].as_int()
+            return heads, features // heads
+    raise ValueError(f"the heads of {node.name} are not known")
 
 
 def _scale(graph: ir.Graph, node: ir.Node) -> None:

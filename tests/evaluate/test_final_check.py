@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from iq_export.calibrate.attention import attentions
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
@@ -24,6 +25,7 @@ from iq_export.evaluate.final_check import (
 from iq_export.graph import io
 from iq_export.graph.edit import recompute
 from iq_export.graph.sites import Sites, find_sites
+from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
 from iq_export.rewrite import quantized_graph
@@ -72,6 +74,37 @@ def test_what_is_watched(traced: Path) -> None:
     assert known["layers.1/mlp/Mul/out"] == "the input of layers.1/mlp/down_proj"
     assert {"logits", "present.0.key", "present.1.value"} <= set(known)
     assert sum(what.startswith("the input of") for what in known.values()) == 8
+
+
+def test_a_mask_is_added_as_infinity(traced: Path) -> None:
+    """Only what a norm reads is the stream: scores behind an additive mask may be infinite."""
+    model = shipped(traced, name="masked.onnx")
+    scores = node_of(model, "layers.0/self_attn/q_proj").outputs[0]
+    mask = node_of(model, "layers.0/self_attn/k_proj").outputs[0]
+    masked = ir.node("Add", [scores, mask], name="masked")
+    masked.outputs[0].name, masked.outputs[0].dtype = "masked/out", scores.dtype
+    model.graph.append(masked)
+    model.graph.append(ir.node("Softmax", [masked.outputs[0]], name="softmax"))
+    assert "masked/out" not in watched(model)
+
+
+def test_an_attention_with_an_int8_cache(tmp_path: Path) -> None:
+    """The key that attention reads comes from a DequantizeLinear."""
+    path = planted.save(DECODER, tmp_path)
+    model = io.load(path)
+    sites = find_sites(model)
+    caches = [
+        x for b in sites.blocks for x in (b.attention.attention.key, b.attention.attention.value)
+    ]
+    quantize_cache(model, sites, dict.fromkeys(caches, 0.05))
+    to_half(model)
+    quantized = path.with_name("kv8.onnx")
+    io.save(model, quantized)
+    found = io.load(quantized)
+    assert [(x.heads, x.head_dim) for x in attentions(found)] == [(4, 16)] * 2
+    inputs = [what for what in watched(found).values() if what.startswith("the input of")]
+    assert len(inputs) == len(caches)
+    assert finite_values(quantized, WINDOWS[0].ids) > 10
 
 
 def test_a_good_file(traced: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_product_is_that_of_attention(tmp_path: Path) -> None:
     model = io.load(path)
     graph = CausalLM(path)
     for attended in attentions(model):
-        assert (attended.heads, attended.kv_heads, attended.scale) == (4, 2, 0.25)
+        assert (attended.heads, attended.head_dim, attended.scale) == (4, 16, 0.25)
     step = graph.forward(np.array([ROWS[0]]), np.ones((1, 24), np.int64), np.arange(24)[None], None)
     key = step.present[2][0]  # block 1, [kv_heads, seq, head_dim]
     query = attentions(model)[1].query
