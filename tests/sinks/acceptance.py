@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -197,11 +197,15 @@ class Life:
 
 @dataclass(frozen=True)
 class Case:
-    """A model to be written and its calibration tokens; `truth` is empty for a calm one."""
+    """A model to be written, its calibration tokens and its lives."""
 
     name: str
     parameters: Parameters
-    truth: list[Life] = field(repr=False)
+
+    @cached_property
+    def truth(self) -> list[Life]:
+        """The lives to be found; none in a calm model."""
+        return _truth(self.parameters)
 
     @cached_property
     def windows(self) -> list[Window]:
@@ -225,7 +229,7 @@ def case(number: int) -> Case:
     parameters = _living(number) if living else _calm(number)
     label = "+".join(quirk.kind for quirk in parameters.quirks) or "plain"
     name = f"living-{number}" if living else f"calm-{number}-{label}"
-    return Case(name, parameters, _truth(parameters))
+    return Case(name, parameters)
 
 
 # -- Scoring ---------------------------------------------------------------------------------------
@@ -451,6 +455,9 @@ def _living(number: int) -> Parameters:
     shape = _shape(rng, 9 if two_lives else 4, 0.0 if two_lives else 0.25)
     spike = _log_uniform(rng, *SPIKE)
     start = _first_kind(rng, shape)
+    if start == "first" and two_lives and shape.hidden < 64:
+        # Deep in a narrow model, position 0 can no longer be told from all other tokens.
+        shape = replace(shape, hidden=64, features=192)
     apart = shape.positions == "learned" and (shape.mlp == "gated" or shape.hidden >= 64)
     where = "early" if apart and rng.random() < 0.4 else "delimiter"
     sets = ((start,), (start,), (where,), (start, where), (start, where, "other"))
