@@ -131,9 +131,9 @@ def leaving(sizes: np.ndarray, typical: float | None = None) -> np.ndarray:
     """Bool `[n]`: who leaves the others, by the gap in log magnitude. `sizes`: `[n]`, not negative.
 
     `typical` is the size of the others, their median by default. A group leaves if its smallest is
-    not calm (_CALM times that), half of it an order of
-    magnitude away and a gap below it; stragglers aside. The widest gap counts; there may be several
-    groups one above the other. A tail without a gap leaves nobody.
+    not calm (_CALM times that), half of it an order of magnitude away and a gap below it,
+    stragglers aside. The widest gap counts; there may be several groups one above the other. A tail
+    without a gap leaves nobody.
     """
     found = np.zeros(sizes.size, bool)
     order = np.argsort(-sizes, kind="stable")
