@@ -175,7 +175,8 @@ def damage_json(rng: random.Random, text: str) -> bytes:
         return rng.choice(
             (b"", b"{", b"[]", b"null", b"5", b'"x"', b"[" * 100_000, b'{"a":' * 50_000, b"\xff",
              text.encode("utf-16", "replace"), b"\xef\xbb\xbf" + text.encode("utf-8", "replace"),
-             text.encode("utf-8", "replace")[:-2], text.encode("utf-8", "replace") + b"x", b"9" * 5000, b"NaN", b"\0" * 64)
+             text.encode("utf-8", "replace")[:-2], text.encode("utf-8", "replace") + b"x",
+             b"9" * 5000, b"NaN", b"\0" * 64)
         )  # fmt: skip
     try:
         document = json.loads(text)
