@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from iq_export.bundle.package import Bundle
-    from iq_export.compile import CompileOptions, compile
+    from iq_export.compile import CompileOptions, EnginesFailed, compile
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "CompileOptions", "__version__", "compile"]
+__all__ = ["Bundle", "CompileOptions", "EnginesFailed", "__version__", "compile"]
 
 _HOMES = {
     "Bundle": "iq_export.bundle.package",
     "CompileOptions": "iq_export.compile",
+    "EnginesFailed": "iq_export.compile",
     "compile": "iq_export.compile",
 }
 

@@ -4,42 +4,70 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
-from iq_export.bundle.package import Bundle, atomic_folder, check_output, require_space
+from iq_export.bundle.package import (
+    Bundle,
+    atomic_folder,
+    check_output,
+    parents_of,
+    require_space,
+)
 from iq_export.calibrate.data import (
     Window,
+    check_windows,
     held_out_windows,
     load_text,
     text_sha256,
     windows,
 )
 from iq_export.engine.build import build_engine
-from iq_export.engine.plugin import MODES, provide_plugin
+from iq_export.engine.onnx_header import read_header
+from iq_export.engine.plugin import (
+    MODES,
+    PluginBuild,
+    find_headers,
+    provide_plugin,
+    why_no_plugin,
+)
 from iq_export.engine.profile import Profile
-from iq_export.engine.targets import Target, check_opset, check_recipe, resolve_target
-from iq_export.engine.trt import why_not_here
-from iq_export.errors import BundleError, UsageError
+from iq_export.engine.targets import (
+    AttentionForm,
+    Target,
+    check_opset,
+    check_recipe,
+    engine_note,
+    resolve_target,
+)
+from iq_export.engine.trt import builder_gap, why_not_here
+from iq_export.errors import BundleError, EngineError, ModelError, UsageError
+from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
 from iq_export.run.ort import PROVIDERS
+
+if TYPE_CHECKING:
+    from iq_export.model.limits import PositionLimit
+    from iq_export.model.load import ModelSource
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
 # Windows of the same text that nothing is made from: they tell how well sinks are matched.
 HELD_OUT, HELD_OUT_LENGTH = 48, 64
 REFERENCES = "references.json"
+DEFAULT_TARGETS = ("rtx-ampere",)
 # Float32 bytes per byte of a 4-bit GGUF file, rounded up.
 _GGUF_FACTOR = 8
 
@@ -48,17 +76,20 @@ _GGUF_FACTOR = 8
 class CompileOptions:
     """What `iq-export compile` is asked for; see the README for each option's meaning.
 
-    `samples` windows of `length` tokens calibrate; `work` holds intermediate graphs (a temporary
-    folder beside `out` if None), which `keep_work` leaves there for `iq-export eval`.
+    `samples` windows of `length` tokens calibrate (0: 512, or as many as the model has positions);
+    `work` holds intermediate graphs (a temporary folder beside `out` if None), which `keep_work`
+    leaves there for `iq-export eval`. `targets` None is DEFAULT_TARGETS: where it is known that
+    their builder cannot build the model, the bundle is made without that engine, while a target
+    that was asked for is refused.
     """
 
     model: str
     out: Path
     recipe: str = "w8a8"
-    targets: tuple[str, ...] = ("rtx-ampere",)
+    targets: tuple[str, ...] | None = None
     calibration: str = "builtin"
     samples: int = 16
-    length: int = 512
+    length: int = 0
     profile: Profile = field(default_factory=Profile)
     opset: int = 23
     dtype: str = "fp16"
@@ -70,34 +101,58 @@ class CompileOptions:
     work: Path | None = None
     device: str = "cpu"
     max_relative_deviation: float = 0.10
-    alpha: float = 64.0
     insertion: str = "auto"
     budget: float | None = None
     trust_remote_code: bool = False
     accept_terms: bool = False
 
 
+class EnginesFailed(EngineError):
+    """TensorRT refused one or more engines at the end: `bundle` is whole without them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        failures = bundle.manifest.engine_failures
+        names = ", ".join(failures)
+        super().__init__(
+            f"{bundle.folder} is complete but for the engine of {names}: "
+            f"{' | '.join(failures.values()).rstrip('.')}. Its model.onnx can be used as it is; "
+            f"try again with: iq-export build {bundle.folder} --target {next(iter(failures))}, or "
+            "with another target or smaller shapes."
+        )
+        self.bundle = bundle
+
+
 def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle:
     """Compile a model into a bundle at `options.out`, which is whole or absent.
 
     If TensorRT for a target is not installed, the bundle has the ONNX and a note that says how to
-    get the engine. Raises a subclass of IqError for anything the user can mend.
+    get the engine. Raises a subclass of IqError for anything the user can mend: EnginesFailed when
+    TensorRT refuses an engine in the last step, after the bundle was put in place without it.
     """
     progress = progress or Progress(quiet=True)
     begin = time.perf_counter()
     checked = _check(options)
+    options = checked.options
+    for note in checked.notes:
+        progress.note(note)
     progress.total = progress.total or len(_steps(checked, options))
     with _work_folder(options) as work:
-        traced, done = _calibrate_and_rewrite(options, checked.recipe, work, progress)
+        traced = _trace(options, work, progress)
+        checked = _with_limit(checked, bundle_limit(traced.assets), progress)
+        options = checked.options
+        done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
         with atomic_folder(options.out, options.force) as folder:
             _fill(folder, options, traced, done)
             sinks = done.sink_nodes
-            engines, notes = _build(folder, options, checked, sinks, progress)
+            built = _build(folder, options, checked, sinks, progress)
             timings = {**progress.timings, "total": time.perf_counter() - begin}
-            manifest = _manifest(folder, options, checked, traced, done, engines, notes, timings)
+            manifest = _manifest(folder, options, checked, traced, done, built, timings)
             manifest.write(folder)
         _remember(work, options, done)
-    return Bundle.open(options.out, verify=False)
+    bundle = Bundle.open(options.out, verify=False)
+    if built.failures:
+        raise EnginesFailed(bundle)
+    return bundle
 
 
 def dry_run(options: CompileOptions) -> dict[str, Any]:
@@ -106,18 +161,28 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
     Raises what `compile` would raise before its first step.
     """
     checked = _check(options)
+    options = checked.options
     size = checked.weight_bytes or 0
     known = checked.weight_bytes is not None
+    layers = checked.known.layers
     return {
         "model": f"{checked.source.name} ({checked.source.kind})",
         "recipe": asdict(checked.recipe),
-        "targets": [f"{t.name}: {why_not_here(t) or 'builds here'}" for t in checked.targets],
+        "targets": [
+            f"{t.name}: {checked.gaps.get(t.name) or why_not_here(t) or 'builds here'}"
+            for t in checked.targets
+        ],
         "steps": _steps(checked, options),
-        "sites": "7 products per block of a gated transformer (q, k, v, o, gate, up, down)",
+        "sites": f"the weighted products of {layers or 'all'} blocks",
         "calibration": f"{options.samples} windows of {options.length} tokens, seed {options.seed}",
+        "shapes": ", ".join(
+            f"{axis} {sizes['min']} to {sizes['max']}"
+            for axis, sizes in options.profile.to_json().items()
+        ),
         "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
         "disk": f"about {_disk_need(size) / 1e9:.1f} GB while it runs" if known else "likewise",
         "time": f"about {_minutes(size, options):.0f} min on 2 cores" if known else "likewise",
+        "notes": checked.notes,
         "out": str(options.out),
     }
 
@@ -136,10 +201,16 @@ def reference_graphs(
         return found
     progress = progress or Progress(quiet=True)
     progress.note(f"no graphs of this bundle in {folder}: making them again")
+    if "alpha" in bundle.manifest.options:
+        progress.note(
+            "this bundle is of an older version, which found sinks by --alpha: they are found "
+            "anew, so the graph with insertion alone may differ from what the bundle was made of"
+        )
     options = _options_of(bundle, folder)
     checked = _check(replace(options, force=True))
     with _work_folder(options) as made:
-        _, done = _calibrate_and_rewrite(options, checked.recipe, made, progress)
+        traced = _trace(options, made, progress)
+        done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
         _remember(made, options, done, plan_sha256=expected)
     return _recall_references(folder, expected)
 
@@ -151,12 +222,40 @@ def default_work(out: Path) -> Path:
 
 
 @dataclass(frozen=True)
+class _Known:
+    """What is known of the model before it is loaded, as far as its files tell."""
+
+    form: AttentionForm
+    limit: PositionLimit | None = None
+    layers: int | None = None
+    weight_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Checked:
-    source: Any
+    """`options` is what was `asked` with its defaults settled; `gaps` says of a target why it gets
+    no engine."""
+
+    asked: CompileOptions
+    options: CompileOptions
+    source: ModelSource
     recipe: Recipe
     targets: tuple[Target, ...]
+    known: _Known
     weight_bytes: int | None
     calibration_sha256: str
+    gaps: dict[str, str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """Engine reports by target, why TensorRT refused the others, and notes."""
+
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def _check(options: CompileOptions) -> _Checked:
@@ -165,7 +264,8 @@ def _check(options: CompileOptions) -> _Checked:
     from iq_export.sinks.form import INSERTIONS
 
     recipe = load_recipe(options.recipe)
-    targets = tuple(resolve_target(name) for name in dict.fromkeys(options.targets))
+    names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
+    targets = tuple(resolve_target(name) for name in names)
     for target in targets:
         check_recipe(target, recipe.weight_bits)
         check_opset(target, options.opset)
@@ -177,8 +277,8 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError(f"unknown dtype '{options.dtype}': use fp16 or fp32.")
     if options.insertion not in INSERTIONS:
         raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
-    if not 0 < options.max_relative_deviation < 1 or options.alpha <= 1:
-        raise UsageError("max_relative_deviation lies between 0 and 1, alpha above 1.")
+    if not 0 < options.max_relative_deviation < 1:
+        raise UsageError("max_relative_deviation lies between 0 and 1.")
     if options.budget is not None and options.budget <= 1:
         raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
     if options.budget is not None and recipe.activation_max is None:
@@ -189,14 +289,110 @@ def _check(options: CompileOptions) -> _Checked:
     text = load_text(options.calibration)
     check_output(options.out, options.force)
     source = _source(options)
+    known = _known(source, recipe, options.dtype)
+    built = () if recipe.simulated else targets
+    gaps = _gaps(built, known.form, asked=options.targets is not None)
+    settled, remarks = _within(replace(options, targets=names), known.limit)
     embedded = EMBEDDED.get(source.name) if source.path is None else None
     size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
+    if size is None:
+        size = known.weight_bytes
     if size is not None:
         require_space(options.out, _disk_need(size))
-    return _Checked(source, recipe, targets, size, text_sha256(text))
+    return _Checked(
+        asked=options,
+        options=settled,
+        source=source,
+        recipe=recipe,
+        targets=targets,
+        known=known,
+        weight_bytes=size,
+        calibration_sha256=text_sha256(text),
+        gaps=gaps,
+        notes=[*known.notes, *gaps.values(), *remarks, *_plugin_note(options, targets)],
+    )
 
 
-def _source(options: CompileOptions) -> Any:
+def _plugin_note(options: CompileOptions, targets: Sequence[Target]) -> list[str]:
+    """What `--plugin on` lacks; whether there are sinks to need it shows only later."""
+    here = any(why_not_here(target) is None for target in targets)
+    reason = why_no_plugin(find_headers()) if options.plugin == "on" and here else ""
+    said = reason.removeprefix("no plugin: ")
+    return [f"with --plugin on there is no engine if the model has sinks: {said}"] if said else []
+
+
+def _within(
+    options: CompileOptions, limit: PositionLimit | None
+) -> tuple[CompileOptions, list[str]]:
+    """The options with lengths that the model has positions for, and notes."""
+    length, remarks = window_length(options.length, limit)
+    profile, more = engine_profile(options.profile, limit)
+    return replace(options, length=length, profile=profile), [*remarks, *more]
+
+
+def _with_limit(checked: _Checked, limit: PositionLimit | None, progress: Progress) -> _Checked:
+    """`checked` by the limit that only the traced model told: that of a GGUF file."""
+    if limit is None or checked.known.limit is not None:
+        return checked
+    asked = replace(checked.asked, targets=checked.options.targets)
+    options, remarks = _within(asked, limit)
+    for remark in remarks:
+        progress.note(remark)
+    return replace(checked, options=options, notes=[*checked.notes, *remarks])
+
+
+def _known(source: ModelSource, recipe: Recipe, dtype: str) -> _Known:
+    """Check what the model's files tell without being loaded, as far as they are within reach.
+
+    A GGUF file's configuration is checked when it is loaded.
+    """
+    from iq_export.model.limits import position_limit
+    from iq_export.model.load import configuration
+    from iq_export.model.support import check_support
+
+    if source.kind == "onnx":
+        assert source.path is not None and source.tokenizer is not None
+        try:
+            header = read_header(source.path)
+        except EngineError as error:
+            raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
+        form = AttentionForm(dtype, header.head_dim, header.softcap)
+        return _Known(form, bundle_limit(source.tokenizer))
+    found = configuration(source)
+    if found is None:
+        hub = source.kind == "hub"
+        note = (
+            f"config.json of {source.name} could not be read (the Hugging Face hub cannot be "
+            "reached): the model is checked after its download"
+        )
+        return _Known(AttentionForm(dtype), notes=(note,) if hub else ())
+    support = check_support(
+        found, source.name, recipe, remote_code=source.trust_remote_code and "auto_map" in found
+    )
+    return _Known(
+        AttentionForm(dtype, support.head_dim, support.softcap),
+        position_limit(support.completed),
+        support.layers,
+        support.weight_bytes,
+    )
+
+
+def _gaps(targets: Sequence[Target], form: AttentionForm, *, asked: bool) -> dict[str, str]:
+    """Why targets get no engine, by name, where their builder is known to lack something.
+
+    Raises EngineError if an engine that was asked for would be built here.
+    """
+    found = {target: builder_gap(target, form) for target in targets}
+    gaps = {target: gap for target, gap in found.items() if gap is not None}
+    for target, gap in gaps.items():
+        if asked and why_not_here(target) is None:
+            raise EngineError(
+                f"{gap}. Without --target the bundle is made all the same, with no engine."
+            )
+    return {target.name: gap for target, gap in gaps.items()}
+
+
+def _source(options: CompileOptions) -> ModelSource:
     from iq_export.model.load import resolve
 
     return resolve(
@@ -219,7 +415,7 @@ def _steps(checked: _Checked, options: CompileOptions) -> list[str]:
     if options.budget is not None:
         steps.append("Search a mixed plan")
     steps += ["Quantize", "Check the quantized graph"]
-    here = any(why_not_here(target) is None for target in checked.targets)
+    here = any(t.name not in checked.gaps and why_not_here(t) is None for t in checked.targets)
     if here and not checked.recipe.simulated:
         steps.append("Build engines")
     return steps
@@ -257,28 +453,32 @@ def _work_folder(options: CompileOptions) -> Iterator[Path]:
     """
     keep = options.keep_work or options.work is not None
     folder = options.work or default_work(options.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
-    try:
-        yield folder
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    with parents_of(folder):
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
+        try:
+            yield folder
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trace(options: CompileOptions, work: Path, progress: Progress) -> Any:
+    from iq_export.model.trace import trace
+
+    with progress.step("Trace"):
+        return trace(_source(options), work / "traced", opset=options.opset, progress=progress)
 
 
 def _calibrate_and_rewrite(
-    options: CompileOptions, recipe: Recipe, work: Path, progress: Progress
-) -> tuple[Any, Any]:
+    options: CompileOptions, recipe: Recipe, traced: Any, work: Path, progress: Progress
+) -> Any:
     from iq_export.calibrate.text_check import token_warnings
-    from iq_export.model.trace import trace
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
-    source = _source(options)
-    with progress.step("Trace"):
-        traced = trace(source, work / "traced", opset=options.opset, progress=progress)
     text = load_text(options.calibration)
     tokenizer = Tokenizer(traced.assets)
 
@@ -288,7 +488,6 @@ def _calibrate_and_rewrite(
     data = Calibration(
         windows=cut(options.length, options.samples, options.seed),
         probes=cut(min(PROBE_LENGTH, options.length), PROBES, options.seed + 1),
-        alpha=options.alpha,
         max_relative_deviation=options.max_relative_deviation,
         seed=options.seed,
         providers=PROVIDERS[options.device],
@@ -301,13 +500,16 @@ def _calibrate_and_rewrite(
             tokenizer, text, data.all, length=min(HELD_OUT_LENGTH, options.length), count=HELD_OUT
         ),
     )
+    check_windows(
+        [*data.all, *data.heldout], tokenizer, traced.model, f"text {options.calibration}"
+    )
     warnings = token_warnings(data.windows, tokenizer)
     for warning in warnings:
         progress.note(f"warning: {warning}")
     stages = work / f"{options.recipe}-{options.dtype}"
     stages.mkdir(exist_ok=True)
     done = rewrite(traced.model, stages, recipe, options.dtype, data, progress)
-    return traced, replace(done, warnings=[*warnings, *done.warnings])
+    return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
 def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None:
@@ -328,35 +530,51 @@ def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None
 
 def _build(
     folder: Path, options: CompileOptions, checked: _Checked, sinks: int, progress: Progress
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Engines for all targets that this machine has a TensorRT for; notes for the others."""
-    engines: dict[str, dict[str, Any]] = {}
-    notes: list[str] = []
-    buildable = []
+) -> _Built:
+    """Engines for all targets that this machine has a TensorRT for; one that fails stops no other.
+
+    Raises what is no refusal of TensorRT's: an interrupt, a full disk.
+    """
     if checked.recipe.simulated:
-        return engines, [f"recipe {checked.recipe.name} is for study: no engine was built"]
+        return _Built(notes=[f"recipe {checked.recipe.name} is for study: no engine was built"])
+    built = _Built()
+    buildable = []
     for target in checked.targets:
-        reason = why_not_here(target)
-        if reason is None:
+        reason = None if target.name in checked.gaps else why_not_here(target)
+        if reason is not None:
+            built.notes.append(reason)
+        elif target.name not in checked.gaps:
             buildable.append(target)
-        else:
-            notes.append(reason)
     if not buildable:
-        return engines, notes
+        return built
     with progress.step("Build engines"):
         architectures = sorted({sm for t in buildable for sm in t.compute_capabilities})
-        plugin = provide_plugin(options.plugin, folder / "plugins", architectures, sinks)
+        plugin: PluginBuild | EngineError
+        try:
+            plugin = provide_plugin(options.plugin, folder / "plugins", architectures, sinks)
+        except EngineError as error:  # --plugin on, and it cannot be compiled
+            plugin = error
         for target in buildable:
-            chosen = plugin.covering(target.compute_capabilities)
-            if chosen.path is None and options.plugin == "auto" and sinks:
-                notes.append(f"{target.name}: {chosen.reason}")
-            report = build_engine(
-                folder / "model.onnx", folder / "engines" / f"{target.name}.plan", target,
-                options.profile, plugin=chosen.path, form_reason=chosen.reason, sink_nodes=sinks,
-                progress=progress,
-            )  # fmt: skip
-            engines[target.name] = report.to_json()
-    return engines, notes
+            try:
+                if isinstance(plugin, EngineError):
+                    raise plugin
+                chosen = plugin.covering(target.compute_capabilities)
+                if chosen.path is None and options.plugin == "auto" and sinks:
+                    built.notes.append(f"{target.name}: {chosen.reason}")
+                report = build_engine(
+                    folder / "model.onnx", folder / "engines" / f"{target.name}.plan", target,
+                    options.profile, plugin=chosen.path, form_reason=chosen.reason,
+                    sink_nodes=sinks, progress=progress,
+                )  # fmt: skip
+            except EngineError as error:
+                # The path of a folder that is renamed soon would lead nowhere.
+                reason = str(error).replace(f"{folder}{os.sep}", "")
+                built.failures[target.name] = reason
+                built.notes.append(f"{engine_note(target.name)}: {reason}")
+                progress.note(built.notes[-1])
+            else:
+                built.engines[target.name] = report.to_json()
+    return built
 
 
 def _manifest(
@@ -365,15 +583,14 @@ def _manifest(
     checked: _Checked,
     traced: Any,
     done: Any,
-    engines: dict[str, dict[str, Any]],
-    notes: list[str],
+    built: _Built,
     timings: dict[str, float],
 ) -> Manifest:
     from iq_export.plan import lifecycle_records, mixed_record
     from iq_export.report.html import write_report
     from iq_export.run.generate import Tokenizer
 
-    notes += done.warnings
+    notes = [*checked.notes, *built.notes, *done.warnings]
     if not done.decisions:
         notes.append("no token can be told from the others by a spike: no sink op was inserted")
     if done.scale_exponent:
@@ -399,9 +616,11 @@ def _manifest(
         inputs=inputs,
         outputs=outputs,
         profile=options.profile.to_json(),
-        targets=list(dict.fromkeys(options.targets)),
-        engines=engines,
+        targets=[target.name for target in checked.targets],
+        engines=built.engines,
+        engine_failures=built.failures,
         lifecycles=lifecycle_records(done, Tokenizer(traced.assets)),
+        check=done.check.to_dict(),
         mixed=mixed_record(done),
         timings=timings,
         peak_rss_bytes=_peak_rss(),
@@ -436,7 +655,7 @@ def _versions() -> dict[str, str]:
 
 
 _RECORDED = ("model", "recipe", "calibration", "samples", "length", "opset", "dtype", "seed",
-             "device", "max_relative_deviation", "alpha", "insertion", "budget",
+             "device", "max_relative_deviation", "insertion", "budget",
              "trust_remote_code")  # fmt: skip
 
 
@@ -450,7 +669,8 @@ def _option_record(options: CompileOptions) -> dict[str, Any]:
 def _options_of(bundle: Bundle, work: Path) -> CompileOptions:
     recorded = dict(bundle.manifest.options)
     tokenizer = recorded.pop("tokenizer", None)
-    for name in ("budget", "calibration_sha256"):  # no reference depends on them
+    # No reference depends on the first two; "alpha" is an option that older versions had.
+    for name in ("budget", "calibration_sha256", "alpha"):
         recorded.pop(name, None)
     return CompileOptions(
         out=bundle.folder,

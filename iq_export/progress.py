@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from iq_export.terminal import printable
+
 _BAR_WIDTH = 24
 _REDRAW_SECONDS = 0.2
 
@@ -66,6 +68,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a remark on a line of its own, also in the middle of a step."""
+        text = printable(text)
         if self._head:
             self._write(("\r\x1b[K" if self._terminal else "\n") + f"      {text}\n{self._head}")
         else:

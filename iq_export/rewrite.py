@@ -16,25 +16,36 @@ from typing import TypedDict
 import numpy as np
 import onnx_ir as ir
 
+from iq_export.calibrate.attention import attentions, product_peaks
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import (
     TensorStats,
     observe_ranges,
 )
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
 from iq_export.errors import GraphError
+from iq_export.evaluate.final_check import (
+    MOST_LOST,
+    FinalCheck,
+    block_parts,
+    broken,
+    final_check,
+    scores_overflow,
+    short_windows,
+)
 from iq_export.graph import io
 from iq_export.graph.sites import Linear, Refusal, Sites, find_sites
 from iq_export.passes.fold_rotation import rotate_attention_values, rotate_stream
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
 from iq_export.passes.level_rows import level_rows
+from iq_export.passes.own_weights import own_weights
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
+from iq_export.passes.scale_query import scale_queries
 from iq_export.passes.scale_residual import scale_residual
 from iq_export.passes.side_channels import side_channels
 from iq_export.passes.switches import add_switches
@@ -56,6 +67,7 @@ from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
 from iq_export.sinks.templates import SinkTemplates
 
+_UNSHARED = "unshared.onnx"
 ROTATED, PREPARED = "rotated.onnx", "prepared.onnx"
 INSERTED, QUANTIZED = "inserted.onnx", "quantized.onnx"
 _PARTIAL = "partial.onnx"
@@ -85,7 +97,6 @@ class Calibration:
 
     windows: Sequence[Window]
     probes: Sequence[Window]
-    alpha: float
     max_relative_deviation: float
     seed: int
     providers: tuple[str, ...]
@@ -104,7 +115,8 @@ class Rewrite:
 
     `matching`: one for each of `sinks`, empty without held-out text. `mixed`: what stays in half
     precision, None without a budget. `linears`: what is quantized. `warnings`: for people. The
-    residual stream of all graphs but the traced one is divided by `2^scale_exponent`.
+    residual stream of all graphs but the traced one is divided by `2^scale_exponent`. `check`: the
+    finished file against fp32.
     """
 
     sites: Sites
@@ -130,6 +142,7 @@ class Rewrite:
     matching: list[MatchQuality] = field(default_factory=list)
     mixed: MixedPlan | None = None
     warnings: list[str] = field(default_factory=list)
+    check: FinalCheck | None = None
 
 
 def rewrite(
@@ -139,8 +152,11 @@ def rewrite(
 
     Raises GraphError if the graph is not understood, not finite, or loses its sinks.
     """
+    traced, notes = _unshared(traced)
     model = io.load(traced)
     sites = find_sites(model)
+    for note in notes:
+        progress.note(note)
     for refusal in sites.refused:
         progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
     options = _Run(providers=data.providers, progress=progress)
@@ -149,11 +165,16 @@ def rewrite(
 
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
-        lifecycles = discover(stats, alpha=data.alpha)
+        lifecycles = discover(stats)
         surprise = surprise_warning(traced, data.windows, **options)
     half = dtype == "fp16"
-    exponent = stream_exponent(stats, lifecycles) if half else 0
-    masked = lifecycles if recipe.sinks == "always" else []
+    separable = [life for life in lifecycles if life.separable]
+    exponent = stream_exponent(stats, separable) if half else 0
+    loud = _loud_attentions(traced, sites, data, options) if half else {}
+    if loud:
+        notes.append(_loud_note(loud))
+        progress.note(notes[-1])
+    masked = separable if recipe.sinks == "always" else []
     with progress.step("Observe ranges"):
         before = _ranges(traced, sites, masked, stats, data, progress)
     ranges, turned = before, traced
@@ -166,7 +187,7 @@ def rewrite(
             constant = _constant(turned, sites, masked, stats, data, options)
             ranges = _ranges(turned, sites, constant, stats, data, progress)
     with progress.step("Smooth and rotate"):
-        smoothing = _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent)
+        smoothing = _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud)
     with progress.step("Fit and insert sinks"):
         decisions = decide(
             work / PREPARED, sites, lifecycles, stats, data.all,
@@ -184,12 +205,12 @@ def rewrite(
         if left > exponent:  # a lifecycle that stays must be held as well
             sinks = [s.residual_scaled(2.0 ** (exponent - left)) for s in sinks]
             exponent = left
-            _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent)
+            _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud)
         _insert(work, sites, sinks)
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         matching = _matching(traced, work, sites, sinks, data, options)
     warnings = [surprise] if surprise else []
-    warnings += _everyone(stats, data.alpha)
+    warnings += _everyone(stats)
     warnings += sink_warnings(sinks, matching)
     for warning in warnings:
         progress.note(f"warning: {warning}")
@@ -296,9 +317,15 @@ def rewrite(
             if not mixed.met:
                 warnings.append(mixed.unmet())
                 progress.note(f"warning: {warnings[-1]}")
-        ends = [b.residual for block in sites.blocks for b in (block.attention, block.mlp)]
-        for _ in tapped_runs(work / QUANTIZED, [["logits", *ends]], data.windows[:2], **options):
-            pass  # raises if the shipped graph gives NaN or Inf
+        shipped = work / QUANTIZED
+        check = final_check(traced, shipped, data.windows, block_parts(sites), **options)
+        if check.lost >= MOST_LOST:
+            inserted = work / INSERTED
+            raise GraphError(broken(check, inserted, shipped, sites, data.windows, **options))
+        progress.note(check.sentence())
+        if warning := check.warning():
+            warnings.append(warning)
+            progress.note(f"warning: {warning}")
     observed = data.windows[:_OBSERVED_WINDOWS]
     after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
     columns = stats.window < len(observed)
@@ -325,7 +352,47 @@ def rewrite(
         quantized=work / QUANTIZED,
         matching=matching,
         mixed=mixed,
-        warnings=warnings,
+        warnings=[*notes, *warnings],
+        check=check,
+    )
+
+
+def _unshared(traced: Path) -> tuple[Path, list[str]]:
+    """A graph whose products share no weight, beside `traced` if that has some, and a note."""
+    model = io.load(traced)
+    changed = own_weights(model, find_sites(model))
+    if not changed:
+        return traced, []
+    path = traced.with_name(_UNSHARED)
+    io.save_skeleton(model, path)
+    return path, [
+        f"{len(changed)} products share their weight with another, the first is {changed[0]}: each "
+        "gets a copy of its own, since rounding and smoothing depend on what a product reads"
+    ]
+
+
+def _loud_attentions(
+    traced: Path, sites: Sites, data: Calibration, options: _Run
+) -> dict[str, float]:
+    """`Attention` nodes whose q.k half precision may not hold before its scale -> the largest.
+
+    Raises GraphError for one whose scores it cannot hold either.
+    """
+    nodes = {attended.node: attended for attended in attentions(io.load(traced))}
+    windows = short_windows(data.windows)
+    peaks = product_peaks(traced, windows, HALF_MAX / 2, **options)
+    for node, peak in peaks.items():
+        if peak * nodes[node].scale > HALF_MAX:
+            raise GraphError(scores_overflow(node, peak, nodes[node].scale, block_parts(sites)))
+    return {node: peak for node, peak in peaks.items() if 2 * peak > HALF_MAX}
+
+
+def _loud_note(loud: Mapping[str, float]) -> str:
+    node = max(loud, key=lambda name: loud[name])
+    return (
+        f"half precision cannot hold the products of queries and keys in {len(loud)} attentions "
+        f"before their scale (up to {loud[node]:.4g} in {node}): the power of two in the scale is "
+        "applied to the query, exactly"
     )
 
 
@@ -405,13 +472,12 @@ def _matching(
     stats = observe_tokens(traced, sites, data.heldout, **options)
     indices = [index_name(number) for number in range(len(sinks))]
     return measure(
-        work / PREPARED, work / INSERTED, indices, sites, sinks, stats, data.heldout,
-        alpha=data.alpha, **options,
+        work / PREPARED, work / INSERTED, indices, sites, sinks, stats, data.heldout, **options
     )  # fmt: skip
 
 
-def _everyone(stats: TokenStats, alpha: float) -> list[str]:
-    blocks = everyone_spikes(stats, alpha=alpha)
+def _everyone(stats: TokenStats) -> list[str]:
+    blocks = everyone_spikes(stats)
     if not blocks:
         return []
     return [
@@ -476,10 +542,12 @@ def _prepare(
     recipe: Recipe,
     blocks: dict[str, int],
     exponent: int,
+    loud: Collection[str] = (),
 ) -> Smoothing:
     """Everything that keeps the function: scale, level rows, rotate, smooth, side paths."""
     model = io.load(traced)
     scale_residual(model, sites, exponent)
+    scale_queries(model, loud)
     if recipe.folded_rotation:
         _rotate(model, sites)
     if recipe.activation_bits < 16:

@@ -29,7 +29,7 @@ decoder = planted.TWO_BIRTHS
 traced = planted.save(decoder, folder)
 (folder / "work").mkdir()
 data = planted.windows(decoder, count=12)
-calibration = Calibration(data[:4], data[4:8], 64.0, 0.1, 0, planted.CPU, heldout=data[8:])
+calibration = Calibration(data[:4], data[4:8], 0.1, 0, planted.CPU, heldout=data[8:])
 done = rewrite(
     traced, folder / "work", load_recipe(sys.argv[2]), "fp16", calibration, Progress(quiet=True)
 )

@@ -29,19 +29,15 @@ TWO = replace(
     DIES,
     spikes=(Spike(1, 3, size=SIZE), Spike(1, 3, size=SIZE, marker=2, token=DELIMITER, sign=-1)),
 )
-# A spike below the threshold of a lifecycle: nobody finds it, and still half cannot hold it.
-UNSEEN_ALPHA = 1e4
 
 
-def made(
-    decoder: Decoder, folder: Path, recipe: str, dtype: str = "fp16", alpha: float = 64.0
-) -> Rewrite:
+def made(decoder: Decoder, folder: Path, recipe: str, dtype: str = "fp16") -> Rewrite:
     traced, data = planted.save(decoder, folder), planted.windows(decoder, count=10)
     work = folder / "work"
     work.mkdir()
     return rewrite(
         traced, work, load_recipe(recipe), dtype,
-        Calibration(data[:4], data[4:], alpha, 0.1, 0, CPU), Progress(quiet=True),
+        Calibration(data[:4], data[4:], 0.1, 0, CPU), Progress(quiet=True),
     )  # fmt: skip
 
 
@@ -110,8 +106,15 @@ def test_a_spike_that_stays_is_restored_in_a_smaller_stream(tmp_path: Path) -> N
     assert np.abs(done.sinks[0].restore).max() == pytest.approx(SIZE / 4, rel=0.01)
 
 
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody finds the spike, and still half cannot hold it."""
+    monkeypatch.setattr("iq_export.rewrite.discover", lambda stats: [])
+
+
+@pytest.mark.usefixtures("unseen")
 def test_what_is_no_lifecycle_is_scaled(tmp_path: Path) -> None:
-    done = made(DIES, tmp_path, "fp16", alpha=UNSEEN_ALPHA)
+    done = made(DIES, tmp_path, "fp16")
     assert not done.sinks and done.scale_exponent == 2
     assert half_peak(done.quantized, DIES) < HALF_MAX
     exact, found = (
@@ -121,8 +124,9 @@ def test_what_is_no_lifecycle_is_scaled(tmp_path: Path) -> None:
     assert np.abs(exact - found).max() < 0.01 * np.ptp(exact)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_float32_is_not_scaled(tmp_path: Path) -> None:
-    done = made(DIES, tmp_path, "fp16", dtype="fp32", alpha=UNSEEN_ALPHA)
+    done = made(DIES, tmp_path, "fp16", dtype="fp32")
     assert done.scale_exponent == 0
     exact, found = (logits(CausalLM(p), rows(DIES)) for p in (done.traced, done.quantized))
     assert np.array_equal(exact, found)

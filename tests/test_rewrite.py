@@ -36,7 +36,7 @@ Run = Callable[..., Rewrite]
 def calibration(decoder: Decoder) -> Calibration:
     data = planted.windows(decoder, count=10)
     return Calibration(
-        windows=data[:4], probes=data[4:], alpha=64.0, max_relative_deviation=0.1, seed=0,
+        windows=data[:4], probes=data[4:], max_relative_deviation=0.1, seed=0,
         providers=CPU,
     )  # fmt: skip
 
@@ -84,6 +84,25 @@ def test_w8a8(run: Run) -> None:
         "prepared.onnx", "prepared.onnx.data", "inserted.onnx",
         "quantized.onnx", "quantized.onnx.data",
     }  # fmt: skip
+
+
+def test_finished_file_is_compared_with_fp32(run: Run) -> None:
+    check = run(SPIKY, dtype="fp16").check
+    assert check is not None and check.tokens == 4 * 40
+    assert check.top1 > 0.9 and check.lost < 0.25 and check.tensors > 40
+
+
+def test_a_file_that_has_lost_everything_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iq_export.rewrite.MOST_LOST", 0.0)  # as if this were everything
+    traced = planted.save(CALM, tmp_path)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(GraphError, match=r"finished file is broken.* of block \d"):
+        rewrite(
+            traced, tmp_path / "work", load_recipe("w8a8-norot"), "fp16", calibration(CALM),
+            Progress(quiet=True),
+        )  # fmt: skip
 
 
 def test_insertion_alone_changes_next_to_nothing(run: Run) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from iq_export.errors import BundleError
 MODEL_NAME = "model.onnx"
 PLAN_NAME = "plan.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SHOWN_MISMATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Bundle:
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
         try:
-            content = path.read_bytes()
+            content = _read(path)
             text = content.decode()
         except FileNotFoundError as error:
             raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"cannot read {path}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{path} is not UTF-8 text: compile the bundle again") from error
         _check_manifest(folder, content)
         bundle = cls(folder, Manifest.from_json(text, str(path)))
         if verify:
@@ -65,12 +66,16 @@ class Bundle:
         return self.folder / MODEL_NAME
 
     def plan(self) -> dict[str, Any]:
-        """The content of `plan.json`. Raises BundleError if it is missing or not JSON."""
+        """The content of `plan.json`. Raises BundleError if it is missing or no JSON object."""
         path = self.folder / PLAN_NAME
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BundleError(f"cannot read {path}: {error}") from error
+            content = json.loads(_read(path))
+        except FileNotFoundError as error:
+            raise BundleError(f"{self.folder} has no {PLAN_NAME}: compile it again") from error
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path} is not JSON ({error}): compile it again") from error
+        if not isinstance(content, dict):
+            raise BundleError(f"{path} is no JSON object: compile the bundle again")
         return content
 
     def mismatches(self) -> list[tuple[str, str, str]]:
@@ -87,17 +92,28 @@ class Bundle:
         return rows
 
 
+def _read(path: Path) -> bytes:
+    """A file's bytes. FileNotFoundError if it is missing, BundleError if it is none: opening a
+    pipe would wait for ever."""
+    try:
+        if path.exists() and not path.is_file():
+            raise BundleError(f"cannot read {path}, which is not a file: copy the bundle again")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+
+
 def _check_manifest(folder: Path, content: bytes) -> None:
     """BundleError if the manifest is not the one that its checksum was written for."""
     try:
-        recorded = (folder / CHECKSUM_NAME).read_bytes()
+        recorded = _read(folder / CHECKSUM_NAME)
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, "
             f"or if you trust it run there: sha256sum {MANIFEST_NAME} > {CHECKSUM_NAME}"
         ) from error
-    except OSError as error:
-        raise BundleError(f"cannot read {folder / CHECKSUM_NAME}: {error}") from error
     if recorded != checksum_line(content).encode():
         raise BundleError(
             f"{folder / MANIFEST_NAME} is not the one that {CHECKSUM_NAME} was written for: "
@@ -106,11 +122,12 @@ def _check_manifest(folder: Path, content: bytes) -> None:
 
 
 def _mismatch_text(folder: Path, rows: Sequence[tuple[str, str, str]]) -> str:
-    table = [("file", "manifest says", "found"), *rows]
+    table = [("file", "manifest says", "found"), *rows[:_SHOWN_MISMATCHES]]
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in table]
     head = f"{folder} does not match its {MANIFEST_NAME}: copy it again or compile it again"
-    return "\n  ".join([head, *lines])
+    more = len(rows) - _SHOWN_MISMATCHES
+    return "\n  ".join([head, *lines, *([f"and {more} more"] if more > 0 else [])])
 
 
 def update_manifest(bundle: Bundle, *, rehash: Sequence[str] = (), **changes: Any) -> Bundle:
@@ -191,18 +208,37 @@ def atomic_folder(
     """
     out = check(Path(out), force)
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    with parents_of(temporary):
+        try:
+            _make_empty(temporary)
+            with disk_full_is_bundle_error(out):
+                yield temporary
+                _swap(temporary, check(out, force))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """The folders above `path` are there; those made for it go again if they stay empty.
+
+    Raises BundleError if one cannot be made.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        _make_empty(temporary)
-        with disk_full_is_bundle_error(out):
-            yield temporary
-            _swap(temporary, check(out, force))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"cannot write in {path.parent}: {error.strerror}") from error
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # one that is not empty, and so are those above it
+            for folder in missing:
+                folder.rmdir()
 
 
 def _make_empty(folder: Path) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     except OSError as error:

@@ -17,7 +17,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from iq_export.bundle.manifest import FileRecord, Manifest, TensorInfo, record_files
+from iq_export.bundle.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    TensorInfo,
+    reading_records,
+    record_files,
+)
 from iq_export.bundle.package import MODEL_NAME, Bundle, atomic_folder, require_space
 from iq_export.engine.build import EngineReport
 from iq_export.engine.plugin import LIBRARY
@@ -83,9 +90,10 @@ def write_repository(
     file is missing or another folder stands in the place (`force` replaces one that was written
     here).
     """
-    model = _plan(bundle, Path(os.path.abspath(repository)), target, backend, name)
-    records = {file: bundle.manifest.files[source] for file, source in model.copies.items()}
-    records.update({file: _record(text) for file, text in model.texts.items()})
+    with reading_records(bundle.folder / MANIFEST_NAME):
+        model = _plan(bundle, Path(os.path.abspath(repository)), target, backend, name)
+        records = {file: bundle.manifest.files[source] for file, source in model.copies.items()}
+        records.update({file: _record(text) for file, text in model.texts.items()})
     if model.folder.is_dir() and record_files(model.folder) == records:
         return replace(model, written=False)
     check_folder(model.folder, force)

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from iq_export.errors import DataError, UsageError
+from iq_export.graph.vocabulary import Names, read_vocabulary
 
 BUILTIN = "builtin"
 BUILTIN_HELDOUT = "builtin-heldout"
@@ -64,9 +65,12 @@ def load_text(spec: str | Path) -> str:
     if spec in (BUILTIN, BUILTIN_HELDOUT):
         return _builtin_text(heldout=spec == BUILTIN_HELDOUT)
     path = Path(spec)
-    if path.is_dir():
-        raise DataError(f"text {path} is a folder: give a UTF-8 text file or '{BUILTIN}'")
     try:
+        if path.is_dir():
+            raise DataError(f"text {path} is a folder: give a UTF-8 text file or '{BUILTIN}'")
+        if path.exists() and not path.is_file():
+            # It is read more than once, which a pipe is not; a device never ends.
+            raise DataError(f"text {path} is not a file: give a UTF-8 text file or '{BUILTIN}'")
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise DataError(
@@ -167,6 +171,15 @@ def held_out_windows(
     chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)
     starts = [places[number] for number in chosen]
     return _cut(ids, starts, length, tokenizer.bos_id, "mixed")
+
+
+def check_windows(cut: Sequence[Window], names: Names, graph: Path, where: str) -> None:
+    """DataError, with the token's text, if `cut` holds an id that the graph cannot take or predict.
+
+    where: which text it is, for the message.
+    """
+    ids = [token for window in cut for token in window.ids]
+    read_vocabulary(graph).check(ids, names, where, predicted=True)
 
 
 def _cut(

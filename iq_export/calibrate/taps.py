@@ -69,17 +69,26 @@ def group_by_bytes(
 
 
 def tapped_session(
-    model: ir.Model, folder: Path, names: Sequence[str], providers: Sequence[str]
+    model: ir.Model,
+    folder: Path,
+    names: Sequence[str],
+    providers: Sequence[str],
+    *,
+    round_half: bool = False,
 ) -> Any:
-    """A session of `model`, whose weights lie in `folder`, that gives the values `names` only."""
+    """A session of `model`, whose weights lie in `folder`, that gives the values `names` only;
+    `round_half` as at `open_session`."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.outputs[:] = [values[name] for name in names]
     RemoveUnusedNodesPass()(model)
     model.graph.inputs[:] = [value for value in model.graph.inputs if value.uses()]
-    # Beside the weights, because external data may only be referenced from its own folder.
-    with NamedTemporaryFile(dir=folder, prefix=".taps-", suffix=".onnx") as file:
-        io.save_skeleton(model, Path(file.name))
-        return open_session(Path(file.name), providers)
+    # Beside the weights, because external data may only be referenced from its own folder, but
+    # where the graph is rounded: a finished bundle may lie in a folder that cannot be written.
+    beside = None if round_half and providers[0] == "CPUExecutionProvider" else folder
+    with NamedTemporaryFile(dir=beside, prefix=".taps-", suffix=".onnx") as file:
+        path = Path(file.name)
+        io.save_skeleton(model, path)
+        return open_session(path, providers, round_half=round_half, weights=folder)
 
 
 def window_feeds(

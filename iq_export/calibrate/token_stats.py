@@ -20,7 +20,8 @@ class TokenStats:
 
     `down_max`, `residual_max`: float32 `[blocks, tokens]`, max over channels of |down-projection
     input| and of |residual after the block|. `residual_channel`: int32, the channel of the latter.
-    `window`, `position`, `token`: int `[tokens]`, where each column comes from.
+    `window`, `position`, `token`: int `[tokens]`, where each column comes from. `embedded`: float32
+    `[tokens]`, max over channels of |residual before the first block|; None if it is not known.
     """
 
     down_max: np.ndarray
@@ -29,6 +30,7 @@ class TokenStats:
     window: np.ndarray
     position: np.ndarray
     token: np.ndarray
+    embedded: np.ndarray | None = None
 
 
 def observe_tokens(
@@ -39,10 +41,11 @@ def observe_tokens(
     providers: Sequence[str],
     progress: Progress,
 ) -> TokenStats:
-    """Run the graph over `windows` and keep three numbers per block and token."""
+    """Run the graph over `windows` and keep three numbers per block and token, one before."""
     lengths = [len(window.ids) for window in windows]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     shape = (len(sites.blocks), int(starts[-1]))
+    embedded = np.zeros(shape[1], np.float32)
     stats = TokenStats(
         down_max=np.zeros(shape, np.float32),
         residual_max=np.zeros(shape, np.float32),
@@ -50,11 +53,12 @@ def observe_tokens(
         window=np.repeat(np.arange(len(windows)), lengths),
         position=np.concatenate([np.arange(length) for length in lengths]),
         token=np.concatenate([np.asarray(window.ids) for window in windows]),
+        embedded=embedded,
     )
     down = {block.mlp.output.input: block.index for block in sites.blocks}
     residual = {block.mlp.residual: block.index for block in sites.blocks}
     widths = {block.mlp.output.input: block.mlp.output.in_features for block in sites.blocks}
-    widths |= dict.fromkeys(residual, sites.hidden)
+    widths |= dict.fromkeys([sites.embedding, *residual], sites.hidden)
     groups = group_by_bytes(widths, max(lengths))
     runs = tapped_runs(model_path, groups, windows, providers=providers, progress=progress)
     for number, values in runs:
@@ -63,6 +67,8 @@ def observe_tokens(
             magnitude = np.abs(value)
             if name in down:
                 stats.down_max[down[name], columns] = magnitude.max(1)
+            elif name == sites.embedding:
+                embedded[columns] = magnitude.max(1)
             else:
                 stats.residual_max[residual[name], columns] = magnitude.max(1)
                 stats.residual_channel[residual[name], columns] = magnitude.argmax(1)

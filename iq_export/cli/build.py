@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import FileRecord
+from iq_export.bundle.manifest import MANIFEST_NAME, FileRecord, reading_records
 from iq_export.bundle.package import Bundle, disk_full_is_bundle_error
 from iq_export.checksum import sha256_file
 from iq_export.cli import options
@@ -16,11 +16,19 @@ from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import MODES, provide_plugin
 from iq_export.engine.profile import Profile
-from iq_export.engine.targets import Target, check_opset, check_recipe, resolve_target
-from iq_export.engine.trt import check_levers, why_not_here
+from iq_export.engine.targets import (
+    AttentionForm,
+    Target,
+    check_opset,
+    check_recipe,
+    engine_note,
+    resolve_target,
+)
+from iq_export.engine.trt import builder_gap, check_levers, why_not_here
 from iq_export.errors import EngineError, UsageError
+from iq_export.lengths import bundle_limit, engine_profile
 from iq_export.progress import Progress
-from iq_export.report.html import update_with_report
+from iq_export.report.html import check_report, update_with_report
 
 _EPILOG = """examples:
   iq-export build OUT --target rtx-ada
@@ -56,25 +64,38 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build each target's engine, and record it in the manifest as soon as it is there."""
+    """Build each target's engine, and record it in the manifest as soon as it is there.
+
+    One that fails does not stop the others.
+    """
     progress = options.progress(args)
     with progress.step("Check the files"):
         bundle = Bundle.open(args.bundle)
+        check_report(bundle)
     targets = [resolve_target(name) for name in args.targets or bundle.manifest.targets]
     if not targets:
         raise UsageError("the bundle names no target: give --target.")
-    profile = choose_profile(args, bundle)
+    profile, remarks = engine_profile(choose_profile(args, bundle), bundle_limit(bundle.folder))
+    for remark in remarks:
+        progress.note(remark)
     for target in targets:
         _check(bundle, target, args)
     reports = []
+    failures: dict[str, EngineError] = {}
     for target in targets:
-        with progress.step(f"Build {target.name}"), disk_full_is_bundle_error(bundle.folder):
-            bundle, report = _build(args, bundle, target, profile, progress)
-        reports.append(report)
+        try:
+            with progress.step(f"Build {target.name}"), disk_full_is_bundle_error(bundle.folder):
+                bundle, report = _build(args, bundle, target, profile, progress)
+        except EngineError as error:
+            failures[target.name] = error
+        else:
+            reports.append(report)
     if args.json:
         options.print_json([report.to_json() for report in reports])
-    else:
-        print("\n".join(_line(bundle, report) for report in reports))
+    elif reports:
+        options.say("\n".join(_line(bundle, report) for report in reports))
+    if failures:
+        raise EngineError(" | ".join(str(error).rstrip(".") for error in failures.values()) + ".")
     return 0
 
 
@@ -82,7 +103,8 @@ def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
     """The shape options if there is one, else the shapes the bundle was compiled with."""
     if args.min_shapes or args.opt_shapes or args.max_shapes or not bundle.manifest.profile:
         return Profile.parse(args.min_shapes, args.opt_shapes, args.max_shapes)
-    return Profile.from_json(bundle.manifest.profile)
+    with reading_records(bundle.folder / MANIFEST_NAME):
+        return Profile.from_json(bundle.manifest.profile)
 
 
 def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
@@ -97,6 +119,10 @@ def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
     reason = why_not_here(target)
     if reason is not None:
         raise EngineError(reason)
+    header = read_header(bundle.model)
+    gap = builder_gap(target, AttentionForm(bundle.manifest.dtype, header.head_dim, header.softcap))
+    if gap is not None:
+        raise EngineError(f"{gap}.")
 
 
 def _build(
@@ -132,9 +158,10 @@ def _build(
 def plugin_architectures(bundle: Bundle, target: Target) -> list[int]:
     """Those of `target` and of the bundle's engines: there is one plugin library for all."""
     wanted = set(target.compute_capabilities)
-    for engine in bundle.manifest.engines.values():
-        wanted.update(engine.get("compute_capabilities", ()))
-    return sorted(wanted)
+    with reading_records(bundle.folder / MANIFEST_NAME):
+        for engine in bundle.manifest.engines.values():
+            wanted.update(engine.get("compute_capabilities", ()))
+        return sorted(wanted)
 
 
 def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineReport) -> Bundle:
@@ -149,8 +176,16 @@ def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineRep
         (bundle.folder / name).parent.mkdir(exist_ok=True)
         path.replace(bundle.folder / name)
     engines = {**bundle.manifest.engines, report.target: report.to_json()}
-    targets = list(dict.fromkeys([*bundle.manifest.targets, report.target]))
-    return update_with_report(bundle, files=files, engines=engines, targets=targets)
+    failures = {k: v for k, v in bundle.manifest.engine_failures.items() if k != report.target}
+    head = engine_note(report.target)
+    return update_with_report(
+        bundle,
+        files=files,
+        engines=engines,
+        engine_failures=failures,
+        targets=list(dict.fromkeys([*bundle.manifest.targets, report.target])),
+        notes=[note for note in bundle.manifest.notes if not note.startswith(head)],
+    )
 
 
 def _line(bundle: Bundle, report: EngineReport) -> str:

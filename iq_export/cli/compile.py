@@ -72,15 +72,12 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--samples", type=options.positive, default=16, help="windows (default 16)")
     group.add_argument(
-        "--length", type=options.window_length, default=512, help="tokens per window (default 512)"
-    )
+        "--length", type=options.window_length, default=0,
+        help="tokens per window (default 512, or as many as the model has positions)",
+    )  # fmt: skip
     group.add_argument(
         "--max-relative-deviation", type=float, default=0.10, metavar="X",
         help="a lifecycle varying more than this is reported, not replaced (default 0.10)",
-    )  # fmt: skip
-    group.add_argument(
-        "--alpha", type=float, default=64.0,
-        help="a token spikes above alpha x the median of its tensor (default 64)",
     )  # fmt: skip
     group.add_argument(
         "--insertion", choices=("norm", "kv", "auto"), default="auto",
@@ -91,7 +88,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("source")
-    group.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer of an .onnx model")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="DIR",
+        help="folder of the tokenizer.json to use, needed for .onnx (default: the model's own)",
+    )  # fmt: skip
     group.add_argument(
         "--trust-remote-code", action="store_true",
         help="run the Python code that comes with a hub model",
@@ -121,7 +121,7 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         model=args.model,
         out=args.out,
         recipe=args.recipe,
-        targets=tuple(args.targets or ("rtx-ampere",)),
+        targets=tuple(args.targets) if args.targets else None,
         calibration=args.calibration,
         samples=args.samples,
         length=args.length,
@@ -136,7 +136,6 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
         work=args.work,
         device=args.device,
         max_relative_deviation=args.max_relative_deviation,
-        alpha=args.alpha,
         insertion=args.insertion,
         budget=args.budget,
         trust_remote_code=args.trust_remote_code,
@@ -145,22 +144,32 @@ def compile_options(args: argparse.Namespace) -> CompileOptions:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile, or print what a compile would do."""
-    from iq_export.compile import compile, dry_run
+    """Compile, or print what a compile would do.
+
+    A bundle that lacks an engine is described like any other before the error is.
+    """
+    from iq_export.compile import EnginesFailed, compile, dry_run
 
     chosen = compile_options(args)
     if args.dry_run:
         _print_plan(dry_run(chosen), as_json=args.json)
         return 0
     begin = time.perf_counter()
-    bundle = compile(chosen, options.progress(args))
-    seconds = time.perf_counter() - begin
-    if args.json:
+    try:
+        bundle = compile(chosen, options.progress(args))
+    except EnginesFailed as error:
+        _report(error.bundle, time.perf_counter() - begin, as_json=args.json)
+        raise
+    _report(bundle, time.perf_counter() - begin, as_json=args.json)
+    return 0
+
+
+def _report(bundle: Bundle, seconds: float, *, as_json: bool) -> None:
+    if as_json:
         document = {"out": bundle.folder, "seconds": seconds, **asdict(bundle.manifest)}
         options.print_json(document)
     else:
-        print(_closing(bundle, seconds))
-    return 0
+        options.say(_closing(bundle, seconds))
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
@@ -169,11 +178,9 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         return
     for key, value in plan.items():
         if isinstance(value, (list, tuple)):
-            print(f"{key}:")
-            for item in value:
-                print(f"  {item}")
+            options.say("\n".join([f"{key}:", *(f"  {item}" for item in value)]))
         else:
-            print(f"{key}: {value}")
+            options.say(f"{key}: {value}")
 
 
 def _closing(bundle: Bundle, seconds: float) -> str:
@@ -181,6 +188,11 @@ def _closing(bundle: Bundle, seconds: float) -> str:
     manifest = bundle.manifest
     model = sum(r.bytes for name, r in manifest.files.items() if name.startswith("model.onnx"))
     lines = [f"{bundle.folder}: {manifest.recipe}, model.onnx {options.size(model)}"]
+    if manifest.check is not None:
+        lines.append(
+            f"  against fp32 on {manifest.check['tokens']} calibration tokens: top-1 "
+            f"{manifest.check['top1']:.1%}, KL {manifest.check['kl']:.4f}"
+        )
     if manifest.mixed is not None:
         left = sum(len(site["products"]) for site in manifest.mixed["in_half"])
         ratio = manifest.mixed["ratio"]

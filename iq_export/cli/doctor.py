@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         options.print_json([asdict(check) for check in checks])
     else:
         rows = [(c.state, c.name, c.found, c.need) for c in checks]
-        print("\n".join(columns([("", "what", "found", "needed for"), *rows])))
+        options.say("\n".join(columns([("", "what", "found", "needed for"), *rows])))
     return 0
 
 
@@ -53,7 +53,7 @@ def all_checks() -> list[Check]:
 def _machine() -> list[Check]:
     checks = [Check("Python", _OK, platform.python_version(), "everything (3.10 or newer)")]
     checks.append(Check("CPU cores", _OK, str(os.cpu_count()), "calibration, evaluation"))
-    memory = _memory_bytes()
+    memory = memory_bytes()
     if memory is not None:
         checks.append(Check("memory", _OK, options.size(memory), "compile (SmolLM2: 5 GB)"))
     free = options.size(shutil.disk_usage(".").free)
@@ -61,7 +61,7 @@ def _machine() -> list[Check]:
     return checks
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
     """Physical memory; None where the system does not tell (Windows)."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
@@ -103,7 +103,7 @@ def _tensorrt() -> list[Check]:
         if flavour not in installed:
             checks.append(Check(label, _MISSING, "-", f"{need}: {trt.install_hint(flavour)}"))
             continue
-        checks.append(Check(label, _OK, _version_of(flavour), need))
+        checks.append(Check(label, _OK, trt.installed_version(flavour) or "found", need))
     sm = trt.device_compute_capability()
     found = f"sm_{sm}" if sm else "none"
     use = "running engines; building for Jetson and data-centre targets"
@@ -112,14 +112,6 @@ def _tensorrt() -> list[Check]:
     found = ", ".join(buildable) or "none"
     checks.append(Check("engines for", _OK if buildable else _MISSING, found, need))
     return checks
-
-
-def _version_of(flavour: str) -> str:
-    """The version of a TensorRT module, found without importing it."""
-    for name, distributions in importlib.metadata.packages_distributions().items():
-        if name == flavour:
-            return importlib.metadata.version(distributions[0])
-    return "found"
 
 
 def _tools() -> list[Check]:

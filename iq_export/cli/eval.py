@@ -21,10 +21,9 @@ from iq_export.evaluate.compare import (
     table,
     time_prefill,
 )
+from iq_export.lengths import bundle_limit, window_length
 from iq_export.progress import Progress
-from iq_export.report.html import update_with_report
-
-_SPEED_LENGTH = 512
+from iq_export.report.html import check_report, update_with_report
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,9 +39,10 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--windows", type=options.positive, default=16, help="default 16")
     parser.add_argument(
-        "--length", type=options.window_length, default=512, help="tokens; default 512"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the places of the windows")
+        "--length", type=options.window_length, default=0,
+        help="tokens (default 512, or as many as the model has positions)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the places of the windows")
     parser.add_argument(
         "--work", type=Path, metavar="DIR",
         help="folder with the other graphs (compile --keep-work); rebuilt if absent",
@@ -59,19 +59,25 @@ def run(args: argparse.Namespace) -> int:
     from iq_export.run.generate import Tokenizer
 
     bundle = Bundle.open(args.bundle)
+    check_report(bundle)
     name = BUILTIN_HELDOUT if args.text == BUILTIN else args.text
     text = load_text(name)
     if text_sha256(text) == bundle.manifest.options.get("calibration_sha256"):
         raise UsageError(f"{name} was used for calibration: give another text with --text")
+    limit = bundle_limit(bundle.folder)
+    length, remarks = window_length(args.length, limit)
     providers = options.providers(args.device)
+    tokenizer = Tokenizer(bundle.folder)  # before graphs are made, which takes minutes
     graphs = _graphs(bundle, args)
     progress = options.progress(args, len(graphs) + (REFERENCE in graphs and not args.no_speed))
+    for remark in remarks:
+        progress.note(remark)
     comparison = compare(
         graphs,
-        Tokenizer(bundle.folder),
+        tokenizer,
         text,
         count=args.windows,
-        length=args.length,
+        length=length,
         seed=args.seed,
         # A manifest travels: it names the file, not a folder of this machine.
         text_name=Path(name).name,
@@ -82,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
     if REFERENCE in graphs and not args.no_speed:
         with progress.step("Time a prefill, bundle against fp32"):
             speed = time_prefill(
-                bundle.model, graphs[REFERENCE], length=_SPEED_LENGTH, providers=providers
-            )
+                bundle.model, graphs[REFERENCE], length=window_length(0, limit)[0],
+                providers=providers,
+            )  # fmt: skip
     _store(bundle, comparison, speed)
     _print(comparison, speed, as_json=args.json)
     _fail_if_broken(comparison, bundle_label(bundle))
@@ -133,9 +140,9 @@ def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> Non
     if as_json:
         options.print_json({**comparison.to_dict(), "speed": speed and asdict(speed)})
         return
-    print(table(comparison.to_dict()))
+    options.say(table(comparison.to_dict()))
     if speed is not None:
-        print(speed_line(asdict(speed)))
+        options.say(speed_line(asdict(speed)))
 
 
 def _fail_if_broken(comparison: Comparison, label: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import Manifest
+from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, reading_records
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
 from iq_export.evaluate.compare import speed_line, table
@@ -28,10 +28,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the manifest; checksums are `iq-export verify`'s work."""
     bundle = Bundle.open(args.bundle, verify=False)
+    with reading_records(bundle.folder / MANIFEST_NAME):
+        shown = asdict(bundle.manifest) if args.json else describe(bundle.manifest)
     if args.json:
-        options.print_json(asdict(bundle.manifest))
+        options.print_json(shown)
     else:
-        print(describe(bundle.manifest))
+        options.say(str(shown))
     return 0
 
 
@@ -102,8 +104,9 @@ def _accuracy(manifest: Manifest) -> list[str]:
 
 
 def _engines(manifest: Manifest) -> list[str]:
+    failed = [f"{name}: FAILED: {reason}" for name, reason in manifest.engine_failures.items()]
     if not manifest.engines:
-        return ["none: iq-export build OUT --target NAME"]
+        return [*failed, "none: iq-export build OUT --target NAME"]
     header = ("target", "size", "TensorRT", "sm", "sink ops", "build", "sha256")
     rows = [
         (
@@ -122,7 +125,7 @@ def _engines(manifest: Manifest) -> list[str]:
         for target, engine in manifest.engines.items()
         if engine.get("form_reason")
     ]
-    return [*columns([header, *rows]), *reasons]
+    return [*columns([header, *rows]), *reasons, *failed]
 
 
 def _tensors(manifest: Manifest) -> list[str]:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 from iq_export.bundle.manifest import json_safe
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
+from iq_export.terminal import printable
+
+# No window, count or seed is larger; a slip of the finger is.
+_LARGEST = 10**9
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -51,25 +57,39 @@ def progress(args: argparse.Namespace, total: int | None = None) -> Progress:
     return Progress(total, quiet=args.quiet)
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def whole(lowest: int, unit: str = "") -> Callable[[str], int]:
+    """argparse type: an integer from `lowest` to a thousand millions."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {lowest}{unit}")
+        if value > _LARGEST:
+            raise argparse.ArgumentTypeError(f"{value} is more than {_LARGEST}{unit}")
+        return value
+
+    return read
 
 
-def window_length(text: str) -> int:
-    """argparse type: tokens of a window, at least 2, since the first is never predicted."""
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 2 tokens")
-    return value
+positive = whole(1)
+# The first token of a window is never predicted.
+window_length = whole(2, " tokens")
+seed = whole(0)
+
+
+def say(text: str) -> None:
+    """Lines for people on stdout: what files say in them cannot command the terminal."""
+    print(printable(text))
 
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(json_safe(document), indent=2, ensure_ascii=False))
+    text = json.dumps(json_safe(document), indent=2, ensure_ascii=False)
+    # JSON writes out the control characters of ASCII itself.
+    print(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def size(count: float) -> str:

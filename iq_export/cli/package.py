@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print(_line(model))
+        options.say(_line(model))
     return 0
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
-from iq_export.errors import UsageError
+from iq_export.cli.doctor import memory_bytes
+from iq_export.errors import DataError, UsageError
+from iq_export.lengths import bundle_limit, generated
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
+
+
+# Of the unpacked weights, in half and in float32, while they are made.
+_COPIES = 2
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Stream the answer to stdout; with `--json` one document at the end instead."""
+    from iq_export.graph.vocabulary import Vocabulary
     from iq_export.run.generate import Tokenizer, generate
     from iq_export.run.ort import CausalLM
 
@@ -47,11 +57,18 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     tokenizer = Tokenizer(bundle.folder)
     ids = _prompt_ids(args, tokenizer)
-    model = CausalLM(bundle.model, providers=options.providers(args.device))
+    room, remarks = generated(len(ids), args.max_new_tokens, bundle_limit(bundle.folder))
+    if not args.quiet:
+        for remark in remarks:
+            print(remark, file=sys.stderr)
+    model = CausalLM(
+        bundle.model, providers=options.providers(args.device), unpack=_unpack(bundle.model, args)
+    )
+    Vocabulary(model.embedding_rows).check(ids, tokenizer, "the prompt")
     tokens = generate(
         model,
         ids,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=room,
         eos_ids=tokenizer.eos_ids,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -63,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     for piece in tokenizer.stream(_noting(tokens, new_ids)):
         pieces.append(piece)
         if not args.json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(piece, end="", flush=True)
     seconds = time.perf_counter() - begin
     if args.json:
         options.print_json(
@@ -74,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                 "new_tokens": len(new_ids),
                 "ids": new_ids,
                 "seconds": seconds,
-                "finished": len(new_ids) < args.max_new_tokens,
+                "finished": len(new_ids) < room,
             }
         )
     else:
@@ -86,8 +102,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.temperature < 0:
-        raise UsageError(f"--temperature must not be negative, and {args.temperature} is.")
+    if not 0 <= args.temperature < math.inf:
+        raise UsageError(
+            f"--temperature must be a finite number of at least 0, and {args.temperature} is not."
+        )
+    if args.seed < 0:
+        raise UsageError(f"--seed must not be negative, and {args.seed} is.")
     if not 0 < args.top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, and {args.top_p} is not.")
     if args.raw and args.system is not None:
@@ -95,13 +115,59 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _stdin() if args.prompt == "-" else _utf8(args.prompt, "prompt")
     if args.raw:
         return tokenizer.encode(prompt, add_bos=None)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
+        messages.insert(0, {"role": "system", "content": _utf8(args.system, "system message")})
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
+
+
+def _utf8(argument: str, name: str) -> str:
+    """An argument as its bytes in UTF-8 say, whatever the locale's encoding made of them."""
+    try:
+        argument.encode("utf-8")
+        return argument
+    except UnicodeEncodeError:  # bytes that the locale does not know came as half characters
+        pass
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError as error:
+        raise DataError(f"The {name} is not UTF-8 text.") from error
+
+
+def _unpack(model: Path, args: argparse.Namespace) -> bool:
+    """Whether int8 weights are unpacked once; what is done, or why it is slow, is said."""
+    from iq_export.run.ort import unpacked_bytes
+
+    size = _COPIES * unpacked_bytes(model) if args.device == "cpu" else 0
+    if size == 0:
+        return False
+    fits = size < (memory_bytes() or math.inf)
+    options.progress(args).note(
+        "note: ONNX Runtime on a CPU unpacks int8 weights in every step; "
+        + (
+            f"they are unpacked once instead, which takes {options.size(size)} of memory"
+            if fits
+            else f"hence it is slow; unpacking them once would take {options.size(size)} of memory"
+        )
+    )
+    return fits
+
+
+def _stdin() -> str:
+    """What stands on stdin. Raises DataError if it is closed, unreadable or not UTF-8."""
+    if sys.stdin is None:
+        raise DataError("--prompt - reads stdin, and stdin is closed: give the prompt itself.")
+    try:
+        if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"The prompt on stdin is not UTF-8 (byte {error.start}).") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"The prompt cannot be read from stdin: {error}.") from error
 
 
 def _noting(tokens: Any, into: list[int]) -> Any:

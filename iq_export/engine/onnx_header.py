@@ -12,10 +12,13 @@ _SINK_DOMAIN = "iq"
 
 @dataclass(frozen=True)
 class OnnxHeader:
-    """The standard opset a model imports, and how many sink ops of domain `iq` its graph has."""
+    """The standard opset a model imports, how many sink ops of domain `iq` its graph has, and what
+    its Attention ops ask for: the size of a head of the KV cache (None without one), a softcap."""
 
     opset: int
     sink_nodes: int
+    head_dim: int | None = None
+    softcap: bool = False
 
 
 def read_header(path: Path) -> OnnxHeader:
@@ -33,4 +36,20 @@ def read_header(path: Path) -> OnnxHeader:
     opset = next((entry.version for entry in model.opset_import if not entry.domain), None)
     if opset is None:
         raise EngineError(f"'{path}' is no ONNX model: it imports no standard opset.")
-    return OnnxHeader(opset, sum(node.domain == _SINK_DOMAIN for node in model.graph.node))
+    graph = model.graph
+    sizes = [
+        value.type.tensor_type.shape.dim[-1].dim_value
+        for value in graph.input
+        if value.name.startswith("past_key_values.") and value.type.tensor_type.shape.dim
+    ]
+    return OnnxHeader(
+        opset,
+        sum(node.domain == _SINK_DOMAIN for node in graph.node),
+        next((size for size in sizes if size > 0), None),
+        any(
+            attribute.name == "softcap" and attribute.f > 0
+            for node in graph.node
+            if node.op_type == "Attention"
+            for attribute in node.attribute
+        ),
+    )

@@ -76,7 +76,7 @@ def build_plugin(
     """
     started = time.perf_counter()
     include = headers or find_headers()
-    reason = _why_not(include)
+    reason = why_no_plugin(include)
     sources, nvcc = find_sources(), find_nvcc()
     if reason or sources is None or nvcc is None or include is None:
         return PluginBuild(reason=reason)
@@ -234,7 +234,9 @@ def _not_for(architectures: Iterable[int]) -> str:
     return f"no plugin: this nvcc does not compile for {_names(architectures)}."
 
 
-def _why_not(include: Path | None) -> str:
+def why_no_plugin(include: Path | None) -> str:
+    """What the plugin cannot be compiled for want of here; "" if nothing is lacking. `include`:
+    the folder with TensorRT's headers, as `find_headers` finds it."""
     if platform.system() != "Linux":
         return "no plugin: it is compiled on Linux only."
     if find_sources() is None:

@@ -10,6 +10,8 @@ from iq_export.errors import EngineError, UsageError
 # Names the traced graph gives its dynamic axes; `total` = past + seq is the length of the mask.
 AXES = ("batch", "seq", "past")
 TOTAL = "total"
+# Sizes are 32-bit in TensorRT.
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Profile:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Mapping[str, int]]) -> Profile:
-        """The profile that `to_json` wrote."""
+        """The profile that `to_json` wrote; KeyError or TypeError if it did not."""
         return cls(**{axis: Range(**data[axis]) for axis in AXES})
 
     def to_json(self) -> dict[str, dict[str, int]]:
@@ -102,6 +104,8 @@ def _check_range(axis: str, sizes: Range, lowest: int) -> None:
         )
     if sizes.min < lowest:
         raise UsageError(f"shape of '{axis}' must be at least {lowest}, but min is {sizes.min}.")
+    if sizes.max > _LARGEST:
+        raise UsageError(f"shape of '{axis}' must be at most {_LARGEST}, but max is {sizes.max}.")
 
 
 def _parse_sizes(text: str) -> dict[str, int]:
@@ -113,7 +117,7 @@ def _parse_sizes(text: str) -> dict[str, int]:
                 f"unknown axis '{name}' in shapes '{text}': the axes are {', '.join(AXES)}, "
                 f"written like batch:1,seq:128,past:0."
             )
-        if not size.isascii() or not size.isdigit():
+        if not size.isascii() or not size.isdigit() or len(size) > len(str(_LARGEST)):
             raise UsageError(f"'{item}' in shapes '{text}' is not axis:size, like seq:128.")
         sizes[name] = int(size)
     return sizes

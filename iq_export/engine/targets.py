@@ -22,6 +22,11 @@ SINGLE_OPS_TENSORRT = (10, 15)
 # First compute capability with INT4 weights: an SM75 build fails.
 _INT4_SM = 80
 
+# What the Attention kernels of TensorRT RTX take, tried with this release for sm_75 to sm_120; a
+# later one may take more, and is tried instead of refused.
+TRIED_RTX = (1, 7)
+_RTX_HEAD_SIZES = range(16, 257, 8)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -46,6 +51,18 @@ class Target:
     @property
     def int4_weights(self) -> bool:
         return min(self.compute_capabilities) >= _INT4_SM
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """What a graph's Attention ops ask of a builder.
+
+    `dtype` is the graph's, "fp16" or "fp32"; `head_dim` None where it is not known.
+    """
+
+    dtype: str
+    head_dim: int | None = None
+    softcap: bool = False
 
 
 _TABLE = (
@@ -74,6 +91,11 @@ def resolve_target(name: str) -> Target:
     near = difflib.get_close_matches(name.lower(), TARGETS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known targets: {', '.join(TARGETS)}."
     raise UsageError(f"unknown target '{name}': {hint}")
+
+
+def engine_note(name: str) -> str:
+    """How every sentence begins that says why a target has no engine."""
+    return f"no engine for '{name}'"
 
 
 def check_recipe(target: Target, weight_bits: int) -> None:
@@ -106,3 +128,21 @@ def check_tensorrt_opset(version: tuple[int, ...], opset: int, subject: str) -> 
             f"RMSNormalization and RotaryEmbedding: they need TensorRT {need} or later (on Jetson: "
             f"JetPack 7.2). Lowering the graph to opset 21 is not available yet."
         )
+
+
+def attention_gap(target: Target, form: AttentionForm) -> str | None:
+    """What the builder of `target` lacks for such an Attention, as "has no ..."; None if nothing
+    is known to be lacking."""
+    if form.softcap:  # of enterprise TensorRT read in the checks of its ONNX parser
+        return "takes no softcap in Attention"
+    if target.flavour != RTX:
+        return None
+    if form.dtype == "fp32":
+        return "has no Attention kernel in float32, only in half (--dtype fp16)"
+    if form.head_dim is not None and form.head_dim not in _RTX_HEAD_SIZES:
+        sizes = _RTX_HEAD_SIZES
+        return (
+            f"has no Attention kernel for heads of {form.head_dim}, only for multiples of "
+            f"{sizes.step} from {sizes.start} to {sizes[-1]}"
+        )
+    return None

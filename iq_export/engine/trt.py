@@ -7,6 +7,7 @@ to 11.x, is decided here and nowhere else. Nothing is imported before `load` is 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import platform
 import re
@@ -16,7 +17,15 @@ from types import ModuleType
 from typing import Any
 
 from iq_export.engine.soname import provide_alias
-from iq_export.engine.targets import ENTERPRISE, RTX, Target
+from iq_export.engine.targets import (
+    ENTERPRISE,
+    RTX,
+    TRIED_RTX,
+    AttentionForm,
+    Target,
+    attention_gap,
+    engine_note,
+)
 from iq_export.errors import EngineError, UsageError
 
 LABELS = {RTX: "TensorRT for RTX", ENTERPRISE: "TensorRT"}
@@ -37,6 +46,29 @@ def available() -> list[str]:
     return [flavour for flavour in LABELS if importlib.util.find_spec(flavour) is not None]
 
 
+def installed_version(flavour: str) -> str | None:
+    """The version of an installed flavour, found without importing it; None if nothing tells."""
+    found = importlib.metadata.packages_distributions().get(flavour)
+    return importlib.metadata.version(found[0]) if found else None
+
+
+def builder_gap(target: Target, form: AttentionForm) -> str | None:
+    """Why the builder of `target` is known to refuse such a graph; None if it may be tried.
+
+    What a TensorRT RTX of a later line than the tried one lacks is not known: it is tried.
+    """
+    gap = attention_gap(target, form)
+    version = installed_version(target.flavour)
+    if gap is None or (target.flavour == RTX and version and later_than_tried(version)):
+        return None
+    label = f"{LABELS[target.flavour]} {version}" if version else LABELS[target.flavour]
+    return f"{engine_note(target.name)}: {label} {gap}"
+
+
+def later_than_tried(version: str) -> bool:
+    return parse_version(version)[:2] > TRIED_RTX
+
+
 def install_hint(flavour: str) -> str:
     """How to get `flavour`, as the end of a sentence."""
     hint = f"install it with: pip install 'iq-export[{_EXTRAS[flavour]}]'"
@@ -52,13 +84,13 @@ def why_not_here(target: Target) -> str | None:
         if sm not in target.compute_capabilities:
             found = f"has sm_{sm}" if sm else "has no NVIDIA GPU"
             return (
-                f"no engine for '{target.name}' here: enterprise TensorRT builds only on the "
+                f"{engine_note(target.name)} here: enterprise TensorRT builds only on the "
                 f"device itself (sm_{target.compute_capabilities[0]}), and this machine {found}. "
                 f"Copy the bundle there and run: iq-export build BUNDLE --target {target.name}."
             )
     if target.flavour not in available():
         return (
-            f"no engine for '{target.name}': {LABELS[target.flavour]} (module {target.flavour}) is "
+            f"{engine_note(target.name)}: {LABELS[target.flavour]} (module {target.flavour}) is "
             f"not installed, {install_hint(target.flavour)}."
         )
     return None

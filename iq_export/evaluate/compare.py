@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iq_export.calibrate.data import Bos, Window, windows
+from iq_export.calibrate.data import Bos, Window, check_windows, windows
 from iq_export.errors import GraphError, UsageError
 from iq_export.evaluate.perplexity import Scored, exp_or_inf, score
 from iq_export.progress import Progress
@@ -106,6 +106,8 @@ def compare(
     progress = progress or Progress(quiet=True)
     variants = {bos: _cut(tokenizer, text, length, count, seed, bos) for bos in _bos(tokenizer)}
     labels = sorted(graphs, key=lambda label: label != REFERENCE)
+    for cut in variants.values():
+        check_windows(cut, tokenizer, graphs[labels[-1]], f"text {text_name}")
     references: dict[bool, list[Scored]] = {}
     rows = []
     for label in labels:
@@ -214,7 +216,7 @@ def time_prefill(
 
 
 def _prefill_seconds(model: CausalLM, length: int) -> float:
-    ids = (np.arange(length, dtype=np.int64) % model.vocab_size)[None]
+    ids = (np.arange(length, dtype=np.int64) % model.embedding_rows)[None]
     positions = np.arange(length, dtype=np.int64)[None]
     begin = time.perf_counter()
     model.forward(ids, np.ones_like(ids), positions)

@@ -21,8 +21,11 @@ def load(path: Path) -> ir.Model:
         return ir.load(path)
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist.") from error
-    except (ValueError, OSError, DecodeError, onnx.checker.ValidationError) as error:
-        raise GraphError(f"{path} is not a readable ONNX model: {error}") from error
+    except (
+        ValueError, OSError, DecodeError, onnx.checker.ValidationError, ir.serde.SerdeError
+    ) as error:  # fmt: skip
+        reason = error.__cause__ or error  # a SerdeError only says in which function
+        raise GraphError(f"{path} is not a readable ONNX model: {reason}") from error
 
 
 def save_skeleton(model: ir.Model, path: Path) -> None:

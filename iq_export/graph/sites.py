@@ -160,11 +160,22 @@ def _embedding(graph: ir.Graph) -> ir.Value:
     for node in graph:
         if node.op_type == "Gather" and _is_constant(node.inputs[0]):
             raise GraphError(
-                f"No residual stream was found after {_label(node)}: {_NO_STREAM}. Decomposed "
-                "norms (Pow, ReduceMean, Sqrt, Div) are not recognised: export at opset 23."
+                f"No residual stream was found after {_label(node)}: {_NO_STREAM}."
+                f"{_decomposed(graph)}"
             )
     raise GraphError(
-        "The graph has no RMSNormalization or LayerNormalization node; export at opset 23."
+        "The graph has no token embedding: expected a Gather from a table of weights."
+        f"{_decomposed(graph)}"
+    )
+
+
+def _decomposed(graph: ir.Graph) -> str:
+    """What may explain it, where the graph has no norm that is a single op."""
+    if any(node.op_type in NORM_OPS for node in graph):
+        return ""
+    return (
+        " It has no RMSNormalization or LayerNormalization node; norms that are written out "
+        "(ReduceMean, Sqrt, ...) are not recognised."
     )
 
 

@@ -7,6 +7,8 @@ repeated heads), and one mask per kind of attention.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,18 +161,54 @@ def flat_module(model: Any) -> torch.nn.Module:
     return FlatCausalLM().eval()
 
 
+@contextmanager
+def settled_rotations(model: Any) -> Iterator[None]:
+    """Rotations that change with the length of a call stay, in the block, as they are up to the
+    limit of `position_limit`: a graph has one rotation, as the keys in its cache have."""
+    settled = {}
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            plain: Any = {layer: _settled(name) for layer, name in kind.items()}
+        else:
+            plain = _settled(kind)
+        if plain != kind:
+            settled[module] = kind
+            module.rope_type = plain
+    try:
+        yield
+    finally:
+        for module, kind in settled.items():
+            module.rope_type = kind
+
+
+def _settled(kind: Any) -> Any:
+    """transformers looks for these names at each call, and takes frequencies made before if not."""
+    changes = isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind)
+    return "default" if changes else kind
+
+
 def cache_shape(model: Any) -> CacheShape:
     """Layer count, K/V heads and head size, as one token through the model leaves them.
 
     Configurations of different families disagree on how they call these. Raises ModelError if
-    the layers' caches are not all of one shape `[1, kv_heads, 1, head_dim]`.
+    the layers' caches are not all of one shape `[1, kv_heads, 1, head_dim]`, or the model does not
+    run with a plain cache.
     """
     import torch
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:  # a model's own code, which expects a cache of its own
+        said = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+        raise ModelError(
+            f"A '{model.config.model_type}' does not run with a plain cache of keys and values "
+            f"({said.rstrip('.')[:200]}); this architecture is not supported."
+        ) from error
     tensors = [tensor for layer in cache.layers for tensor in _cached(layer)]
     shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors}
     shape = next(iter(shapes), None)

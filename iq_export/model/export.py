@@ -7,9 +7,11 @@ that `replicate` can swap one layer's parameters for another's and `tidy` can na
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _BATCH, _SEQ, _PAST = 2, 5, 3
 # Rewrites leave identities behind that hide the rotary pattern until they are folded away.
 _LOWERING_ROUNDS = 2
+_LONGEST = 300  # characters of torch's own words in an error
 
 
 def input_names(layers: int) -> list[str]:
@@ -55,7 +58,7 @@ def export_module(
 ) -> ir.Model:
     """Export a `flat_module` with dynamic batch, seq and past axes.
 
-    Raises ModelError with torch's own first line when the architecture cannot be traced.
+    Raises ModelError, in one sentence that names the model type, when it cannot be traced.
     """
     import torch
 
@@ -67,25 +70,25 @@ def export_module(
         {0: batch, 1: seq},
         tuple({0: batch, 2: past} for _ in args[3]),
     )
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                module,
-                args,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                input_names=input_names(cache.num_layers),
-                output_names=output_names(cache.num_layers),
-                optimize=False,
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise _explained(error) from error
-        if program is None:
-            raise ModelError("The model cannot be traced: torch.onnx.export returned nothing.")
-        model = program.model
-        _lower(model)
+    kind = module.model.config.model_type
+    try:
+        program = torch.onnx.export(
+            module,
+            args,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            input_names=input_names(cache.num_layers),
+            output_names=output_names(cache.num_layers),
+            optimize=False,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _explained(error, kind) from error
+    if program is None:
+        raise ModelError(f"Model type '{kind}' cannot be traced: torch gives no graph.")
+    model = program.model
+    _lower(model)
     return model
 
 
@@ -123,29 +126,62 @@ def _inherit_scopes(graph: ir.Graph) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter: its warnings concern torch's own internals, not the user's model."""
-    loggers: Sequence[logging.Logger] = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Silence torch and transformers: what they log, warn of and print while a model is traced
+    concerns their own internals, and what fails is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sink = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
-def _explained(error: BaseException) -> ModelError:
-    """First line of the innermost exception: the exporter wraps it in pages of advice."""
+# What torch says when it fails -> what that means; the groups of a pattern fill the sentence.
+_REASONS = (
+    (r"No ONNX function found for <?\S*grouped_mm", "it is a mixture of experts"),
+    (r"No ONNX function found for <?(?:OpOverload\(op='|torch\.ops\.)?([\w.]+)",
+     "ONNX has nothing for its operation '{0}'"),
+    (r"q_num_heads = kv_num_heads",
+     "its attention shares one head of keys and values in a form that ONNX's does not express"),
+    (r"specified range satisfy the generated guard .*\[(\d+)\]\.size\(\)\[\d+\] (<=?) (\d+)",
+     "its code works up to a fixed length only (tables of {2} positions)"),
+    (r"is inconsistent", "its code makes masks or biases whose size torch cannot follow"),
+    (r"data-dependent|DataDependent", "its code branches on the values of its inputs"),
+    (r"inferred to be a constant|[Ss]pecializ", "its code works with one fixed size only"),
+    (r"unpack|has no attribute|unexpected keyword|NoneType",
+     "its code handles masks or caches in a way of its own"),
+)  # fmt: skip
+
+
+def _explained(error: BaseException, kind: str) -> ModelError:
+    """One sentence of the innermost exception: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ModelError):
         return error
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
-    return ModelError(f"The model cannot be traced: {reason}")
+    said = str(error)
+    for pattern, sentence in _REASONS:
+        match = re.search(pattern, said)
+        if match:
+            reason = sentence.format(*match.groups())
+            break
+    else:
+        reason = f"torch's exporter stops ({type(error).__name__}: {_first_sentence(said)})"
+    return ModelError(
+        f"Model type '{kind}' cannot be traced: {reason}; this architecture is not supported."
+    )
+
+
+def _first_sentence(text: str) -> str:
+    """The first line; where that announces a list, its first entry as well."""
+    lines = [line.strip(" -*\t.") for line in text.splitlines() if line.strip(" -*\t.")]
+    head = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return head[:_LONGEST] or "no message"

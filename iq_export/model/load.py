@@ -11,9 +11,9 @@ import difflib
 import hashlib
 import io
 import json
+import operator
 import re
 import struct
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,14 @@ from typing import Any, Literal
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
+from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
+from iq_export.model.gguf import apply_keys, check_kind, check_loaded
+from iq_export.model.gguf_file import read_header
+from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
+from iq_export.model.layout import INDEX, check_layout
+from iq_export.model.support import check_config
+from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
 from iq_export.progress import Progress
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
@@ -34,8 +41,6 @@ _HUB_FILES = [
 ]  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_GGUF_MAGIC = b"GGUF"
-_GGUF_VERSIONS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,11 @@ class ModelSource:
 
 @dataclass
 class LoadedModel:
-    """A transformers causal LM in fp32 with its tokenizer."""
+    """A transformers causal LM in fp32; `notes` on what was left out."""
 
     model: Any
-    tokenizer: Any
     license_files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -80,9 +85,9 @@ def resolve(
     if tokenizer is not None:
         _check_tokenizer(tokenizer)
     common: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
-    path = Path(model).expanduser()
+    path = _path(model)
     if path.is_dir():
-        _check_folder(path, trust_remote_code)
+        _check_folder(path, trust_remote_code, tokenizer=tokenizer is None)
         name = path.resolve().name
         return ModelSource("folder", name, path, license_note=_license_note(path), **common)
     if path.is_file():
@@ -94,6 +99,31 @@ def resolve(
     if _HUB_ID.match(model) and not model.endswith((".gguf", ".onnx", ".safetensors")):
         return ModelSource("hub", model, revision=revision, **common)
     raise ModelError(_unknown(model))
+
+
+def configuration(source: ModelSource) -> dict[str, Any] | None:
+    """The content of a folder's or hub model's config.json, fetched alone, with no weights.
+
+    None for other kinds of models, and where the hub cannot be reached. Raises ModelError if the
+    hub has no such model, or its files show that it cannot be compiled.
+    """
+    if source.kind == "folder" and source.path is not None:
+        found = _read_json(source.path / "config.json")
+        return found if isinstance(found, dict) else None
+    if source.kind != "hub":
+        return None
+    _need_transformers()
+    seen = hub.look_at(source.name, source.revision)
+    if seen is None:
+        return None
+    if seen.config is not None:
+        where = f"config.json of {source.name}"
+        check_header(seen.config, source.name, where, source.trust_remote_code)
+    if seen.sizes or seen.config is None:
+        # Whether shards are missing is seen after the download.
+        names = seen.sizes.keys()
+        check_layout(names, source.name, seen.config, tokenizer=source.tokenizer is None)
+    return seen.config
 
 
 def materialize(source: ModelSource, progress: Progress | None = None) -> ModelSource:
@@ -109,8 +139,9 @@ def materialize(source: ModelSource, progress: Progress | None = None) -> ModelS
         if progress is not None and (note := announcement(source.name)):
             progress.note(note)
         return dataclasses.replace(source, path=embedded_model(source.name))
-    folder = _download_from_hub(source)
-    _check_folder(folder, source.trust_remote_code)
+    _need_transformers()
+    folder = hub.download(source.name, source.revision, _HUB_FILES)
+    _check_folder(folder, source.trust_remote_code, tokenizer=source.tokenizer is None)
     revision = folder.name if folder.parent.name == "snapshots" else source.revision
     return dataclasses.replace(
         source, path=folder, revision=revision, license_note=_license_note(folder)
@@ -142,28 +173,36 @@ def load_model(source: ModelSource) -> LoadedModel:
         options["gguf_file"] = source.path.name
     # Never a pickle (pytorch_model.bin): reading one can run code.
     weights = {} if gguf else {"use_safetensors": True}
-    with _quiet_transformers(), _readable(source):
-        tokenizer = (
-            transformers.AutoTokenizer.from_pretrained(source.tokenizer)
-            if source.tokenizer
-            else transformers.AutoTokenizer.from_pretrained(folder, **options)
-        )
+    with quiet_transformers(), readable(source):
+        header = read_header(source.path) if gguf else None
+        if header is not None:
+            check_kind(header)
         config = transformers.AutoConfig.from_pretrained(folder, **options)
-        _check_config(config, source)
+        remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
+        check_config(config, source.name, remote_code=remote)
+        if header is not None:
+            apply_keys(header, config)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="float32", output_loading_info=True, **options, **weights
         )
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
+        made_as = ", ".join(map(str, getattr(config, "architectures", None) or ()))
         raise ModelError(
-            f"{source.name} is incomplete: {len(missing)} weights are missing, the first is "
-            f"'{missing[0]}'."
+            f"{source.name} is incomplete{made_as and f' (it was saved as {made_as})'}: "
+            f"{len(missing)} weights are missing, the first is '{missing[0]}'."
         )
+    notes = check_unexpected(model, info["unexpected_keys"], source.name)
+    check_finite(model.named_parameters(), source.name)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights were expanded to fp32 while loading
+    if header is not None:
+        with readable(source):
+            check_loaded(header, config, model)
+        model.generation_config.eos_token_id = list(end_ids(header)) or None
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, license_files(folder))
+    return LoadedModel(model, license_files(folder), tuple(notes))
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:
@@ -174,9 +213,14 @@ def license_files(folder: Path) -> tuple[Path, ...]:
 def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        _check_gguf(path)
         note = _license_note(path.parent)
-        return ModelSource("gguf", path.stem, path, license_note=note, **common)
+        source = ModelSource("gguf", path.stem, path, license_note=note, **common)
+        with readable(source):
+            header = read_header(path)
+            check_kind(header)
+            if source.tokenizer is None:
+                check_tokenizer(header)
+        return source
     if suffix == ".onnx":
         if common["tokenizer"] is None:
             raise UsageError(
@@ -191,8 +235,18 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
     )
 
 
+def _path(model: str) -> Path:
+    """What the name is as a path, with `~` for a home."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # `~nobody`
+        return Path(model)
+
+
 def _unknown(model: str) -> str:
-    path = Path(model).expanduser()
+    path = _path(model)
+    if path.exists():
+        return f"'{model}' is neither a file nor a folder."
     near = difflib.get_close_matches(model, list(EMBEDDED), cutoff=0.5)
     if path.parent.is_dir() and path.parent != Path():
         near += [
@@ -215,33 +269,51 @@ def _check_tokenizer(folder: Path) -> None:
         raise UsageError(f"--tokenizer {folder} holds no tokenizer.json.")
 
 
-def _check_folder(folder: Path, trust_remote_code: bool) -> None:
+def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> None:
     """Refuse early what transformers would refuse late, or after running foreign code."""
-    path = folder / "config.json"
-    if not path.is_file():
-        inside = sorted(f.name for f in folder.glob("*") if f.suffix in (".gguf", ".onnx"))
-        hint = f" Give the file: {folder / inside[0]}." if inside else ""
-        raise ModelError(f"{folder} is not a Hugging Face model: it has no config.json.{hint}")
+    check_adapters(folder)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        names = [file.name for file in folder.iterdir()]
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror}.") from error
+    config = _read_json(folder / "config.json")
+    if config is not None:
+        check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
+    index = _read_json(folder / INDEX)
+    check_layout(names, str(folder), config, index, tokenizer=tokenizer)
+    for file in sorted(folder.glob("*.safetensors")):
+        _check_safetensors(file)
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file, None if it is not there; ModelError if it is no JSON."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def check_header(config: Any, name: str, where: str, trust_remote_code: bool) -> None:
+    """What a config.json says of the checkpoint as a whole: its type, its format, its code."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
-        raise ModelError(f"{path} does not say its model_type.")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+        raise ModelError(f"{where} does not say its model_type.")
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method:
         raise ModelError(
-            f"{folder.name} is already quantized ({method}): give the checkpoint in full or half "
+            f"{name} is already quantized ({method}): give the checkpoint in full or half "
             "precision."
         )
     if "auto_map" in config and not trust_remote_code and not _known_type(kind):
         raise ModelError(
-            f"{folder.name} comes with its own Python code (model type '{kind}'); if you trust its "
+            f"{name} comes with its own Python code (model type '{kind}'); if you trust its "
             "author, allow it with --trust-remote-code."
         )
-    for file in sorted(folder.glob("*.safetensors")):
-        _check_safetensors(file)
 
 
 def _known_type(model_type: str) -> bool:
@@ -251,102 +323,25 @@ def _known_type(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def _check_config(config: Any, source: ModelSource) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{source.name} ('{config.model_type}') is an encoder-decoder model; only "
-            "decoder-only causal LMs can be compiled."
-        )
-    remote = source.trust_remote_code and getattr(config, "auto_map", None)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        raise ModelError(
-            f"{source.name} has architecture '{config.model_type}', which is not a causal LM in "
-            "this version of transformers."
-        )
-    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-    lacking = [name for name in needed if not isinstance(getattr(config, name, None), int)]
-    if lacking:
-        raise ModelError(
-            f"{source.name} has architecture '{config.model_type}', whose configuration has no "
-            f"single '{lacking[0]}' (several modalities, or no attention); it is not supported."
-        )
-
-
-def _check_gguf(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(8)
-    if len(head) < 8 or head[:4] != _GGUF_MAGIC:
-        raise ModelError(f"{path} is not a GGUF file, or it is damaged: it has no GGUF header.")
-    version = struct.unpack("<I", head[4:])[0]
-    if version not in _GGUF_VERSIONS:
-        raise ModelError(f"{path} is GGUF version {version}; versions 2 and 3 can be read.")
-
-
 def _check_safetensors(path: Path) -> None:
     """The header must parse and the file be as long as it says."""
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         header = file.read(length) if length < size else b""
     try:
-        tensors = json.loads(header)
+        tensors = dict(json.loads(header))
         ends = [tensors[key]["data_offsets"][1] for key in tensors if key != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        expected = 8 + length + max(map(operator.index, ends), default=0)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: its safetensors header cannot be read.") from error
-    expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise ModelError(
             f"{path} is damaged or was not downloaded in full: it has {size} bytes of {expected}."
         )
-
-
-def _download_from_hub(source: ModelSource) -> Path:
-    _need_transformers()
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    unreachable: tuple[type[Exception], ...] = (
-        errors.LocalEntryNotFoundError, errors.HfHubHTTPError, *_transport_errors(),
-    )  # fmt: skip
-    try:
-        folder = huggingface_hub.snapshot_download(
-            source.name, revision=source.revision, allow_patterns=_HUB_FILES
-        )
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{source.name} is gated: accept its licence on https://huggingface.co/{source.name} "
-            "and log in with `hf auth login`."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"There is no model '{source.name}' on the Hugging Face hub, or it is private: check "
-            "the name, or log in with `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{source.name} has no revision '{source.revision}'.") from error
-    except errors.HFValidationError as error:
-        raise ModelError(f"'{source.name}' is not a valid hub id.") from error
-    except unreachable as error:
-        raise ModelError(
-            f"The Hugging Face hub cannot be reached for '{source.name}': download the model "
-            "elsewhere and give its folder, or set HF_ENDPOINT to a mirror."
-        ) from error
-    return Path(folder)
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the hub client's HTTP library raises; which library it is depends on its version."""
-    clients = [sys.modules.get(name) for name in ("httpx2", "httpx", "requests")]
-    found = [
-        getattr(client, name)
-        for client in clients
-        for name in ("HTTPError", "RequestException")
-        if hasattr(client, name)
-    ]
-    return (ConnectionError, TimeoutError, *found)
 
 
 def _files(root: Path) -> list[Path]:
@@ -370,7 +365,7 @@ def _license_note(folder: Path) -> str:
 
 
 @contextmanager
-def _readable(source: ModelSource) -> Iterator[None]:
+def readable(source: ModelSource) -> Iterator[None]:
     """Turn what transformers and its readers raise into one ModelError."""
     import safetensors
 
@@ -380,7 +375,7 @@ def _readable(source: ModelSource) -> Iterator[None]:
         raise
     except (
         OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError,
-        ImportError, struct.error, safetensors.SafetensorError,
+        ImportError, MemoryError, struct.error, safetensors.SafetensorError,
     ) as error:  # fmt: skip
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
@@ -391,7 +386,7 @@ def _readable(source: ModelSource) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and warnings of transformers between our own lines of progress."""
     from transformers.utils import logging
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,9 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
-from iq_export.model.load import LoadedModel, ModelSource, fingerprint, load_model, materialize
-from iq_export.model.verify import TOLERANCE, Parity, compare, original_logits
+from iq_export.model.capture import settled_rotations
+from iq_export.model.export import quiet
+from iq_export.model.load import (
+    LoadedModel,
+    ModelSource,
+    fingerprint,
+    load_model,
+    materialize,
+    readable,
+)
+from iq_export.model.verify import Parity, Reference, compare, refer
+from iq_export.model.weights_check import check_finite_graph
 from iq_export.progress import Progress
+from iq_export.run.generate import Tokenizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,10 +52,9 @@ OPSET = 23
 _FORMAT = 1
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
-_CODE = ("capture.py", "export.py", "replicate.py", "tidy.py", "trace.py")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "config.json", "generation_config.json",
+_CODE = (
+    "arithmetic.py", "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
+    "limits.py", "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
 )  # fmt: skip
 
 
@@ -51,9 +62,12 @@ _TOKENIZER_FILES = (
 class TracedModel:
     """A traced model on disk.
 
-    `parity` is the largest logit error against the original, as a fraction of the logit range
-    (None for an `.onnx` source: there is no original); `layers_traced` is how many layers torch
-    exported, the others being copies with their own weights (0 for an `.onnx` source).
+    `parity` is the graph's largest logit error against the original in float64, as a fraction of
+    the logit range, and `noise_ratio` the largest one in multiples of what the original's own
+    float32 errs at that token (`verify.TOLERANCE` at most; both None for an `.onnx` source: there
+    is no original); `layers_traced` is how many layers torch exported, the others being copies
+    with their own weights (0 for an `.onnx` source); `notes` is what a user should know about how
+    the model was read, and what of it was left out.
     """
 
     folder: Path
@@ -63,7 +77,9 @@ class TracedModel:
     license_note: str = ""
     revision: str | None = None
     parity: float | None = None
+    noise_ratio: float | None = None
     layers_traced: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def model(self) -> Path:
@@ -94,6 +110,7 @@ class TracedModel:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             names = {field.name for field in dataclasses.fields(cls)} - {"folder"}
             traced = cls(folder, **{name: record[name] for name in names})
+            traced = dataclasses.replace(traced, notes=tuple(traced.notes))
             intact = record["bytes"] == _sizes(folder)
             same = record["format"] == _FORMAT and key in (None, record["key"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,11 +142,16 @@ def trace(
         pass  # not there yet, or of an older version: made anew
     with _whole_folder(Path(out_dir)) as folder:
         (folder / ASSETS).mkdir()
+        with progress.step("read tokenizer"):
+            notes = _write_tokenizer(source, folder / ASSETS, progress)
         if source.kind == "onnx":
-            _adopt_onnx(source, folder)
-            parity, layers = None, 0
+            remarks = _adopt_onnx(source, folder)
+            for remark in remarks:
+                progress.note(f"warning: {remark}")
+            parity, layers, notes = None, 0, [*notes, *remarks]
         else:
-            parity, layers = _trace_torch(source, folder, opset, progress)
+            parity, layers, left = _trace_torch(source, folder, opset, progress)
+            notes = [*notes, *left]
         traced = TracedModel(
             folder=folder,
             name=source.name,
@@ -137,8 +159,10 @@ def trace(
             seconds=time.perf_counter() - begin,
             license_note=source.license_note,
             revision=source.revision,
-            parity=None if parity is None else parity.relative,
+            parity=None if parity is None else parity.largest,
+            noise_ratio=None if parity is None else parity.ratio,
             layers_traced=layers,
+            notes=tuple(notes),
         )
         traced.save(key)
     return dataclasses.replace(traced, folder=Path(out_dir))
@@ -154,25 +178,37 @@ def _check_opset(opset: int) -> None:
 
 def _trace_torch(
     source: ModelSource, folder: Path, opset: int, progress: Progress
-) -> tuple[Parity, int]:
+) -> tuple[Parity, int, list[str]]:
     with progress.step("load model"):
         loaded = load_model(source)
         _write_assets(loaded, source, folder / ASSETS)
-        reference = original_logits(loaded.model, "eager")
+    for note in loaded.notes:
+        progress.note(note)
+    reference, problem = None, ""
     for short_cut in (True, False):
-        with progress.step("trace to ONNX"):
+        with progress.step("trace to ONNX"), quiet(), settled_rotations(loaded.model):
             layers = _export(loaded.model, folder, opset, short_cut)
         if layers is None:
             continue
-        with progress.step("compare with the model"):
-            parity = compare(folder / MODEL_FILE, reference)
-        if parity.holds:
-            return parity, layers
-        progress.note(f"traced from {layers} layers, logits are off by {parity.relative:.1e}")
+        with progress.step("compare with the model"), quiet():
+            reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
+            parity, problem = _compared(folder / MODEL_FILE, reference)
+        if parity is not None:
+            return parity, layers, list(loaded.notes)
+        progress.note(f"traced from {layers} layers, the graph {problem}")
     raise GraphError(
-        f"The traced graph of {source.name} does not equal the model: logits differ by "
-        f"{parity.relative:.2g} of their range (allowed is {TOLERANCE})."
+        f"The traced graph of {source.name} (model type '{loaded.model.config.model_type}') "
+        f"{problem}; this architecture is not supported."
     )
+
+
+def _compared(path: Path, reference: Reference) -> tuple[Parity | None, str]:
+    """The parity if it holds; otherwise what is wrong with the graph."""
+    try:
+        parity = compare(path, reference)
+    except GraphError as error:
+        return None, f"is broken: {str(error).rstrip('.')}"
+    return (parity, "") if parity.holds else (None, f"does not equal the model: {parity}")
 
 
 def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None:
@@ -209,13 +245,17 @@ def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None
     return layers
 
 
+def _write_tokenizer(source: ModelSource, assets: Path, progress: Progress) -> list[str]:
+    from iq_export.model.tokenizer import write_tokenizer
+
+    with readable(source):
+        notes = write_tokenizer(source, assets)
+    for note in notes:
+        progress.note(note)
+    return notes
+
+
 def _write_assets(loaded: LoadedModel, source: ModelSource, assets: Path) -> None:
-    loaded.tokenizer.save_pretrained(assets)
-    if not (assets / "tokenizer.json").is_file():
-        raise ModelError(
-            f"The tokenizer of {source.name} has no fast version (tokenizer.json), which running "
-            "without transformers needs; give a folder that has one with --tokenizer."
-        )
     loaded.model.config.save_pretrained(assets)
     loaded.model.generation_config.save_pretrained(assets)
     _write_license(loaded.license_files, source, assets)
@@ -231,10 +271,10 @@ def _write_license(files: tuple[Path, ...], source: ModelSource, assets: Path) -
         (assets / "NOTICE").write_text(text, encoding="utf-8")
 
 
-def _adopt_onnx(source: ModelSource, folder: Path) -> None:
+def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
     """Take an ONNX file into the folder's layout, with names, constants and types in place.
 
-    Weights are streamed.
+    Weights are streamed. Returns notes on what could not be told of the graph.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -242,19 +282,25 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> None:
     from iq_export.model.load import license_files
 
     assert source.path is not None and source.tokenizer is not None
-    graph = _read_onnx(source.path)
+    with _heard() as said:
+        graph = _read_onnx(source.path)
+    if said:  # a value that nothing makes
+        raise ModelError(f"{source.path} is no valid graph: {said[0]}")
     _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
     _check_types(graph, source.path)
+    check_finite_graph(graph, source.path.name)
     # Later passes find nodes by name, constants among the initializers, and types at the values.
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-    common.ShapeInferencePass()(graph)
-    common.NameFixPass()(graph)
+    with _heard() as said:
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+        common.ShapeInferencePass()(graph)
+        common.NameFixPass()(graph)
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
-    for name in _TOKENIZER_FILES:
+    for name in ("config.json", "generation_config.json"):
         if (source.tokenizer / name).is_file():
             shutil.copyfile(source.tokenizer / name, folder / ASSETS / name)
     _write_license(license_files(source.path.parent), source, folder / ASSETS)
+    return [f"{source.path.name}: {line}" for line in said]
 
 
 def _read_onnx(path: Path) -> ir.Model:
@@ -263,8 +309,28 @@ def _read_onnx(path: Path) -> ir.Model:
 
     try:
         return ir.load(path)
-    except (DecodeError, ValueError, KeyError, TypeError) as error:
+    except (DecodeError, ValueError, KeyError, TypeError, ir.serde.SerdeError) as error:
         raise ModelError(f"{path} is not an ONNX file, or it is damaged.") from error
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What onnx_ir says while it works, a line each, which it would print amid our own lines."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            said.append(str(error or record.getMessage()).splitlines()[0])
+
+    logger, listener = logging.getLogger("onnx_ir"), Listener(logging.WARNING)
+    logger.addHandler(listener)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)
+        logger.propagate = before
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:
@@ -293,6 +359,13 @@ def _check_types(model: ir.Model, path: Path) -> None:
             f"{path} has opset {opset}; only opset {OPSET} is supported, whose single Attention "
             "and RMSNormalization ops are recognised. Export it again with opset_version=23."
         )
+    for node in model.graph:
+        if node.op_type == "Attention" and any(node.inputs[4:6]):
+            raise GraphError(
+                f"Node '{node.name}' (Attention) of {path} takes the KV cache itself (past_key, "
+                "past_value); export the model with the cache joined to keys and values by a "
+                "Concat in front of it."
+            )
     for value in model.graph.inputs:
         if value.dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
             raise GraphError(

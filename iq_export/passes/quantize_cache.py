@@ -42,7 +42,7 @@ def quantize_cache(model: ir.Model, sites: Sites, scales: Mapping[str, float]) -
         if site is None:
             raise GraphError(
                 f"The attention before node {block.attention.output.node!r} is no single Attention "
-                "op, so its KV cache cannot be int8: export at opset 23, or use recipe w8a8."
+                "op, so its KV cache cannot be int8: use recipe w8a8."
             )
         for position, name in ((1, site.key), (2, site.value)):
             concat = _cache_of(nodes[site.node], position, site)

@@ -80,9 +80,20 @@ def _convert_node(
         elif is_half and output.dtype in (_FLOAT, None) and not _gives_integer(node):
             output.dtype = _HALF
             half.add(output)
-        elif computed and all(value in wide for value in computed) and not _gives_integer(node):
+        elif _is_wide(node, output, floats, wide) and not _gives_integer(node):
             output.dtype = _FLOAT
             wide.add(output)
+
+
+def _is_wide(node: ir.Node, output: ir.Value, floats: list[ir.Value], wide: set[ir.Value]) -> bool:
+    """A float of wide values; or of constants alone, like one of two rotations, chosen."""
+    computed = [value for value in floats if not value.is_initializer()]
+    if computed:
+        return all(value in wide for value in computed)
+    if node.op_type == "ConstantOfShape":
+        value = node.attributes.get("value")
+        return value is None or value.as_tensor().dtype == _FLOAT
+    return output.dtype == _FLOAT or (output.dtype is None and bool(floats))
 
 
 def _is_float(value: ir.Value, half: set[ir.Value], wide: set[ir.Value]) -> bool:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import Manifest, write_atomically
+from iq_export.bundle.manifest import Manifest, reading_records, write_atomically
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.report.chart import Series, line_chart
 from iq_export.report.lifecycles import describe_lifecycle
@@ -46,14 +46,26 @@ def write_report(manifest: Manifest, plan: Mapping[str, Any], path: Path) -> Pat
     return path
 
 
+def check_report(bundle: Bundle) -> None:
+    """BundleError if the report cannot be made anew: before the work that is to go into it."""
+    if REPORT_NAME in bundle.manifest.files:
+        _render(bundle, bundle.manifest)
+
+
 def update_with_report(bundle: Bundle, *, rehash: Sequence[str] = (), **changes: Any) -> Bundle:
     """`bundle.package.update_manifest`, and the bundle's report, if it has one, made anew."""
     renewed = list(rehash)
     if REPORT_NAME in bundle.manifest.files:
-        manifest = replace(bundle.manifest, **changes)
-        write_report(manifest, bundle.plan(), bundle.folder / REPORT_NAME)
+        page = _render(bundle, replace(bundle.manifest, **changes))
+        write_atomically(bundle.folder / REPORT_NAME, page)
         renewed.append(REPORT_NAME)
     return update_manifest(bundle, rehash=renewed, **changes)
+
+
+def _render(bundle: Bundle, manifest: Manifest) -> str:
+    plan = bundle.plan()
+    with reading_records(bundle.folder):
+        return render(manifest, plan)
 
 
 def render(manifest: Manifest, plan: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ def possible_forms(
         what = "--insertion kv" if wanted == "kv" else "an int8 KV cache"
         raise GraphError(
             f"{what} writes keys and values of the sinks, but in blocks {life.birth + 1} to "
-            f"{life.end} an attention is no single Attention op: export at opset 23."
+            f"{life.end} an attention is no single Attention op."
         )
     return forms
 

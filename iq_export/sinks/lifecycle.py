@@ -1,10 +1,14 @@
 """Discover the lifecycles of spikes from data: who is born where, and where it dies.
 
-Emergence, persistence and disappearance are the three phases of InsertQuant (arXiv 2606.02288,
-section on the mechanism; method.md "What a spike is"). No block number is assumed.
+Emergence, persistence and disappearance are the three phases of InsertQuant (arXiv 2606.02288).
+No block number and no ratio is assumed: a lifecycle is a few tokens whose residual leaves the
+others', stays away from them and comes back. Where the others end is read from the gap in the data
+(`leaving`), block by block. The down-projection of the block in which they leave, or the norm
+behind it, has written the spike, however large its input is.
 
-Detection is progressive (method.md step 2): tokens that spike before the birth of the others are
-caught at an early site, the rest at the birth; what an early site caught stays caught.
+Detection is progressive: tokens that leave before the others are caught at an early site, the rest
+at the birth; what an early site caught stays caught. At run time a site looks at the input of its
+down-projection; `separable` tells whether a constant threshold there finds the tokens.
 """
 
 from __future__ import annotations
@@ -18,19 +22,24 @@ import numpy as np
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
 
-# A birth at least doubles the residual's largest value of its tokens; a death never does.
+# Tokens within this factor of the median token are like all others: none of them has left, and a
+# lifecycle has ended where its tokens are back there.
+_CALM = 8.0
+# Who leaves is an order of magnitude away, as a group.
+_ORDER = 10.0
+# Between the group and the others is a gap of at least this factor, but for a tenth of the group's
+# number on either side of it: tokens in between are few, not none.
+_GAP = 2.0
+_STRAGGLERS = 10
+# A birth at least doubles the residual's largest value of its tokens; what was loud all along is
+# none.
 _BIRTH_GROWTH = 2.0
-# A lifecycle has ended where its tokens' residual is within this factor of the median token's.
-_RESIDUAL_EXCESS = 8.0
 # The block that takes away at least this share of the spike is its death.
 _DEATH_SHARE = 0.25
 # Sinks of a block are clamped where they alone stretch the down-projection's range.
 _CLAMP_EXCESS = 1.5
 # Position 0 is forced into the set if it spikes in at least this share of the windows.
 _FIRST_RATE = 0.95
-# alpha0 of the early sites is this share of alpha: before the others' birth, a token that goes on
-# to carry the spike is known by more than its size.
-_EARLY_SHARE = 0.5
 # Several sites only if at each of them the sinks are this many times larger than all others: one
 # site without a constant threshold would keep the whole lifecycle from being replaced.
 _SITE_GAP = 2.0
@@ -58,7 +67,8 @@ class Lifecycle:
     `birth` is the last block at which tokens join, the definitive site of detection; `early` are
     the sites before it, by block. `death` is the block that cancels the largest part; `end` the
     last block in which its tokens still stand out. A spike that nobody cancels has `death` None and
-    ends at the last block.
+    ends at the last block. `separable`: whether at every site of detection all of its tokens have a
+    larger down-projection input than all others, so that `threshold` finds them at run time.
     """
 
     birth: int
@@ -74,6 +84,7 @@ class Lifecycle:
     residual_peak: float
     first_rate: float
     early: tuple[EarlySite, ...] = ()
+    separable: bool = True
 
     @property
     def insert_blocks(self) -> range:
@@ -116,104 +127,140 @@ class Lifecycle:
         return [(t, first[t], n - first[t]) for t, n in counts.most_common(most)]
 
 
-def discover(stats: TokenStats, *, alpha: float = 64.0) -> list[Lifecycle]:
+def leaving(sizes: np.ndarray, typical: float | None = None) -> np.ndarray:
+    """Bool `[n]`: who leaves the others, by the gap in log magnitude. `sizes`: `[n]`, not negative.
+
+    `typical` is the size of the others, their median by default. A group leaves if its smallest is
+    not calm (_CALM times that), half of it an order of magnitude away and a gap below it,
+    stragglers aside. The widest gap counts; there may be several groups one above the other. A tail
+    without a gap leaves nobody.
+    """
+    found = np.zeros(sizes.size, bool)
+    order = np.argsort(-sizes, kind="stable")
+    usual = float(np.median(sizes)) if typical is None else typical
+    level = np.log(np.maximum(sizes[order], 1e-30) / max(usual, 1e-30))
+    while level.size > 1:
+        size = np.arange(1, level.size)  # of the group, if the cut is behind its last
+        spared = size // _STRAGGLERS
+        inside, outside = level[size - 1 - spared], level[np.minimum(size + spared, level.size - 1)]
+        possible = (inside > np.log(_CALM)) & (level[size // 2] > np.log(_ORDER))
+        gap = np.where(possible, inside - outside, 0.0)
+        best = int(gap.argmax())
+        if gap[best] < np.log(_GAP):
+            break
+        around = slice(size[best] - spared[best], size[best] + spared[best] + 1)
+        cut = around.start + int(
+            (level[around.start - 1 : around.stop - 1] - level[around]).argmax()
+        )
+        found[order[:cut]] = True
+        order, level = order[cut:], level[cut:]
+    return found
+
+
+def discover(stats: TokenStats) -> list[Lifecycle]:
     """Find all lifecycles; an empty list if nothing spikes.
 
-    A token spikes at a block if its down-projection input exceeds `alpha` times the median token's
-    (method.md step 1; 64 is the published peers' value). A group of spiking tokens whose residual
-    jumps is a birth; one whose residual does not is the death of an earlier group. Births of
+    Per block, the tokens that leave the others and whose residual has grown are a birth. Births of
     different tokens that share channel and death are one lifecycle. If most tokens spike, the
     median is the spike itself and there is no lifecycle by construction.
     """
     found: list[Lifecycle] = []
-    for block in range(stats.down_max.shape[0]):
-        members = np.flatnonzero(_grown(stats, block, alpha))
-        if not members.size:
-            continue
-        channel = _mode(stats.residual_channel[block, members])
-        _add_birth(found, stats, block, members, channel)
-    return [_with_early_site(life, stats, alpha * _EARLY_SHARE, found) for life in found]
+    # The least that each token had since it last carried a spike: what has not grown is not born.
+    least = np.zeros(stats.token.size) if stats.embedded is None else stats.embedded
+    for block, residual in enumerate(stats.residual_max):
+        carrying = np.zeros(residual.size, bool)
+        for life in found:
+            if block <= life.end:
+                carrying[life.members] |= (
+                    stats.residual_channel[block, life.members] == life.channel
+                )
+        free = np.flatnonzero(~carrying)
+        born = free[leaving(residual[free], float(np.median(residual)))] if free.size else free
+        born = born[residual[born] > _BIRTH_GROWTH * least[born]]
+        for members in _by_channel(stats, block, born):
+            _add_birth(found, stats, block, members)
+        least = np.minimum(least, residual)
+        for life in found:
+            if block == life.end:
+                least[life.members] = residual[life.members]
+    return found
 
 
-def everyone_spikes(stats: TokenStats, *, alpha: float = 64.0) -> list[int]:
+def everyone_spikes(stats: TokenStats) -> list[int]:
     """Blocks at which most tokens spike, so that none can be told from the others.
 
-    The median token's down-projection input there exceeds `alpha` times that of a calm block: the
-    lower quartile of all.
+    The median token's down-projection input there leaves that of a calm block, the lower quartile
+    of all, and what it writes or takes away changes the median token's residual.
     """
     median = np.median(stats.down_max, axis=1)
     calm = float(np.quantile(median, 0.25, method="lower"))
-    return np.flatnonzero(median > alpha * max(calm, 1e-12)).tolist()
+    residual = np.log(np.maximum(np.median(stats.residual_max, axis=1), 1e-30))
+    changed = np.abs(np.diff(residual, prepend=-np.inf)) > np.log(_BIRTH_GROWTH)
+    return np.flatnonzero(leaving(median, calm) & changed).tolist()
 
 
-def _spiking(stats: TokenStats, block: int, alpha: float) -> np.ndarray:
-    """Bool `[tokens]`: whose down-projection input exceeds `alpha` times the median token's."""
-    median = float(np.median(stats.down_max[block]))
-    return stats.down_max[block] > alpha * max(median, 1e-12)
-
-
-def _grown(stats: TokenStats, block: int, alpha: float) -> np.ndarray:
-    """Bool `[tokens]`: who spikes at `block` and has a residual that jumped there."""
-    jumped = _before(stats, block) * _BIRTH_GROWTH < stats.residual_max[block]
-    return _spiking(stats, block, alpha) & jumped
-
-
-def _before(stats: TokenStats, block: int) -> np.ndarray:
-    """Residual magnitude before the block; before block 0 nothing is known, so any spike is new."""
-    if block == 0:
-        return np.zeros(stats.down_max.shape[1], np.float32)
-    return stats.residual_max[block - 1]
+def _by_channel(stats: TokenStats, block: int, born: np.ndarray) -> list[np.ndarray]:
+    """Tokens born at one block, apart where they carry the spike on channels that end apart."""
+    if not born.size:
+        return []
+    channels = stats.residual_channel[block, born]
+    (main, most), *rest = Counter(channels.tolist()).most_common()
+    whole = _follow(stats, [(block, born[channels == main])], main)
+    groups = [born[channels == main]]
+    for channel, number in rest:
+        own = born[channels == channel]
+        alone = _follow(stats, [(block, own)], channel)
+        same = (alone.death, alone.end) == (whole.death, whole.end)
+        if same or number * _STRAGGLERS < most:
+            groups[0] = np.union1d(groups[0], own)
+        else:
+            groups.append(own)
+    return groups
 
 
 def _mode(values: np.ndarray) -> int:
     return Counter(values.tolist()).most_common(1)[0][0]
 
 
-def _add_birth(
-    found: list[Lifecycle], stats: TokenStats, block: int, members: np.ndarray, channel: int
-) -> None:
-    """A lifecycle of its own, or later members of one that lives; no birth of who carries it."""
+def _add_birth(found: list[Lifecycle], stats: TokenStats, block: int, members: np.ndarray) -> None:
+    """A lifecycle of its own, or later members of one that lives."""
+    channel = _mode(stats.residual_channel[block, members])
+    fresh = members
     for number, life in enumerate(found):
         if life.channel != channel or block > life.end:
             continue
-        carried = np.isin(members, life.members)
-        carried &= stats.residual_channel[block - 1, members] == channel
-        fresh = members[~carried]
-        alone = _follow(stats, [(block, fresh)], channel) if fresh.size else None
-        if alone is not None and (alone.death, alone.end) == (life.death, life.end):
-            joined = _follow(stats, [*life.detections, (block, fresh)], channel)
+        # Beside a spike that lives, who only drifts away from the others is no birth.
+        before = stats.residual_max[block - 1, members]
+        fresh = members[stats.residual_max[block, members] > _BIRTH_GROWTH * before]
+        if not fresh.size:
+            return
+        alone = _follow(stats, [(block, fresh)], channel)
+        if alone.death == life.death:
+            seen = _seen(stats, block, fresh, life.members)
+            joined = _follow(stats, [*life.detections, (block, seen)], channel)
             if _tells_apart(stats, joined):
                 found[number] = joined
                 return
-        if carried.mean() > 0.5:
-            return
-    found.append(_follow(stats, [(block, members)], channel))
+    life = _follow(stats, [(block, _seen(stats, block, fresh, fresh[:0]))], channel)
+    overtaken = life.death is None and life.end == block + 1 < len(stats.down_max) - 1
+    if not overtaken:  # it stays
+        found.append(life)
 
 
-def _with_early_site(
-    life: Lifecycle, stats: TokenStats, alpha: float, others: Sequence[Lifecycle]
-) -> Lifecycle:
-    """Add the block before the first site, if tokens that spike less there carry on from it.
+def _seen(stats: TokenStats, block: int, members: np.ndarray, caught: np.ndarray) -> np.ndarray:
+    """The `members` that a threshold on the down-projection's input finds, if it is most of them.
 
-    Those tokens leave the later sites, where they may not spike. A block in which another life of
-    the same channel ends is not looked at.
+    Few whose input is no larger than that of other tokens would keep all of them from being found;
+    they stay what they are. Those `caught` before count neither way.
     """
-    (first, _), *_ = life.detections
-    block = first - 1
-    if block < 0 or any(o is not life and o.end >= block >= o.birth for o in others):
-        return life
-    calm = _RESIDUAL_EXCESS * np.median(stats.residual_max, axis=1)
-    carries = _grown(stats, block, alpha)
-    for later in range(block, first + 1):
-        carries &= stats.residual_channel[later] == life.channel
-        carries &= stats.residual_max[later] > calm[later]
-    early = np.flatnonzero(carries)
-    if not early.size:
-        return life
-    later_sites = [(b, np.setdiff1d(members, early)) for b, members in life.detections]
-    births = [(block, early), *(site for site in later_sites if site[1].size)]
-    extended = _follow(stats, births, life.channel)
-    return extended if _tells_apart(stats, extended) else life
+    down = stats.down_max[block]
+    others = float(np.delete(down, np.union1d(members, caught)).max(initial=1e-30))
+    order = members[np.argsort(-down[members], kind="stable")]
+    size = np.arange(members.size - members.size // _STRAGGLERS, members.size + 1)
+    below = np.maximum(np.append(down[order], 0)[size], others)
+    gap = down[order[size - 1]] / below
+    best = gap.size - 1 if gap[-1] >= _SITE_GAP else int(gap.argmax())
+    return np.sort(order[: size[best]]) if gap[best] > 1 else members
 
 
 def _tells_apart(stats: TokenStats, life: Lifecycle) -> bool:
@@ -235,7 +282,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
     on_channel = stats.residual_channel[:, members] == channel
     carried = np.median(np.where(on_channel, stats.residual_max[:, members], 0.0), axis=1)
     typical = np.median(stats.residual_max, axis=1)
-    calm = np.flatnonzero(carried[birth:] < _RESIDUAL_EXCESS * typical[birth:])
+    calm = np.flatnonzero(carried[birth:] < _CALM * typical[birth:])
     # The same channel of the same tokens may spike again later: only the first life counts.
     end = birth + int(calm[0]) if calm.size else blocks - 1
     drops = carried[birth:end] - carried[birth + 1 : end + 1]
@@ -245,10 +292,13 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
     starts = np.flatnonzero(stats.position == 0)
     clamp: list[int] = []
     detected: list[EarlySite] = []
+    separable = True
     found = members[:0]
     for (block, group), until in zip(births, [*(b for b, _ in births[1:]), end + 1], strict=True):
         threshold = threshold_between(stats.down_max[block], group, found)
         found = np.union1d(found, group)
+        others = np.delete(stats.down_max[block], found)
+        separable &= bool(others.max(initial=0) < threshold)
         clamp += _stretched(stats, found, range(block, until))
         force = bool(np.isin(starts, found).mean() >= _FIRST_RATE)
         detected.append(EarlySite(block, threshold, force, group))
@@ -267,6 +317,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
         residual_peak=float(carried[birth : end + 1].max()),
         first_rate=float(np.isin(starts, members).mean()),
         early=tuple(early),
+        separable=separable,
     )
 
 
@@ -284,8 +335,8 @@ def threshold_between(
 ) -> float:
     """tau: the geometric middle between the largest semantic and the smallest sink magnitude.
 
-    A decode step sees one token, so the deployed threshold is a constant (method.md step 2). What
-    an earlier site has `caught` is neither.
+    A decode step sees one token, so the deployed threshold is a constant. What an earlier site has
+    `caught` is neither.
     """
     semantic = np.ones(down_max.size, bool)
     semantic[members] = False

@@ -68,7 +68,6 @@ def measure(
     stats: TokenStats,
     windows: Sequence[Window],
     *,
-    alpha: float,
     providers: Sequence[str],
     progress: Progress,
 ) -> list[MatchQuality]:
@@ -79,7 +78,7 @@ def measure(
     """
     runs = tapped_runs(inserted, [list(indices)], windows, providers=providers, progress=progress)
     found = [values for _, values in runs]
-    lives = discover(stats, alpha=alpha)
+    lives = discover(stats)
     measured = []
     for name, templates in zip(indices, sinks, strict=True):
         index = np.concatenate([values[name] for values in found]).astype(np.int64)

@@ -15,6 +15,7 @@ from iq_export.bundle.manifest import (
     Manifest,
     TensorInfo,
     checksum_line,
+    reading_records,
     record_files,
 )
 from iq_export.errors import BundleError
@@ -55,6 +56,45 @@ def test_numbers_json_cannot_hold_become_null() -> None:
 def test_damaged_manifests_are_refused(text: str) -> None:
     with pytest.raises(BundleError, match="somewhere"):
         Manifest.from_json(text, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", None), ("name", ["x"]), ("opset", "23"), ("opset", True), ("opset", 1.5),
+        ("targets", "rtx-ampere"), ("targets", [1]), ("engines", []), ("engines", {"a": None}),
+        ("lifecycles", {}), ("lifecycles", [3]), ("timings", {"trace": "long"}), ("notes", [None]),
+        ("accuracy", []), ("source", 3), ("inputs", {}), ("inputs", [3]), ("peak_rss_bytes", "1"),
+        ("inputs", [{"name": "x", "dtype": "float", "shape": ["batch", None]}]),
+        ("inputs", [{"name": 1, "dtype": "float", "shape": []}]),
+        ("files", {"a": {"bytes": "1", "sha256": "ab"}}), ("files", {"a": None}), ("files", []),
+        ("files", {"../a": {"bytes": 1, "sha256": "ab"}}),
+        ("files", {"/etc/passwd": {"bytes": 1, "sha256": "ab"}}),
+    ],
+)  # fmt: skip
+def test_fields_of_another_type_are_refused(field: str, value: object) -> None:
+    text = json.dumps({**json.loads(sample().to_json()), field: value})
+    with pytest.raises(BundleError, match=f"somewhere is damaged.*{field}"):
+        Manifest.from_json(text, "somewhere")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000])
+def test_json_without_end_is_refused(text: str) -> None:
+    with pytest.raises(BundleError, match="somewhere is not"):
+        Manifest.from_json(text, "somewhere")
+
+
+def test_names_that_are_not_utf8_are_read_back(tmp_path: Path) -> None:
+    manifest = Manifest("m", "w8a8", "float16", 23, options={"model": "caf\udce9 漢"})
+    text = manifest.write(tmp_path).read_text(encoding="utf-8")
+    assert Manifest.from_json(text) == manifest and "漢" in text
+
+
+@pytest.mark.parametrize("record", [{"a": 1}, {}, {"a": {"b": []}}, None, "x", {"a": "x"}])
+def test_records_that_are_no_longer_understood(record: object, tmp_path: Path) -> None:
+    says = "has records that this version did not write"
+    with pytest.raises(BundleError, match=says), reading_records(tmp_path):
+        f"{record['a']['b']:.2f}"  # type: ignore[index]
 
 
 def test_record_files_hashes_everything_but_the_manifest(tmp_path: Path) -> None:

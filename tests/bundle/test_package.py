@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from iq_export.bundle.manifest import CHECKSUM_NAME, Manifest, record_files
+from iq_export.bundle.manifest import CHECKSUM_NAME, FileRecord, Manifest, record_files
 from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
     check_output,
+    parents_of,
     require_space,
     update_manifest,
 )
@@ -41,7 +43,7 @@ def test_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) ->
     with pytest.raises(failure), atomic_folder(tmp_path / "deep" / "out") as folder:
         write_bundle(folder)
         raise failure
-    assert not list((tmp_path / "deep").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_failure_keeps_the_older_bundle(bundle: Path) -> None:
@@ -141,3 +143,40 @@ def test_update_manifest_rehashes_what_changed(bundle: Path) -> None:
     assert set(updated.manifest.files) == {"model.onnx", "report.html"}
     (bundle / "report.html").unlink()
     assert set(update_manifest(updated, rehash=["report.html"]).manifest.files) == {"model.onnx"}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", CHECKSUM_NAME, "plan.json"])
+def test_a_pipe_in_a_bundle_is_not_waited_for(bundle: Path, name: str) -> None:
+    (bundle / name).unlink(missing_ok=True)
+    os.mkfifo(bundle / name)
+    with pytest.raises(BundleError, match=f"{name}, which is not a file"):
+        Bundle.open(bundle, verify=False).plan()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, "x", "3"])
+def test_a_plan_that_is_none(bundle: Path, text: str) -> None:
+    (bundle / "plan.json").write_text(text)
+    with pytest.raises(BundleError, match=r"plan\.json is no"):
+        Bundle.open(bundle).plan()
+
+
+def test_many_mismatches_are_counted(bundle: Path) -> None:
+    files = {f"f{n:02}": FileRecord(1, "ab") for n in range(30)}
+    Manifest("tiny", "w8a8", "float16", 23, files=files).write(bundle)
+    with pytest.raises(BundleError, match=r"f07(.|\n)*and 22 more") as error:
+        Bundle.open(bundle)
+    assert "f08" not in str(error.value)
+
+
+def test_folders_made_for_an_output_stay_with_it(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyError), parents_of(tmp_path / "old" / "a" / "b" / "out"):
+        (tmp_path / "old" / "a" / "note").touch()
+        raise KeyError
+    assert [p.name for p in (tmp_path / "old" / "a").iterdir()] == ["note"]
+    with parents_of(tmp_path / "new" / "out"):
+        (tmp_path / "new" / "out").touch()
+    assert (tmp_path / "new" / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="cannot write in"), parents_of(tmp_path / "file" / "x"):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,10 @@ def test_held_out_windows_share_no_token_with_the_others() -> None:
 def test_a_text_that_is_used_up_holds_nothing_out() -> None:
     taken = windows(Words(), TEXT, length=500, count=2, seed=0, bos="without")
     assert held_out_windows(Words(), TEXT, taken, length=20, count=6) == []
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(DataError, match="is not a file"):
+            load_text(place)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import random
+from pathlib import Path
 
-from iq_export.calibrate.data import Window
+import numpy as np
+import pytest
+
+from iq_export.calibrate.data import Window, load_text
 from iq_export.calibrate.text_check import surprise_warning, token_warnings
 from iq_export.progress import Progress
 from iq_export.run.generate import generate
@@ -50,7 +55,82 @@ def test_a_bos_is_not_counted() -> None:
 def test_a_language_that_falls_apart() -> None:
     ids = np.random.default_rng(0).integers(120, 400, 4096)
     (found,) = token_warnings(cut(ids), Pieces())
-    assert "72% of the calibration text's tokens are single characters or parts of one" in found
+    assert "71% of the calibration text's tokens are single letters or parts of a char" in found
+
+
+class Bytes:
+    """A byte-level tokenizer trained on English: what it never saw falls apart into bytes."""
+
+    def __init__(self, vocabulary: int) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        self.core = Tokenizer(models.BPE())
+        self.core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        self.core.train_from_iterator([ENGLISH], trainer)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.core.decode(ids))
+
+    def windows(self, text: str) -> list[Window]:
+        return [Window(list(self.core.encode(text).ids), False)]
+
+
+class Characters(Bytes):
+    """One token per character, as Chinese, Japanese and Korean have among their words."""
+
+    def __init__(self, text: str) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        vocabulary = {char: i for i, char in enumerate(sorted({*text, "中文", "?"}))}
+        self.core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+        self.core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+
+
+ENGLISH = load_text("builtin")[:200_000]
+HELD_OUT = load_text("builtin-heldout")[:20_000]
+RANDOM = random.Random(0)
+CHINESE = "".join(chr(RANDOM.randrange(0x4E00, 0x9FA5)) for _ in range(4000))
+JAPANESE = "".join(chr(RANDOM.randrange(0x3041, 0x30FF)) for _ in range(4000))
+KOREAN = "".join(chr(RANDOM.randrange(0xAC00, 0xD7A3)) for _ in range(4000))
+JSON = json.dumps([{"id": i, "name": word, "of": [i / 7, None, i % 2 == 0]}
+                   for i, word in enumerate(HELD_OUT.split()[:600])])  # fmt: skip
+CODE = Path(json.__file__).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def english() -> Bytes:
+    return Bytes(2000)
+
+
+def falls_apart(tokenizer: Bytes, text: str) -> bool:
+    found = token_warnings(tokenizer.windows(text), tokenizer)
+    return any("hardly knows its language" in warning for warning in found)
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE, KOREAN])
+def test_a_language_written_in_wide_characters(text: str, english: Bytes) -> None:
+    """A character is a word, or a third of one where the tokenizer has bytes for it only."""
+    assert not falls_apart(Characters(text), text)
+    assert falls_apart(english, text)
+
+
+@pytest.mark.parametrize("text", [JSON, json.dumps(json.loads(JSON), indent=2), CODE, HELD_OUT])
+def test_notation_is_no_foreign_language(text: str, english: Bytes) -> None:
+    """Brackets, quotes and digits are tokens of one character in any tokenizer."""
+    assert not falls_apart(english, text)
+
+
+def test_another_alphabet(english: Bytes) -> None:
+    assert falls_apart(english, "съешь же ещё этих мягких французских булок, да выпей чаю " * 50)
+
+
+def test_a_tokenizer_that_spells_everything() -> None:
+    assert not falls_apart(Bytes(256), HELD_OUT)
 
 
 def test_noise_to_the_model(calm: Planted) -> None:

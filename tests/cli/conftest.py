@@ -19,6 +19,7 @@ class FakeModel:
     """Logits depend on the current token; a file whose content is `nan` gives NaN."""
 
     vocab_size, num_layers = VOCAB, 2
+    embedding_rows = VOCAB
 
     def __init__(self, path: Path, **_: Any) -> None:
         self.table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
@@ -46,6 +47,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A complete bundle folder; `CausalLM` and `Tokenizer` are the fakes above."""
     monkeypatch.setattr("iq_export.run.ort.CausalLM", FakeModel)
     monkeypatch.setattr("iq_export.run.generate.Tokenizer", FakeTokenizer)
+    monkeypatch.setattr("iq_export.evaluate.final_check.finite_values", lambda path, ids: len(ids))
     out = tmp_path / "bundle"
     with atomic_folder(out) as folder:
         (folder / "model.onnx").write_bytes(b"graph")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -125,3 +128,99 @@ def test_a_reader_that_stops_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("closing", ["1", "2", "0"])
+def test_a_closed_stream_is_no_traceback(closing: str) -> None:
+    """`iq-export ... 2>&-`, as a daemon may start it."""
+    command = f"{sys.executable} -m iq_export.cli doctor {closing}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("Python" in done.stdout) == (closing != "1")
+
+
+def test_what_the_terminal_cannot_write_is_escaped() -> None:
+    program = "from iq_export import cli; cli._settle_streams(); print('é')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("\\xe9\n", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 7, "/x/y: Permission denied"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "give another name"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), 2, "Too many levels"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 7, "x: Is a directory"),
+        (MemoryError(), 1, "out of memory"),
+        (BundleError("\x1b[2Jname " + "x" * 9000), 7, "\\x1b[2Jname"),
+    ],
+)
+def test_what_no_command_expected_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    says: str,
+) -> None:
+    assert outcome(monkeypatch, error) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("iq-export: error: ") and says in printed
+    assert len(printed) < 1000 and "\x1b" not in printed
+
+
+@pytest.mark.parametrize(("flags", "traces"), [((), False), (("-v",), True)])
+def test_the_script_says_a_bug_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    traces: bool,
+) -> None:
+    monkeypatch.setattr("iq_export.cli._settle_streams", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["iq-export", "doctor", *flags])
+    monkeypatch.setattr("iq_export.cli.doctor.run", lambda args: {}["x"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.entry()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 1
+    printed = capsys.readouterr().err
+    assert "iq-export: error: unexpected KeyError: 'x'" in printed
+    assert ("Traceback" in printed) is traces and ("-v" in printed) is not traces
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["inspect", "caf\udce9"], ["compile", "\udcff", "out"],
+     ["compile", "m", "o", "--work", "\udcff"], ["compile", "m", "o", "--target", "\udcff"]],
+)  # fmt: skip
+def test_names_that_are_not_utf8(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["x" * 70_000, "9" * 5000, "\x1b[31m"])
+def test_usage_repeats_an_argument_only_in_part(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in ([word], ["doctor", word], ["compile", "m", "o", "--samples", word]):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        printed = capsys.readouterr().err
+        assert "\x1b" not in printed
+        assert len(printed[printed.index(": error: ") :]) < 1000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_stdout_that_is_full() -> None:
+    command = [sys.executable, "-m", "iq_export.cli", "doctor"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
+    assert done.returncode == 7
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("iq-export: error: ")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.bundle.package import Bundle
+from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.cli import main
 
 SMALL = ("--samples", "4", "--length", "64", "--quiet")
@@ -162,3 +162,55 @@ def test_interrupt_leaves_nothing(
     assert process.returncode == 130, rest
     assert {path.name for path in tmp_path.iterdir()} <= {"work"}
     assert "Traceback" not in rest
+
+
+IMAGE = "<image_soft_token>"
+
+
+def add_token(folder: Path) -> None:
+    """One token more than the model has rows, as Gemma's text models have for images."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"].append(
+        {"id": 512, "content": IMAGE, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+    )  # fmt: skip
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "picture.txt"
+    path.write_text(f"{IMAGE} see the picture " * 300, encoding="utf-8")
+    return str(path)
+
+
+def names_the_token(capsys: pytest.CaptureFixture[str], *argv: str) -> bool:
+    code, error = main(list(argv)), capsys.readouterr().err.splitlines()[-1]
+    says = f"the token '{IMAGE}' with id 512, and the model's embedding table has 512 rows"
+    return code == 4 and says in error
+
+
+def test_a_token_beyond_the_table(
+    compiled: Path, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named before the graph runs; a text without it is no trouble."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(compiled, bundle)
+    add_token(bundle)
+    update_manifest(Bundle.open(bundle, verify=False), rehash=["tokenizer.json"])
+    small = ("--windows", "2", "--length", "64", "--bundle-only")
+    assert names_the_token(capsys, "eval", str(bundle), "--text", picture, *small)
+    assert names_the_token(capsys, "run", str(bundle), "--raw", "--prompt", f"hi {IMAGE}")
+    assert main(["run", str(bundle), "--raw", "--prompt", "hi", "--max-new-tokens", "2"]) == 0
+
+
+def test_calibration_with_a_token_beyond_the_table(
+    tiny_model: Path, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "bundle"
+    shutil.copytree(tiny_model, model)
+    add_token(model)
+    argv = ("compile", str(model), str(out), "--calibration", picture)
+    assert names_the_token(capsys, *argv, "--samples", "4", "--length", "64")
+    assert not out.exists()

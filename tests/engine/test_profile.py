@@ -49,6 +49,8 @@ def test_parse_completes_what_is_left_out(texts: tuple[str, str, str], seq: Rang
         (("seq:x", "", ""), "'seq:x' .* is not axis:size"),
         (("seq:-1", "", ""), "is not axis:size"),
         (("seq", "", ""), "is not axis:size"),
+        (("", "", "past:2147483648"), "'past' must be at most 2147483647"),
+        (("", "", "seq:" + "9" * 5000), "is not axis:size"),
     ],
 )
 def test_bad_shapes_are_usage_errors(texts: tuple[str, str, str], message: str) -> None:

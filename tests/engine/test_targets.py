@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 
+from iq_export.engine.build import build_engine
+from iq_export.engine.profile import Profile
 from iq_export.engine.targets import (
     ENTERPRISE,
     RTX,
     TARGETS,
+    AttentionForm,
+    attention_gap,
     check_opset,
     check_recipe,
     check_tensorrt_opset,
     resolve_target,
 )
+from iq_export.engine.trt import installed_version, later_than_tried
 from iq_export.errors import EngineError, UsageError
 
 
@@ -78,3 +86,65 @@ def test_table_is_consistent() -> None:
         assert target.flavour in (RTX, ENTERPRISE)
         assert bool(target.tensorrt) == (target.flavour == ENTERPRISE)
         assert target.portable or len(target.compute_capabilities) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "lacks"),
+    [
+        (AttentionForm("fp16", 64), None),
+        (AttentionForm("fp16", 16), None),
+        (AttentionForm("fp16", 256), None),
+        (AttentionForm("fp16"), None),
+        (AttentionForm("fp16", 8), "heads of 8"),
+        (AttentionForm("fp16", 28), "heads of 28"),
+        (AttentionForm("fp16", 264), "heads of 264, only for multiples of 8 from 16 to 256"),
+        (AttentionForm("fp32", 64), "in float32"),
+        (AttentionForm("fp16", 64, softcap=True), "softcap"),
+    ],
+)
+def test_attention_of_tensorrt_rtx(form: AttentionForm, lacks: str | None) -> None:
+    for target in TARGETS.values():
+        gap = attention_gap(target, form)
+        if lacks is None or (target.flavour == ENTERPRISE and not form.softcap):
+            assert gap is None
+        else:
+            assert gap is not None and lacks in gap
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "dtype", "softcap"), [
+    (16, "fp16", 0.0), (24, "fp16", 0.0), (256, "fp16", 0.0), (8, "fp16", 0.0), (28, "fp16", 0.0),
+    (264, "fp16", 0.0), (64, "fp32", 0.0), (64, "fp16", 50.0),
+])  # fmt: skip
+def test_the_builder_agrees(head_dim: int, dtype: str, softcap: float, tmp_path: Path) -> None:
+    """What stands in the table, on one Attention with a mask and a cache, as we trace it."""
+    pytest.importorskip("tensorrt_rtx")
+    if later_than_tried(str(installed_version(RTX))):
+        pytest.skip("the table is of an earlier TensorRT for RTX")
+    import onnx
+    from onnx import helper
+
+    kind = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
+    info, node = helper.make_tensor_value_info, helper.make_node
+    new, past = (["batch", 2, axis, head_dim] for axis in ("seq", "past"))
+    graph = helper.make_graph(
+        [
+            node("Concat", ["past_k", "k"], ["keys"], axis=2),
+            node("Concat", ["past_v", "v"], ["values"], axis=2),
+            node("Attention", ["q", "keys", "values", "mask"], ["y"], softcap=softcap),
+        ],
+        "g",
+        [
+            *(info(name, kind, new) for name in ("q", "k", "v")),
+            *(info(name, kind, past) for name in ("past_k", "past_v")),
+            info("mask", onnx.TensorProto.BOOL, ["batch", 1, "seq", "total"]),
+        ],
+        [info("y", kind, new)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    onnx.save(model, tmp_path / "m.onnx")
+    target = TARGETS["rtx-ampere"]
+    lacks = attention_gap(target, AttentionForm(dtype, head_dim, softcap > 0)) is not None
+    profile = Profile.parse("", "", "seq:16,past:16")
+    with pytest.raises(EngineError) if lacks else nullcontext():
+        build_engine(tmp_path / "m.onnx", tmp_path / "m.plan", target, profile)

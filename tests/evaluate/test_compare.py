@@ -24,7 +24,7 @@ class Step:
 class Fake:
     """Logits depend on the current token; the file name says how much noise is on them."""
 
-    vocab_size = VOCAB
+    vocab_size = embedding_rows = VOCAB
 
     def __init__(self, path: Path, **_: Any) -> None:
         rng = np.random.default_rng(0)

@@ -266,7 +266,7 @@ def test_decomposed_norms_are_an_error_with_the_way_out() -> None:
                 item.op_type = "Mul"
                 del item.attribute[:]
 
-    with pytest.raises(GraphError, match=r"embed_tokens \(Gather\).*opset 23"):
+    with pytest.raises(GraphError, match=r"embed_tokens \(Gather\).*written out"):
         sites_of(change)
 
 

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 
-from iq_export.errors import GraphError
+from iq_export.errors import GraphError, ModelError
+from iq_export.graph import io
 from iq_export.model.load import resolve
 from iq_export.model.trace import trace
 from iq_export.progress import Progress
@@ -88,4 +89,57 @@ def test_other_opset_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     onnx.save(model, tmp_path / "old.onnx")
     source = resolve(str(tmp_path / "old.onnx"), tokenizer=tokenizer_folder)
     with pytest.raises(GraphError, match="has opset 21; only opset 23"):
+        trace(source, tmp_path / "traced")
+
+
+def test_a_value_that_nothing_makes(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = planted.proto(DECODER)
+    node = next(node for node in model.graph.node if node.op_type == "MatMul")
+    node.input[1] = "nowhere"
+    onnx.save(model, tmp_path / "open.onnx")
+    source = resolve(str(tmp_path / "open.onnx"), tokenizer=tokenizer_folder)
+    with pytest.raises(ModelError, match=r"open\.onnx is no valid graph: .*'nowhere'"):
+        trace(source, tmp_path / "traced")
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unknown_weight_type(tmp_path: Path, tokenizer_folder: Path) -> None:
+    model = planted.proto(DECODER)
+    model.graph.initializer[0].data_type = 99
+    path = tmp_path / "odd.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"odd\.onnx is not an ONNX file, or it is damaged"):
+        trace(resolve(str(path), tokenizer=tokenizer_folder), tmp_path / "traced")
+    with pytest.raises(GraphError, match=r"odd\.onnx is not a readable ONNX model"):
+        io.load(path)
+
+
+def test_shapes_that_contradict_each_other_are_a_note(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = planted.proto(DECODER)
+    (past,) = [v for v in model.graph.input if v.name == "past_key_values.1.key"]
+    past.type.tensor_type.shape.dim[2].dim_value = -1
+    onnx.save(model, tmp_path / "negative.onnx")
+    source = resolve(str(tmp_path / "negative.onnx"), tokenizer=tokenizer_folder)
+    traced = trace(source, tmp_path / "traced", progress=Progress())
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    (note,) = [note for note in traced.notes if "Inference" in note]
+    assert f"warning: {note}" in printed
+
+
+def test_a_cache_inside_of_attention_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Its keys and values of past and present never stand in the graph, where passes look."""
+    model = planted.proto(DECODER)
+    node = next(node for node in model.graph.node if node.op_type == "Attention")
+    node.input.extend([""] * (4 - len(node.input)))
+    node.input.extend(["past_key_values.0.key", "past_key_values.0.value"])
+    onnx.save(model, tmp_path / "inside.onnx")
+    source = resolve(str(tmp_path / "inside.onnx"), tokenizer=tokenizer_folder)
+    with pytest.raises(
+        GraphError, match=rf"'{node.name}' \(Attention\).*takes the KV cache itself"
+    ):
         trace(source, tmp_path / "traced")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from iq_export.errors import ModelError, UsageError
-from iq_export.model import load
+from iq_export.model import hub, load
 from iq_export.model.load import ModelSource, fingerprint, load_model, materialize, resolve
 
 Getter = Callable[[str], Path]
@@ -36,7 +37,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def test_kinds(folders: Getter, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<I", 3) + bytes(64))
+    tiny_gguf(tmp_path / "m.gguf")
     (tmp_path / "m.onnx").write_bytes(b"")
     assert resolve("smollm2-135m").kind == "gguf"
     assert "Apache-2.0" in resolve("smollm2-135m").license_note
@@ -126,6 +127,34 @@ def test_a_model_that_is_no_language_model(llama: Path) -> None:
         load_model(resolve(str(llama)))
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]", b"3", b'{"a": 1}', b'{"a": {"data_offsets": [0, null]}}', b"[" * 100_000,
+        b'{"a": {"data_offsets": [0, "8"]}}', b'{"a": {"data_offsets": {}}}', b"\xff",
+    ],
+)  # fmt: skip
+def test_headers_of_safetensors_that_say_nothing(header: bytes, llama: Path) -> None:
+    path = llama / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged") as error:
+        resolve(str(llama))
+    one_sentence(error)
+
+
+def test_what_is_neither_file_nor_folder(llama: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    for name in (str(tmp_path / "m.gguf"), os.devnull):
+        with pytest.raises(ModelError, match="is neither a file nor a folder"):
+            resolve(name)
+    (llama / "model.safetensors").unlink()
+    os.mkfifo(llama / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a file"):
+        resolve(str(llama))
+    with pytest.raises(ModelError, match="There is no model '~nobody-here/x'"):
+        resolve("~nobody-here/x")
+
+
 @pytest.mark.parametrize("keep", (4, 100, 20_000))
 def test_truncated_safetensors(keep: int, llama: Path) -> None:
     path = llama / "model.safetensors"
@@ -183,6 +212,7 @@ def tiny_gguf(path: Path) -> Path:
     writer.add_head_count(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"w{i}" for i in range(96)])
     writer.add_token_types([1] * 96)
     writer.add_token_merges([])
@@ -211,6 +241,45 @@ def test_an_incomplete_gguf(tmp_path: Path) -> None:
     one_sentence(error)
 
 
+def test_a_gguf_that_cannot_be_compiled_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    for found, other, message in (
+        (b"gpt-2", b"gpt-X", "cuts text the way 'gpt-X'"),
+        (b"llama.block_count", b"llama.block_cOunt", r"llama\.block_cOunt = 1"),
+    ):
+        path.write_bytes(data.replace(found, other))
+        with pytest.raises(ModelError, match=message) as error:
+            resolve(str(path))
+        one_sentence(error)
+
+
+def test_damaged_gguf_headers_give_sentences(tmp_path: Path) -> None:
+    import random
+
+    from iq_export.model.load import readable
+    from iq_export.model.tokenizer import write_tokenizer
+
+    whole = bytearray(tiny_gguf(tmp_path / "m.gguf").read_bytes())
+    choose = random.Random(1)
+    (tmp_path / "assets").mkdir()
+    failed = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(choose.randint(1, 4)):
+            data[choose.randrange(8, 1500)] = choose.choice(
+                (0, 1, 8, 9, 255, choose.randrange(256))
+            )
+        (tmp_path / "m.gguf").write_bytes(data)
+        try:
+            source = resolve(str(tmp_path / "m.gguf"))
+            with readable(source):
+                write_tokenizer(source, tmp_path / "assets")
+        except ModelError:
+            failed += 1
+    assert failed > 100
+
+
 def hub_failure(name: str) -> Exception:
     from types import SimpleNamespace
 
@@ -223,7 +292,7 @@ def hub_failure(name: str) -> Exception:
         "revision": lambda: errors.RevisionNotFoundError("no", response=response),
         "offline": lambda: errors.LocalEntryNotFoundError("no"),
         "server": lambda: errors.HfHubHTTPError("no", response=response),
-        "network": lambda: load._transport_errors()[-1]("no"),
+        "network": lambda: hub.transport_errors()[-1]("no"),
     }
     return kinds[name]()
 

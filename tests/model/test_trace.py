@@ -16,7 +16,7 @@ from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model import trace as trace_module
 from iq_export.model.load import resolve
 from iq_export.model.trace import TracedModel, trace
-from iq_export.model.verify import Parity
+from iq_export.model.verify import TOLERANCE, Parity
 from iq_export.run.generate import Tokenizer, generate
 from iq_export.run.ort import CausalLM, left_pad
 
@@ -207,7 +207,7 @@ def test_a_short_cut_that_is_wrong_is_not_taken(
 
     def wrong_at_first(path: Path, reference: Any) -> Parity:
         seen.append(path)
-        return Parity(1.0, 2.0) if len(seen) == 1 else compare(path, reference)
+        return Parity(1.0, 0.1, 1.0) if len(seen) == 1 else compare(path, reference)
 
     monkeypatch.setattr(trace_module, "compare", wrong_at_first)
     traced = trace(resolve(str(folders("llama"))), tmp_path / "out")
@@ -215,16 +215,32 @@ def test_a_short_cut_that_is_wrong_is_not_taken(
     assert traces("llama").layers_traced == 2 and traced.layers_traced == LAYERS
     assert same_graph(traced.folder, traces("llama").folder)
     assert traced.parity is not None and traced.parity < 1e-5
+    assert traced.noise_ratio is not None and traced.noise_ratio < TOLERANCE
 
 
 def test_a_graph_that_differs_is_refused(
     folders: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trace_module, "_export", lambda *args: 2)
-    monkeypatch.setattr(trace_module, "compare", lambda path, reference: Parity(np.nan, 1.0))
-    with pytest.raises(GraphError, match="does not equal the model"):
+    found = Parity(2e-3, 1e-4, 2e-3, "token 3 of a text")
+    monkeypatch.setattr(trace_module, "compare", lambda path, reference: found)
+    with pytest.raises(GraphError, match="does not equal the model") as caught:
         trace(resolve(str(folders("llama"))), tmp_path / "out")
+    assert "at token 3 of a text its logits are 0.002 of their range" in str(caught.value)
+    assert "the model's own float32 is 0.0001 from them" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_onnx_runtime_refuses_names_the_model_type(
+    folders: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, reference: Any) -> Parity:
+        raise GraphError("ONNX Runtime cannot load model.onnx: Type Error.")
+
+    monkeypatch.setattr(trace_module, "_export", lambda *args: 2)
+    monkeypatch.setattr(trace_module, "compare", broken)
+    with pytest.raises(GraphError, match=r"\(model type 'llama'\) is broken: ONNX Runtime cannot"):
+        trace(resolve(str(folders("llama"))), tmp_path / "out")
 
 
 def test_assets_are_enough_to_run(traces: Getter) -> None:

@@ -206,3 +206,38 @@ def test_graph_that_states_no_inner_types(tmp_path: Path) -> None:
         logits(CausalLM(tmp_path / name), [[1, 2, 3]]) for name in ("untyped.onnx", "half.onnx")
     )
     np.testing.assert_allclose(found, exact, atol=0.02 * np.ptp(exact))
+
+
+def test_floats_of_constants_alone_stay_float32(tmp_path: Path) -> None:
+    """One of two rotations, chosen by the positions, and ones made on the spot (a norm without a
+    weight): both are cast where they meet half values."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[n, 2] x, int64[n, 1] positions) => (float[n, 2] y)
+        <float[2] short = {1.0, 0.5}, float[2] long = {0.5, 0.25}, int64 limit = {2}>
+        {
+            most = ReduceMax <keepdims = 0> (positions)
+            beyond = Greater (most, limit)
+            rotation = Where (beyond, long, short)
+            numbers = Cast <to = 1> (positions)
+            angles = Mul (numbers, rotation)
+            cosines = Cos (angles)
+            turned = Mul (x, cosines)
+            size = Shape <start = 1, end = 2> (x)
+            ones = ConstantOfShape <value = float[1] {1.0}> (size)
+            y = RMSNormalization <epsilon = 0.001> (turned, ones)
+        }
+    """
+    model = ir.from_onnx_text(text)
+    to_half(model)
+    found = values(model)
+    assert found["rotation"].dtype == found["angles"].dtype == FLOAT
+    assert found["turned"].dtype == found["y"].dtype == HALF
+    ir.save(model, tmp_path / "half.onnx")
+    ir.save(ir.from_onnx_text(text), tmp_path / "full.onnx")
+    x, positions = np.array([[1, 2], [3, -1]], np.float32), np.array([[1], [5]])
+    full, half = (
+        InferenceSession(tmp_path / name).run(None, {"x": feed, "positions": positions})[0]
+        for name, feed in (("full.onnx", x), ("half.onnx", x.astype(np.float16)))
+    )
+    np.testing.assert_allclose(half, full, atol=2e-3)

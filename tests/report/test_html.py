@@ -6,9 +6,13 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from iq_export.bundle.manifest import Manifest
+import pytest
+
+from iq_export.bundle.manifest import Manifest, record_files
+from iq_export.bundle.package import Bundle
+from iq_export.errors import BundleError
 from iq_export.report.chart import Series, line_chart
-from iq_export.report.html import render, write_report
+from iq_export.report.html import check_report, render, update_with_report, write_report
 
 _VOID = {"meta", "line", "circle", "polyline", "br"}
 
@@ -77,6 +81,20 @@ def test_report_of_an_empty_plan() -> None:
     page = render(Manifest("m", "w8a8", "float16", 23), {})
     assert "iq-export eval" in page
     assert "<svg" not in page
+
+
+def test_a_plan_that_no_report_can_be_made_of_is_refused_early(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "plan.json").write_text('{"quantizers": 3}')
+    files = record_files(tmp_path)
+    Manifest("m", "w8a8", "float16", 23, files=files).write(tmp_path)
+    bundle = Bundle.open(tmp_path)
+    with pytest.raises(BundleError, match="records that this version did not write"):
+        check_report(bundle)
+    with pytest.raises(BundleError, match="records that this version did not write"):
+        update_with_report(bundle, notes=["x"])
+    assert (tmp_path / "report.html").read_text() == "old"
+    assert Bundle.open(tmp_path).manifest.notes == []
 
 
 def test_chart_is_logarithmic_and_clamps_zero() -> None:

@@ -21,7 +21,7 @@ Maker = Callable[..., Path]
 class FixedModel:
     """Gives the same logits at every step."""
 
-    vocab_size = 4
+    vocab_size = embedding_rows = 4
 
     def __init__(self, logits: list[float]) -> None:
         self.logits = np.asarray(logits, np.float32)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from iq_export.calibrate.token_stats import TokenStats
-from iq_export.sinks.lifecycle import Lifecycle, discover, threshold_between
+from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes, threshold_between
 from tests.planted import DELIMITER, Planted
 
 BLOCKS, WINDOWS, LENGTH = 8, 20, 10
@@ -76,10 +76,84 @@ def test_no_spikes_no_lifecycles() -> None:
     assert discover(stats_with()) == []
 
 
-def test_alpha_decides_what_spikes() -> None:
-    stats = stats_with(Drawn(2, 6, FIRST, peak=50))
+@pytest.mark.parametrize("size", [30, 100, 1000, 30_000])
+@pytest.mark.parametrize("peak", [1.0, 3.0, 61.0, 500.0])
+def test_the_residual_decides_what_spikes(size: float, peak: float) -> None:
+    """Whatever the down-projection's input is; that only tells whether a threshold finds it."""
+    life = only(discover(stats_with(Drawn(2, 6, FIRST, size=size, peak=peak))))
+    assert (life.birth, life.death, life.channel) == (2, 6, 3)
+    np.testing.assert_array_equal(life.members, FIRST)
+    assert life.separable == (peak > 1)
+
+
+@pytest.mark.parametrize("times", [3.0, 8.0])
+def test_moderately_louder_tokens_are_no_spike(times: float) -> None:
+    assert discover(stats_with(Drawn(2, 6, FIRST, size=3 * times))) == []
+
+
+def test_a_tail_without_a_gap_is_no_spike() -> None:
+    """Every loudness up to 30 times the median: nobody leaves the others."""
+    stats = stats_with()
+    tail = np.arange(40)
+    stats.residual_max[2:6, tail] = np.geomspace(4, 90, 40)
     assert discover(stats) == []
-    assert only(discover(stats, alpha=16)).birth == 2
+
+
+def test_few_stragglers_in_the_gap_do_not_hide_a_spike() -> None:
+    """And what no threshold finds does not keep the others from being found."""
+    members = np.arange(60)
+    stats = stats_with(Drawn(2, 6, members))
+    stats.residual_max[2:6, 100:104] = np.array([20, 40, 100, 300])
+    stats.residual_channel[2:6, 100:104] = 3
+    life = only(discover(stats))
+    np.testing.assert_array_equal(life.members, members)
+    assert life.separable
+
+
+def test_what_is_loud_from_the_embedding_on_is_not_born() -> None:
+    stats = stats_with(Drawn(0, None, FIRST))
+    loud = np.full(TOKENS, 3.0)
+    loud[FIRST] = 900
+    assert discover(replace(stats, embedded=loud)) == []
+    assert only(discover(replace(stats, embedded=np.full(TOKENS, 3.0)))).birth == 0
+
+
+def test_what_the_others_overtake_at_once_does_not_stay() -> None:
+    """Loud at one block, and at the next all others are as loud."""
+    stats = stats_with(Drawn(2, None, FIRST, size=100))
+    stats.residual_max[3:] = 100
+    assert discover(stats) == []
+
+
+def test_sizes_do_not_matter_ratios_do() -> None:
+    stats = stats_with(Drawn(2, 6, FIRST))
+    for factor in (1e-4, 1e4):
+        scaled = replace(
+            stats, down_max=stats.down_max * factor, residual_max=stats.residual_max * factor
+        )
+        life = only(discover(scaled))
+        assert (life.birth, life.death, life.members.size) == (2, 6, WINDOWS)
+
+
+def test_spikes_of_several_sizes_leave_together() -> None:
+    """Groups one above the other, each with a gap below it."""
+    stats = stats_with(Drawn(2, 6, FIRST, size=100), Drawn(2, 6, FIRST + 4, size=30_000))
+    life = only(discover(stats))
+    np.testing.assert_array_equal(life.members, np.union1d(FIRST, FIRST + 4))
+
+
+def test_births_of_one_block_that_die_apart_are_two_lifecycles() -> None:
+    found = discover(stats_with(Drawn(2, 4, FIRST), Drawn(2, 6, FIRST + 4, channel=9)))
+    assert [(life.birth, life.death, life.channel) for life in found] == [(2, 4, 3), (2, 6, 9)]
+
+
+def test_blocks_at_which_everyone_spikes() -> None:
+    stats = stats_with(Drawn(2, 6, np.arange(TOKENS)))
+    assert everyone_spikes(stats) == [2, 6]
+    assert everyone_spikes(stats_with(Drawn(2, 6, FIRST))) == []
+    quiet = stats_with()
+    quiet.down_max[6:] *= 30  # and nothing of it reaches the residual
+    assert everyone_spikes(quiet) == []
 
 
 def test_all_tokens_spiking_is_no_lifecycle() -> None:
@@ -215,7 +289,7 @@ def test_births_that_die_apart_are_two_lifecycles() -> None:
 
 
 def test_what_spikes_less_before_the_birth_is_caught_early() -> None:
-    """Half of alpha is enough for tokens that go on to carry the spike; for no others."""
+    """Its input may be small, if its tokens leave there and go on to carry the spike."""
     stats = stats_with(Drawn(3, 6, FIRST[5:]))
     stats.down_max[2, FIRST[:5]], stats.down_max[2, FIRST + 7] = 40, 18
     stats.residual_max[2:6, FIRST[:5]], stats.residual_channel[2:6, FIRST[:5]] = 1000, 3
@@ -228,12 +302,15 @@ def test_what_spikes_less_before_the_birth_is_caught_early() -> None:
 
 
 def test_an_early_site_without_a_gap_is_none() -> None:
-    """No constant threshold would tell its tokens from others: the life stays as alpha found it."""
+    """No constant threshold would tell its tokens from others: they are a lifecycle of their own,
+    found and not separable, and do not keep the later one from being replaced."""
     stats = stats_with(Drawn(3, 6, FIRST[5:]))
     stats.down_max[2, FIRST[:5]] = stats.down_max[2, FIRST + 7] = 40
     stats.residual_max[2:6, FIRST[:5]], stats.residual_channel[2:6, FIRST[:5]] = 1000, 3
-    life = only(discover(stats))
-    assert life.early == ()
+    early, life = discover(stats)
+    assert (early.birth, early.separable) == (2, False)
+    np.testing.assert_array_equal(early.members, FIRST[:5])
+    assert (life.birth, life.early, life.separable) == (3, (), True)
     np.testing.assert_array_equal(life.members, FIRST[5:])
 
 

@@ -26,7 +26,7 @@ def quality(data: Planted, windows: list) -> MatchQuality:
     stats = observe_tokens(data.path, data.sites, windows, **QUIET)
     (found,) = measure(
         data.path, data.inserted, [index_name(0)], data.sites, data.sinks, stats, windows,
-        alpha=64.0, **QUIET,
+        **QUIET,
     )  # fmt: skip
     return found
 

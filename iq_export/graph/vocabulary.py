@@ -1,0 +1,83 @@
+"""Which token ids a graph can take, read from its file without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from iq_export.errors import DataError
+
+# On the way from `input_ids` to the table these leave the ids as they are.
+_PASSING = frozenset({"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+
+
+class Names(Protocol):
+    """What `check` needs of a tokenizer (`iq_export.run.generate.Tokenizer` has it)."""
+
+    def token(self, token: int) -> str | None:
+        """How one token is written."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`rows` of the smallest table that `input_ids` index, and the width of the `logits`; None
+    where the graph does not say.
+
+    Neither is the tokenizer's size: a tokenizer may have more ids than the table has rows (image
+    tokens of a text model), and the logits may be narrower or wider than the table.
+    """
+
+    rows: int | None = None
+    logits: int | None = None
+
+    def check(
+        self, ids: Sequence[int], names: Names, where: str, *, predicted: bool = False
+    ) -> None:
+        """DataError for the first of `ids` that the graph cannot take, with its text.
+
+        where: "the prompt", for the message; predicted: each is compared with the logits too.
+        """
+        limits = [
+            (self.rows, "embedding table has {} rows"),
+            (self.logits if predicted else None, "logits are {} wide"),
+        ]
+        for limit, words in limits:
+            bad = None if limit is None else next((i for i in ids if not 0 <= i < limit), None)
+            if bad is not None:
+                raise DataError(
+                    f"{where} holds the token {names.token(bad)!r} with id {bad}, and the model's "
+                    f"{words.format(limit)}: take it out of {where}, or check that the tokenizer "
+                    "is this model's"
+                )
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of the graph at `path`; nothing is known of a file that cannot be read."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (OSError, ValueError, DecodeError):
+        return Vocabulary()
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in graph.value_info:
+        sizes.setdefault(value.name, _shape(value))
+    ids = {"input_ids"}
+    rows = []
+    for node in graph.node:  # in topological order
+        if node.op_type in _PASSING and node.input[0] in ids:
+            ids.update(node.output)
+        elif node.op_type == "Gather" and node.input[1] in ids:
+            table = sizes.get(node.input[0], [])
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            rows += [size for size in table[axis : axis + 1] if size]
+    logits = next((_shape(value)[-1:] for value in graph.output if value.name == "logits"), [])
+    return Vocabulary(min(rows, default=None), next((size for size in logits if size), None))
+
+
+def _shape(value: object) -> list[int]:
+    """Sizes of a graph value, 0 where one is dynamic."""
+    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]  # type: ignore[attr-defined]

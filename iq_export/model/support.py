@@ -1,0 +1,356 @@
+"""What a model's config.json tells about its compile, before anything is downloaded or loaded.
+
+Sizes and structure are read from the configuration as transformers completes it; what no
+configuration tells stands in a table of model types, which was filled by compiling a tiny random
+model of each. A model type that nobody has tried passes: tracing and the graph have the last word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from iq_export.errors import ModelError, UsageError
+from iq_export.model.capture import FULL, SLIDING
+from iq_export.quant.recipe import Recipe
+from iq_export.quant.weights import INT4_BLOCKS
+
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
+_FLOAT32 = 4
+
+_EXPERTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+)  # fmt: skip
+_STATE_SPACES = (
+    "mamba_d_state", "mamba_n_heads", "mamba_num_heads", "ssm_state_size", "linear_num_value_heads",
+    "conv_L_cache", "n_mamba_heads", "state_size",
+)  # fmt: skip
+# Kinds of layers by the names that configurations use; `attention` is full attention as well, but
+# of models that mix it with others.
+_TRACED_KINDS = (FULL, SLIDING)
+
+_PARALLEL = "attention and MLP read the residual stream side by side (parallel branches)"
+_POST_NORM = "its norms do not stand in front of the branches (post-norm)"
+_ALIBI = "its attention adds position biases (ALiBi)"
+_ENCODER = "it is an encoder"
+_RESHAPED = "its linear layers stand between Reshapes, where they are not recognised"
+_UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
+_SINKS = "its attention has sinks of its own (s_aux)"
+_UNTRACEABLE = "its code cannot be traced with dynamic lengths"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Why models of a type cannot be compiled; `unless` tells the configurations that can."""
+
+    reason: str
+    unless: Callable[[Any], bool] = lambda config: False
+
+
+_TYPES: dict[str, _Kind] = {
+    **dict.fromkeys(
+        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
+         "git", "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm",
+         "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        _Kind(_ENCODER),
+    ),
+    **dict.fromkeys(("codegen", "cohere", "cohere2", "gptj", "phi"), _Kind(_PARALLEL)),
+    **dict.fromkeys(("exaone4", "olmo2", "olmo3", "openai-gpt"), _Kind(_POST_NORM)),
+    **dict.fromkeys(("gpt2", "gpt-sw3", "opt"), _Kind(_RESHAPED)),
+    **dict.fromkeys(("cpmant", "gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
+    **dict.fromkeys(("doge", "helium", "moshi"), _Kind(_UNRECOGNISED)),
+    "bloom": _Kind(_ALIBI),
+    "gemma3n_text": _Kind("its layers share keys and values"),
+    "granite_swa": _Kind(_SINKS),
+    "falcon": _Kind(
+        "one head of keys and values is kept apart from the others (multi-query)",
+        unless=lambda config: config.new_decoder_architecture or not config.multi_query,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Support:
+    """A configuration that may be compiled, completed with its defaults, and what follows from it.
+
+    `weight_bytes` is the size of the weights in float32, from below: no bias, no norm.
+    """
+
+    completed: Mapping[str, Any]
+    layers: int
+    head_dim: int
+    softcap: bool
+    weight_bytes: int
+
+
+def check_support(
+    raw: Mapping[str, Any], name: str, recipe: Recipe, *, remote_code: bool = False
+) -> Support:
+    """Check the content of a config.json against what the compiler and `recipe` can do.
+
+    `remote_code`: the model brings classes of its own, so that only `raw` itself is looked at.
+    Raises ModelError for a model that cannot be compiled, UsageError for one that `recipe` does
+    not fit; one sentence each.
+    """
+    kind = str(raw.get("model_type"))
+    _check_numbers(raw, _attribute_names(kind, remote_code), name)
+    require_memory(_weight_bytes(SimpleNamespace(**raw)), name)
+    config = _completed(raw, kind, name, remote_code)
+    check_config(config, name, remote_code=remote_code)
+    _check_int4(config, name, recipe)
+    size = _weight_bytes(config)
+    require_memory(size, name)
+    return Support(
+        completed=raw if remote_code else config.to_dict(),
+        layers=int(config.num_hidden_layers),
+        head_dim=_head_dim(config),
+        softcap=bool(_get(config, "attn_logit_softcapping")),
+        weight_bytes=size,
+    )
+
+
+def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
+    """Refuse what transformers' configuration object shows to be no decoder that can be compiled.
+
+    Raises ModelError in one sentence.
+    """
+    kind = config.model_type
+    if _get(config, "is_encoder_decoder"):
+        raise ModelError(
+            f"{name} ('{kind}') is an encoder-decoder model; only decoder-only causal LMs can be "
+            "compiled."
+        )
+    if not remote_code and kind not in _causal_lms():
+        raise ModelError(
+            f"{name} has architecture '{kind}', which is not a causal LM in this version of "
+            "transformers."
+        )
+    reason = _structure(config)
+    if reason is not None:
+        raise ModelError(f"{name} has architecture '{kind}', which is not supported: {reason}.")
+    _check_sizes(config, name)
+
+
+def require_memory(weight_bytes: int, name: str) -> None:
+    """ModelError if float32 weights of this size are more than this machine's memory and swap."""
+    there = _machine_memory()
+    if there is not None and weight_bytes > there:
+        gigabytes = min(weight_bytes // 10**9, 10**12)  # of what a typing error says, too
+        raise ModelError(
+            f"{name} has at least {gigabytes:,} GB of weights in float32, as it is loaded, and "
+            f"this machine has {there // 10**9:,} GB of memory and swap."
+        )
+
+
+def _structure(config: Any) -> str | None:
+    """Why the architecture cannot be compiled; None if nothing speaks against it."""
+    known = _TYPES.get(config.model_type)
+    if known is not None and not known.unless(config):
+        return known.reason
+    for name in _STATE_SPACES:
+        if _get(config, name):
+            return f"it has state-space, linear or convolution layers ('{name}')"
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        kinds = _get(config, name)
+        listed = kinds if isinstance(kinds, (list, tuple)) else ()
+        other = [kind for kind in listed if kind not in _TRACED_KINDS]
+        if other:
+            return (
+                f"it has layers of type '{other[0]}', and only '{FULL}' and '{SLIDING}' can be "
+                "traced"
+            )
+    experts = _experts(config)
+    if experts is not None:
+        return f"it is a mixture of experts ('{experts}')"
+    if _get(config, "alibi") or _nested(config, "attn_config", "alibi"):
+        return _ALIBI
+    if _get(config, "position_embedding_type") == "alibi":
+        return _ALIBI
+    if _get(config, "parallel_attn") or _get(config, "use_parallel_residual"):
+        return _PARALLEL
+    size = _get(config, "v_head_dim")
+    keys = _get(config, "qk_head_dim") or _get(config, "head_dim")
+    if size and keys and size != keys:
+        return f"its keys and values have different sizes ({keys} and {size})"
+    return None
+
+
+def _experts(config: Any) -> str | None:
+    """The name of the entry that makes it a mixture of experts, None if it is dense."""
+    if False in (_get(config, "is_moe"), _get(config, "enable_moe_block")):
+        return None
+    kinds = _get(config, "mlp_layer_types")
+    if isinstance(kinds, (list, tuple)) and kinds and "sparse" not in kinds:
+        return None
+    found = {name: _get(config, name) for name in _EXPERTS}
+    found["moe_num_experts"] = found["moe_num_experts"] or _nested(
+        config, "ffn_config", "moe_num_experts"
+    )
+    dense, layers = _get(config, "first_k_dense_replace"), _get(config, "num_hidden_layers")
+    if _is_size(dense) and _is_size(layers) and dense >= layers:
+        return None
+    return next((name for name, value in found.items() if value), None)
+
+
+def _nested(config: Any, part: str, name: str) -> Any:
+    inner = _get(config, part)
+    return inner.get(name) if isinstance(inner, Mapping) else getattr(inner, name, None)
+
+
+def _check_sizes(config: Any, name: str) -> None:
+    lacking = [key for key in _NEEDED if not _is_size(_get(config, key))]
+    if lacking:
+        raise ModelError(
+            f"{name} has architecture '{config.model_type}', whose configuration has no single "
+            f"'{lacking[0]}' (several modalities, or no attention); it is not supported."
+        )
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if not _get(config, "head_dim") and hidden % heads:
+        raise ModelError(
+            f"config.json of {name} is impossible: a hidden size of {hidden} is not divisible by "
+            f"{heads} attention heads."
+        )
+    kv_heads = _get(config, "num_key_value_heads")
+    if _is_size(kv_heads) and heads % kv_heads:
+        raise ModelError(
+            f"config.json of {name} is impossible: {heads} attention heads are not divisible by "
+            f"{kv_heads} heads of keys and values."
+        )
+
+
+def _check_numbers(raw: Mapping[str, Any], keys: Mapping[str, str], name: str) -> None:
+    """Sizes that are written must be whole numbers above 0 (or, where one may be, null)."""
+    for meaning in (*_NEEDED, *_OPTIONAL):
+        for key in dict.fromkeys((meaning, keys.get(meaning, meaning))):
+            value = raw.get(key, 1)
+            per_layer = meaning in _OPTIONAL and isinstance(value, list)
+            absent = meaning in _OPTIONAL and value is None
+            if not (_is_size(value) or per_layer or absent):
+                raise ModelError(
+                    f"config.json of {name} is impossible: '{key}' is {value!r}, and not a whole "
+                    "number above 0."
+                )
+
+
+def _get(config: Any, name: str) -> Any:
+    """An attribute; None if it is absent, or if asking raises (one value for differing layers)."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' configurations raise errors of their own kinds
+        return None
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_int4(config: Any, name: str, recipe: Recipe) -> None:
+    """UsageError if a width of the blocks' products is divisible by no int4 block."""
+    if recipe.weight_bits != 4:
+        return
+    widths = {
+        "hidden_size": config.hidden_size,
+        "heads x head_dim": config.num_attention_heads * _head_dim(config),
+        "intermediate_size": _get(config, "intermediate_size"),
+    }
+    smallest = min(INT4_BLOCKS)
+    for what, width in widths.items():
+        if _is_size(width) and width % smallest:
+            raise UsageError(
+                f"{name} has products with {width} inputs ({what}), divisible by neither 128 nor "
+                f"64: TensorRT has no int4 blocks for them. Use recipe w8a8."
+            )
+
+
+def _head_dim(config: Any) -> int:
+    size = _get(config, "head_dim")
+    return int(size) if _is_size(size) else config.hidden_size // config.num_attention_heads
+
+
+def _weight_bytes(config: Any) -> int:
+    """Float32 bytes of the embedding and of the blocks' products, from below: two in an MLP."""
+
+    def size(name: str, otherwise: int) -> int:
+        value = _get(config, name)
+        return int(value) if _is_size(value) else otherwise
+
+    hidden, layers = size("hidden_size", 1), size("num_hidden_layers", 1)
+    heads = size("num_attention_heads", 1)
+    head = size("head_dim", max(hidden // heads, 1))
+    kv_heads = size("num_key_value_heads", 1)
+    attention = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
+    mlp = 2 * hidden * size("intermediate_size", 1)
+    return _FLOAT32 * (size("vocab_size", 1) * hidden + layers * (attention + mlp))
+
+
+def _machine_memory() -> int | None:
+    """Bytes of memory and swap; None where the system does not say."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    found = Path("/proc/meminfo")
+    lines = found.read_text().splitlines() if found.is_file() else []
+    swap = next((line.split()[1] for line in lines if line.startswith("SwapTotal:")), "0")
+    return memory + 1024 * int(swap)
+
+
+def _attribute_names(kind: str, remote_code: bool) -> Mapping[str, str]:
+    """How configurations of this type call what transformers calls `hidden_size` and so on."""
+    found = None if remote_code else _config_class(kind)
+    return getattr(found, "attribute_map", {}) if found is not None else {}
+
+
+def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) -> Any:
+    """The configuration with its defaults, as transformers completes it."""
+    found = None if remote_code else _config_class(kind)
+    if found is None:
+        if not remote_code:
+            raise ModelError(
+                f"{name} has architecture '{kind}', which this version of transformers does not "
+                "know."
+            )
+        return SimpleNamespace(**raw)
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of what is no concern of a compile
+    try:
+        return found.from_dict(_plain(raw))
+    except Exception as error:  # validators of transformers and of its models raise what they like
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = (lines[-1] if lines else type(error).__name__).rstrip(".")
+        said = said.removeprefix("ValueError: ").removeprefix("TypeError: ")
+        raise ModelError(f"config.json of {name} is impossible: {said}.") from error
+    finally:
+        logging.set_verbosity(level)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values as transformers reads them: it writes infinity as `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _config_class(kind: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[kind]
+    except KeyError:
+        return None
+
+
+def _causal_lms() -> Mapping[str, str]:
+    """Model type -> class; read by name, so that no model's code is imported."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

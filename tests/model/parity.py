@@ -1,0 +1,18 @@
+"""Trace a model in memory, for the tests of the check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from iq_export.model.capture import settled_rotations
+from iq_export.model.export import quiet
+from iq_export.model.trace import MODEL_FILE, OPSET, _export
+
+
+def export(model: Any, folder: Path) -> Path:
+    """The traced graph of a transformers model, as `trace` writes it."""
+    with quiet(), settled_rotations(model):
+        if _export(model, folder, OPSET, True) is None:
+            _export(model, folder, OPSET, False)
+    return folder / MODEL_FILE

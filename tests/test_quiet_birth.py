@@ -1,0 +1,66 @@
+"""A spike whose birth is no 64 times the median at the down-projection, from the file to int8.
+
+The profile is that of a half-billion model (tools/discovery/sweep.py), with fewer blocks between
+birth and death.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from iq_export.calibrate.divergence import divergence
+from iq_export.progress import Progress
+from iq_export.quant.recipe import load_recipe
+from iq_export.rewrite import Calibration, Rewrite, rewrite
+from tests.planted import CPU
+from tools.discovery.models import plant, windows
+from tools.discovery.sweep import HALF_BILLION
+
+(LIFE,) = HALF_BILLION.lives
+MODEL = replace(
+    HALF_BILLION, blocks=7, hidden=64, heads=4, kv_heads=2, features=128, count=14, length=48,
+    lives=(replace(LIFE, death=5, drift=0.3, down_ratio=55.0),),
+)  # fmt: skip
+DATA = windows(MODEL)
+
+
+def compiled(folder: Path) -> Rewrite:
+    traced, work = folder / "traced", folder / "work"
+    traced.mkdir()
+    work.mkdir()
+    onnx.save(
+        plant(MODEL), traced / "model.onnx", save_as_external_data=True,
+        location="model.onnx.data", size_threshold=256,
+    )  # fmt: skip
+    data = Calibration(DATA[:4], DATA[4:10], 0.1, 0, CPU, insertion="norm")
+    return rewrite(
+        traced / "model.onnx", work, load_recipe("w8a8"), "fp32", data, Progress(quiet=True)
+    )
+
+
+def loss(done: Rewrite) -> float:
+    """KL of the quantized graph to the traced one on other windows, nats."""
+    options = {"providers": CPU, "progress": Progress(quiet=True)}
+    return divergence(done.traced, done.quantized, DATA[10:], [], **options).kl
+
+
+def test_it_is_replaced_and_int8_gains_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / name for name in ("with", "without")]
+    for folder in folders:
+        folder.mkdir()
+    done = compiled(folders[0])
+    (decision,) = done.decisions
+    life = decision.lifecycle
+    assert (life.birth, life.death, life.force_first) == (2, 5, True)
+    assert life.down_peak < 64 * life.down_median
+    assert life.residual_peak > 100 * np.median(done.stats.residual_max[2])
+    assert decision.replaced and done.sink_nodes and done.recall == 1
+    monkeypatch.setattr("iq_export.rewrite.discover", lambda stats: [])
+    assert loss(done) < loss(compiled(folders[1])) / 5

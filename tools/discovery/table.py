@@ -1,0 +1,35 @@
+"""The tables of docs/discovery.md, between two marks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def tables(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['recalled']} of {found['lifecycles']} planted lifecycles are recalled "
+        f"({found['recall']:.2%}); {found['false alarms']} of {found['models without spikes']} "
+        "models without spikes raise an alarm.",
+        "",
+        "| wrong | lifecycles |",
+        "|---|---|",
+        *(f"| {fault} | {number} |" for fault, number in found["faults"].items()),
+        f"| additional lifecycle (models) | {found['models with additional lifecycles']} |",
+    ]
+    for title, what in (("by size", "spike"), ("by kind", "kind of model")):
+        lines += ["", f"| {what} | recalled |", "|---|---|"]
+        lines += [f"| {name} | {a} of {n} |" for name, (a, n) in found[title].items() if n]
+    lines += ["", "| model without spikes | false alarms |", "|---|---|"]
+    lines += [f"| {name} | {a} of {n} |" for name, (a, n) in found["false alarms by kind"].items()]
+    return "\n".join(lines)
+
+
+def write_tables(found: dict[str, Any], page: Path) -> None:
+    """Replace what stands between the marks of `page`."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    text = f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{after}"
+    page.write_text(text, encoding="utf-8")
