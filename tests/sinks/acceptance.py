@@ -41,7 +41,7 @@ _DEAD = 4.0  # and after its death it must be below this
 _ORDINARY = 8.0  # the loudest token that is none may reach this
 _OPSET = 23
 _EPSILON = 1e-6
-_ATTEMPTS = 12
+_ATTEMPTS = 20
 
 # Token ids: BOS, openers (first position only), two kinds of delimiters, then ordinary text.
 _BOS = 0
@@ -118,10 +118,7 @@ class Plan:
     drift: float
 
     @property
-    def last_birth(self) -> int:
-        return max(group.blocks[-1] for group in self.groups)
-
-    def death(self, blocks: int) -> int | None:
+    def death(self) -> int | None:
         """The block that takes the largest part."""
         left, parts = 1.0, {}
         for block, share in self.deaths:
@@ -434,7 +431,7 @@ def _life(
 
 
 def _tamed(background: Background, lives: Sequence[Plan], blocks: int) -> Background:
-    """The stream grows so slowly while a spike is there that it stays 20 times the median."""
+    """The stream grows so slowly while a spike is there that it stays far above the median."""
     growth = list(background.growth)
     for life in lives:
         end = life.deaths[0][0] if life.deaths else blocks
@@ -613,7 +610,7 @@ def _truth(parameters: Parameters) -> list[Life]:
             )
             for group in plan.groups
         )
-        lives.append(Life(births, plan.death(parameters.shape.blocks), plan.channels[0]))
+        lives.append(Life(births, plan.death, plan.channels[0]))
     return lives
 
 
@@ -669,6 +666,8 @@ class _Builder:
         # to tell tokens apart by one direction.
         self.context = 0.6**attempt
         self.spread = 0.5 ** (attempt // 4)
+        # If that was not enough: what it gets from its position.
+        self.place = 0.5 ** max(0, attempt - 11)
         kinds = {group.kind for life in parameters.lives for group in life.groups}
         self.first = 1.15**attempt if "first" in kinds else 1.0
         self.ids = _ids(parameters)
@@ -720,7 +719,7 @@ class _Builder:
         if shape.positions == "learned":
             wave = np.arange(shape.length)[:, None] / shape.length * np.array([[1.0, 2.0, 4.0]])
             waves = np.concatenate([np.sin(np.pi * wave), np.cos(np.pi * wave)], 1)
-            places = 0.8 * waves @ self._random(6, hidden)
+            places = 0.8 * self.place * waves @ self._random(6, hidden)
             # Where "early" delimiters stand must be seen, as a trained model can see it.
             places[: shape.length // 4] += 0.7 * self.rng.standard_normal(hidden)
             places[0] += 1.5 * self.first * self.rng.standard_normal(hidden)
@@ -942,7 +941,8 @@ class _Builder:
         """
         mean = float(np.abs(amount).mean())
         level = size * self.input_level
-        values, row = self._feature(x, mask, amount / mean, level, 0.2 * median / mean)
+        leak = min(0.2 * median / mean, 0.5 / size)
+        values, row = self._feature(x, mask, amount / mean, level, leak)
         # What the float32 weights give is what the down-projection has to stretch.
         scale = float((values @ amount) / (values @ values))
         self._put(block, row, scale * direction)

@@ -57,7 +57,7 @@ def check_lives(model: Case, stats: TokenStats) -> None:
             whole = birth.blocks[-1]
             np.testing.assert_allclose(ratio[whole, birth.members], birth.spike, rtol=0.2)
             assert (stats.residual_channel[whole, birth.members] == life.channel).all()
-            assert ratio[whole:end, birth.members].min() >= 15
+            assert ratio[whole:end, birth.members].min() >= 10
             assert ratio[birth.standing[0] : whole, birth.members].min(initial=np.inf) > 6
             over = cancelled[-1] if cancelled else len(ratio)
             quiet[birth.blocks[0] : over, birth.members] = False
