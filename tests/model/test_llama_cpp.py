@@ -1,6 +1,7 @@
 """Token ids and logits of GGUF files against llama.cpp's own.
 
-Needs llama-cpp-python, which is built from source (`pip install llama-cpp-python==0.3.36`); it runs on a CPU. Skipped without it.
+Needs llama-cpp-python, which is built from source (`pip install llama-cpp-python==0.3.36`); it
+runs on a CPU. Skipped without it.
 """
 
 from __future__ import annotations
