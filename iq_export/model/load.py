@@ -178,10 +178,10 @@ def load_model(source: ModelSource) -> LoadedModel:
         if header is not None:
             check_kind(header)
         config = transformers.AutoConfig.from_pretrained(folder, **options)
-        remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
-        check_config(config, source.name, remote_code=remote)
         if header is not None:
             apply_keys(header, config)
+        remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
+        check_config(config, source.name, remote_code=remote)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="float32", output_loading_info=True, **options, **weights
         )
