@@ -50,7 +50,7 @@ class CausalLM:
     """An ONNX Runtime session of a traced causal LM.
 
     `extra_outputs` are names of further graph outputs that `forward` returns in `extras`;
-    `round_half` is explained at `open_session`.
+    `round_half` and `literal` are explained at `open_session`.
     Raises GraphError if the file cannot be loaded or lacks an input or output of a causal LM with
     KV cache, EngineError if a provider is not available in this ONNX Runtime.
     """
@@ -63,9 +63,12 @@ class CausalLM:
         extra_outputs: Sequence[str] = (),
         threads: int | None = None,
         round_half: bool = False,
+        literal: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._session = open_session(self.path, providers, threads, round_half=round_half)
+        self._session = open_session(
+            self.path, providers, threads, round_half=round_half, literal=literal
+        )
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = [value.name for value in self._session.get_outputs()]
         self._past = _past_inputs(inputs, self.path)
@@ -161,9 +164,15 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids, Ids]
 
 
 def open_session(
-    path: Path, providers: Sequence[str], threads: int | None = None, *, round_half: bool = False
+    path: Path,
+    providers: Sequence[str],
+    threads: int | None = None,
+    *,
+    round_half: bool = False,
+    literal: bool = False,
 ) -> Any:
-    """A session with all optimizers on.
+    """A session with all optimizers on; with `literal` none is, and the file runs as it is written:
+    fusions bring constants of their own, which hides wrong ones.
 
     A CPU computes most of a half graph in float32 and does not round between such ops: what
     overflows on a GPU passes unseen, and half's rounding is not measured. With `round_half` the
@@ -186,6 +195,8 @@ def open_session(
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
     # By default ONNX Runtime multiplies int4 weights with activations rounded to int8 on the way.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if literal:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     threads = threads or _allowed_cores()
     if threads is not None:
         options.intra_op_num_threads = threads
