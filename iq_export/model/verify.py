@@ -150,7 +150,7 @@ def compare(path: Path, reference: Reference) -> Parity:
     """Run the rows through the graph. Raises GraphError if it cannot be loaded or run."""
     from iq_export.run.ort import CausalLM
 
-    graph = CausalLM(path)
+    graph = CausalLM(path, literal=True)
     spread, worst, largest = reference.logit_range, Parity(0.0, 1.0, 0.0), 0.0
     found = _graph_logits(graph, reference.rows)
     for row, right, noise, logits in zip(
