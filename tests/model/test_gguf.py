@@ -49,7 +49,8 @@ def rope_keys(theta: float = 10000.0, **scaling: Any) -> Keys:
             writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["type"]))
         for key, value in scaling.items():
             if key != "type":
-                writer.add_float32(f"{writer.arch}.rope.scaling.{key}", value)
+                put = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+                put(f"{writer.arch}.rope.scaling.{key}", value)
 
     return add
 

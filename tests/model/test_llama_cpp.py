@@ -1,7 +1,7 @@
-"""Token ids of GGUF files against llama.cpp's own.
+"""Token ids and logits of GGUF files against llama.cpp's own.
 
-Needs llama-cpp-python, which is built from source (`pip install llama-cpp-python==0.3.36`); only
-vocabularies are loaded. Skipped without it.
+Needs llama-cpp-python, which is built from source (`pip install llama-cpp-python==0.3.36`); it
+runs on a CPU. Skipped without it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pytest
 from iq_export.model.gguf_file import read_header
 from iq_export.model.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, end_ids
 from iq_export.model.tokenizer import HARD_TEXTS
-from tests.model.gguf_files import write_vocabulary
+from tests.model.gguf_files import write_gguf, write_vocabulary
+from tests.model.test_gguf import CASES, IDS, make
 from tests.model.test_tokenizer import pieces  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.heavy
@@ -113,3 +114,23 @@ def test_embedded_models(name: str) -> None:
     if not is_cached(name):
         pytest.skip(f"{name} is not in the cache")
     assert compare(embedded_model(name)) > RANDOM_TEXTS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_networks(case: str, tmp_path: Path) -> None:
+    """The references that loaded files are compared with compute what llama.cpp does."""
+    import numpy as np
+    import torch
+
+    architecture, name, options, keys, tensors = CASES[case]
+    if architecture == "phi3":
+        options = options | {"sliding_window": None}  # llama.cpp leaves Phi-3's window away
+    reference = make(name, **options)
+    path = write_gguf(tmp_path / "m.gguf", architecture, reference, keys, tensors)
+    with torch.no_grad():
+        expected = reference(torch.tensor([IDS]), use_cache=False).logits[0].numpy()
+    theirs = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+    theirs.eval(IDS)
+    found = np.asarray(theirs.scores[: len(IDS)])
+    # Its cache is in half precision.
+    assert np.abs(found - expected).max() < 5e-3 * np.ptp(expected)
