@@ -70,7 +70,7 @@ def export_module(
         {0: batch, 1: seq},
         tuple({0: batch, 2: past} for _ in args[3]),
     )
-    kind = module.model.config.model_type
+    kind = str(getattr(getattr(module.model, "config", None), "model_type", "unknown"))
     try:
         program = torch.onnx.export(
             module,

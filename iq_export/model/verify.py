@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from iq_export.errors import ModelError
 from iq_export.model.limits import position_limit
 
-# How often the noise an equal graph may differ: ten times is a defect (see docs/parity.md).
+# How many times the noise an equal graph may be off; ten times is a defect (docs/parity.md).
 TOLERANCE = 6.0
 
 _LENGTHS = (40, 36, 29, 17)
@@ -126,7 +126,8 @@ def refer(model: Any, tokenizer: Any = None) -> Reference:
         rows = tuple(_rows(model, tokenizer))
         exact = _all_logits(model, rows, float64())
         noise = [np.zeros(len(row.ids)) for row in rows]
-        for context in (nullcontext(), *map(jittered, _JITTERS)):
+        contexts: list[AbstractContextManager[Any]] = [nullcontext(), *map(jittered, _JITTERS)]
+        for context in contexts:
             for worst, right, found in zip(
                 noise, exact, _all_logits(model, rows, context), strict=True
             ):
@@ -149,7 +150,7 @@ def compare(path: Path, reference: Reference) -> Parity:
     """Run the rows through the graph. Raises GraphError if it cannot be loaded or run."""
     from iq_export.run.ort import CausalLM
 
-    graph = CausalLM(path)
+    graph = CausalLM(path, literal=True)
     spread, worst, largest = reference.logit_range, Parity(0.0, 1.0, 0.0), 0.0
     found = _graph_logits(graph, reference.rows)
     for row, right, noise, logits in zip(
@@ -179,12 +180,12 @@ def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
     names = ("a text after BOS", "a text", "random tokens", "random tokens after BOS")
     texts = [_encode(tokenizer, text, config.vocab_size) for text in _TEXTS]
     bos = _bos(config)
-    starts = ([*bos, *texts[0]], texts[1], [], bos)
+    starts: tuple[list[int], ...] = ([*bos, *texts[0]], texts[1], [], bos)
     for name, start, length in zip(names, starts, lengths, strict=True):
         ids = random.integers(0, config.vocab_size, length)
         ids[: len(start)] = start[:length]
-        yield Row(name, ids, np.arange(length))
-    first = Row(names[0], ids, np.arange(lengths[-1]))
+        row = Row(name, ids, np.arange(length))
+        yield row
     trained = most or _reach(config)
     if trained is not None and trained > 2 * _JUMP:
         ids = random.integers(0, config.vocab_size, _JUMP)
@@ -195,9 +196,9 @@ def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
     if window is not None and window > min(lengths) - _STEPS:
         past = window + _STEPS // 2
         ids = random.integers(0, config.vocab_size, _STEPS)
-        start = min(past, most - _STEPS) if most else past
         name = f"tokens behind {past} others, past the sliding window"
-        yield Row(name, ids, start + np.arange(_STEPS), _long_cache(model, first, past, random))
+        positions = np.arange(_STEPS) + (min(past, most - _STEPS) if most else past)
+        yield Row(name, ids, positions, _long_cache(model, row, past, random))
 
 
 def _reach(config: Any) -> int | None:
@@ -296,7 +297,7 @@ def _graph_logits(graph: Any, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
     plain = [row for row in rows if _is_plain(row)]
     ids, mask, positions = left_pad([row.ids.tolist() for row in plain], 0)
     longest, past, parts = ids.shape[1], None, []
-    bounds = sorted({0, longest // 2, longest - 2, longest - 1, longest})
+    bounds = sorted({0, longest // 2, *(max(longest - tail, 0) for tail in (2, 1, 0))})
     for start, end in itertools.pairwise(bounds):
         step = graph.forward(ids[:, start:end], mask[:, :end], positions[:, start:end], past)
         parts.append(step.logits)

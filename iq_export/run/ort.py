@@ -56,7 +56,7 @@ class CausalLM:
     """An ONNX Runtime session of a traced causal LM.
 
     `extra_outputs` are names of further graph outputs that `forward` returns in `extras`;
-    `round_half` and `unpack` are explained at `open_session`.
+    `round_half`, `unpack` and `literal` are explained at `open_session`.
     Raises GraphError if the file cannot be loaded or lacks an input or output of a causal LM with
     KV cache, EngineError if a provider is not available in this ONNX Runtime.
     """
@@ -70,10 +70,11 @@ class CausalLM:
         threads: int | None = None,
         round_half: bool = False,
         unpack: bool = False,
+        literal: bool = False,
     ) -> None:
         self.path = Path(path)
         self._session = open_session(
-            self.path, providers, threads, round_half=round_half, unpack=unpack
+            self.path, providers, threads, round_half=round_half, unpack=unpack, literal=literal
         )
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = [value.name for value in self._session.get_outputs()]
@@ -191,8 +192,10 @@ def open_session(
     round_half: bool = False,
     weights: Path | None = None,
     unpack: bool = False,
+    literal: bool = False,
 ) -> Any:
-    """A session with all optimizers on.
+    """A session with all optimizers on; with `literal` none is, and the file runs as it is written:
+    fusions bring constants of their own, which hides wrong ones.
 
     A CPU computes most of a half graph in float32 and does not round between such ops: what
     overflows on a GPU passes unseen, and half's rounding is not measured. With `round_half` the
@@ -223,6 +226,8 @@ def open_session(
     if unpack:
         # With no fusion of Q/DQ to wait for, a DequantizeLinear of constants is one itself.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if literal:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     threads = threads or _allowed_cores()
     if threads is not None:
         options.intra_op_num_threads = threads

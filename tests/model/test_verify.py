@@ -115,7 +115,7 @@ def test_jitter_is_rounding_and_no_more() -> None:
 def test_logits_that_are_not_finite_are_the_models_fault() -> None:
     model = families.model("llama")
     model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
-    with pytest.raises(ModelError, match="own logits are not finite.*'llama'"):
+    with pytest.raises(ModelError, match=r"own logits are not finite.*'llama'"):
         refer(model)
 
 
