@@ -68,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
     One that fails does not stop the others.
     """
+    cache: Path | None = args.timing_cache
+    if cache is not None and cache.exists() and not cache.is_file():
+        # It is replaced after a build: a device would be gone for the whole machine.
+        raise UsageError(f"--timingCacheFile {cache} is not a file: give a file or a new name")
     progress = options.progress(args)
     with progress.step("Check the files"):
         bundle = Bundle.open(args.bundle)

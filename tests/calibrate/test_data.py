@@ -109,6 +109,6 @@ def test_a_text_that_is_used_up_holds_nothing_out() -> None:
 
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path / "pipe", Path(os.devnull)):
+    for place in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(DataError, match="is not a file"):
             load_text(place)

@@ -437,7 +437,7 @@ def _about_files(
             why.append(f"writes {parts[0]}")
         elif command == "eval" and ".bundle.work" in parts:
             continue  # the graphs to compare with, which the next eval finds
-        elif any(_LEFT.search(part) for part in parts) and name not in before:
+        elif any(_LEFT.search(p) for p in parts) and name not in before and not _keeps(argv):
             why.append("leaves a temporary file")
         elif parts[0] == "in" and name in before:
             rewritten = command in ("eval", "build") and len(parts) > 2 and parts[2] in _REWRITTEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,3 +136,11 @@ def test_plugin_form(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # And back: the form is that of the last build.
     assert main(["build", str(built), "--target", "rtx-ampere", "--plugin", "off", *SHAPES]) == 0
     assert _manifest(built).engines["rtx-ampere"]["form"] == "body"
+
+
+def test_a_timing_cache_that_is_no_file(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is replaced: the name of a pipe or a device would be lost."""
+    pipe = bundle.parent / "pipe"
+    os.mkfifo(pipe)
+    assert main(["build", str(bundle), "--timingCacheFile", str(pipe)]) == 2
+    assert "is not a file" in capsys.readouterr().err and pipe.is_fifo()

@@ -53,7 +53,7 @@ def test_plain_file_compiles(tmp_path: Path, tokenizer_folder: Path) -> None:
     work.mkdir()
     done = rewrite(
         adopted.model, work, load_recipe("w8a8"), "fp16",
-        Calibration(data[:2], data[2:], 64.0, 0.1, 0, CPU), Progress(quiet=True),
+        Calibration(data[:2], data[2:], 0.1, 0, CPU), Progress(quiet=True),
     )  # fmt: skip
     assert done.sink_nodes == 8
     InferenceSession(str(done.quantized))
