@@ -29,8 +29,8 @@ MODEL = replace(
 DATA = windows(MODEL)
 
 
-# What insertion is for: no rotation and no side channel that holds a spike beside the quantizer.
-PLAIN = replace(load_recipe("w8a8"), folded_rotation=False, rotation=None, side_channels=0)
+# What insertion alone does: nothing else holds a spike beside the quantizers or makes up for it.
+PLAIN = replace(load_recipe("w8a8"), folded_rotation=False, side_channels=0, gptq=False)
 
 
 def compiled(folder: Path) -> Rewrite:
