@@ -128,14 +128,15 @@ class Lifecycle:
 
 
 def leaving(sizes: np.ndarray, typical: float | None = None) -> np.ndarray:
-    """Bool `[n]`: who leaves the others, by the gap in log magnitude. `sizes`: `[n]`, not negative.
+    """Int `[n]`: who leaves the others, by the gap in log magnitude. `sizes`: `[n]`, not negative.
+
+    0 is who does not; groups one above the other are numbered from 1, by the width of their gap.
 
     `typical` is the size of the others, their median by default. A group leaves if its smallest is
     not calm (_CALM times that), half of it an order of magnitude away and a gap below it,
-    stragglers aside. The widest gap counts; there may be several groups one above the other. A tail
-    without a gap leaves nobody.
+    stragglers aside. A tail without a gap leaves nobody.
     """
-    found = np.zeros(sizes.size, bool)
+    found = np.zeros(sizes.size, np.int64)
     order = np.argsort(-sizes, kind="stable")
     usual = float(np.median(sizes)) if typical is None else typical
     level = np.log(np.maximum(sizes[order], 1e-30) / max(usual, 1e-30))
@@ -152,7 +153,7 @@ def leaving(sizes: np.ndarray, typical: float | None = None) -> np.ndarray:
         cut = around.start + int(
             (level[around.start - 1 : around.stop - 1] - level[around]).argmax()
         )
-        found[order[:cut]] = True
+        found[order[:cut]] = found.max() + 1
         order, level = order[cut:], level[cut:]
     return found
 
@@ -175,10 +176,12 @@ def discover(stats: TokenStats) -> list[Lifecycle]:
                     stats.residual_channel[block, life.members] == life.channel
                 )
         free = np.flatnonzero(~carrying)
-        born = free[leaving(residual[free], float(np.median(residual)))] if free.size else free
-        born = born[residual[born] > _BIRTH_GROWTH * least[born]]
+        group = np.zeros(residual.size, np.int64)
+        group[free] = leaving(residual[free], float(np.median(residual))) if free.size else 0
+        born = np.flatnonzero((group > 0) & (residual > _BIRTH_GROWTH * least))
         for members in _by_channel(stats, block, born):
-            _add_birth(found, stats, block, members)
+            for together in _by_group(stats, block, members, group[members]):
+                _add_birth(found, stats, block, together)
         least = np.minimum(least, residual)
         for life in found:
             if block == life.end:
@@ -196,7 +199,7 @@ def everyone_spikes(stats: TokenStats) -> list[int]:
     calm = float(np.quantile(median, 0.25, method="lower"))
     residual = np.log(np.maximum(np.median(stats.residual_max, axis=1), 1e-30))
     changed = np.abs(np.diff(residual, prepend=-np.inf)) > np.log(_BIRTH_GROWTH)
-    return np.flatnonzero(leaving(median, calm) & changed).tolist()
+    return np.flatnonzero((leaving(median, calm) > 0) & changed).tolist()
 
 
 def _by_channel(stats: TokenStats, block: int, born: np.ndarray) -> list[np.ndarray]:
@@ -218,6 +221,28 @@ def _by_channel(stats: TokenStats, block: int, born: np.ndarray) -> list[np.ndar
     return groups
 
 
+def _by_group(
+    stats: TokenStats, block: int, members: np.ndarray, group: np.ndarray
+) -> list[np.ndarray]:
+    """All together, unless a lower group would keep those above it from being found at run time."""
+    found: list[np.ndarray] = []
+    for number in np.unique(group):
+        own = members[group == number]
+        together = np.union1d(found[-1], own) if found else own
+        if found and (_told(stats, block, together) or not _told(stats, block, found[-1])):
+            found[-1] = together
+        else:
+            found.append(own)
+    return found
+
+
+def _told(stats: TokenStats, block: int, members: np.ndarray) -> bool:
+    """Whether a threshold at `block` tells `members`, or most of them, from all others."""
+    seen = _seen(stats, block, members, members[:0])
+    down = stats.down_max[block]
+    return bool(down[seen].min() > np.delete(down, seen).max(initial=0))
+
+
 def _mode(values: np.ndarray) -> int:
     return Counter(values.tolist()).most_common(1)[0][0]
 
@@ -227,7 +252,7 @@ def _add_birth(found: list[Lifecycle], stats: TokenStats, block: int, members: n
     channel = _mode(stats.residual_channel[block, members])
     fresh = members
     for number, life in enumerate(found):
-        if life.channel != channel or block > life.end:
+        if life.channel != channel or not life.birth < block <= life.end:
             continue
         # Beside a spike that lives, who only drifts away from the others is no birth.
         before = stats.residual_max[block - 1, members]

@@ -142,6 +142,16 @@ def test_spikes_of_several_sizes_leave_together() -> None:
     np.testing.assert_array_equal(life.members, np.union1d(FIRST, FIRST + 4))
 
 
+def test_a_lower_group_that_no_threshold_finds_does_not_hide_the_upper_one() -> None:
+    low = FIRST[:15] + 4
+    stats = stats_with(Drawn(2, 6, FIRST, size=30_000), Drawn(2, 6, low, size=100, peak=1.0))
+    upper, lower = discover(stats)
+    np.testing.assert_array_equal(upper.members, FIRST)
+    np.testing.assert_array_equal(lower.members, low)
+    assert (upper.separable, lower.separable) == (True, False)
+    assert upper.birth == lower.birth == 2
+
+
 def test_births_of_one_block_that_die_apart_are_two_lifecycles() -> None:
     found = discover(stats_with(Drawn(2, 4, FIRST), Drawn(2, 6, FIRST + 4, channel=9)))
     assert [(life.birth, life.death, life.channel) for life in found] == [(2, 4, 3), (2, 6, 9)]
