@@ -333,7 +333,9 @@ def _check_safetensors(path: Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         header = file.read(length) if length < size else b""
     try:
-        tensors = dict(json.loads(header))
+        tensors = json.loads(header)
+        if not isinstance(tensors, dict):
+            raise TypeError("no JSON object")
         ends = [tensors[key]["data_offsets"][1] for key in tensors if key != "__metadata__"]
         expected = 8 + length + max(map(operator.index, ends), default=0)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
