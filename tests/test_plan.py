@@ -28,7 +28,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Rewrite:
     folder = tmp_path_factory.mktemp("plan")
     decoder = planted.WITH_DELIMITER
     data = planted.windows(decoder, count=12)
-    calibration = Calibration(data[:4], data[4:], 64.0, 0.1, 0, CPU)
+    calibration = Calibration(data[:4], data[4:], 0.1, 0, CPU)
     recipe = replace(load_recipe("w8a8"), smoothing=False)
     traced = planted.save(decoder, folder)
     (folder / "work").mkdir()

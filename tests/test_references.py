@@ -28,7 +28,7 @@ def baseline(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path,
     data = planted.windows(decoder, count=4)
     done = rewrite(
         traced, tmp_path / "work", replace(load_recipe(request.param), smoothing=False), "fp32",
-        Calibration(data, [], 64.0, 0.1, 0, CPU), Progress(quiet=True),
+        Calibration(data, [], 0.1, 0, CPU), Progress(quiet=True),
     )  # fmt: skip
     options = CompileOptions("model", tmp_path / "out", recipe=request.param, dtype="fp32")
     ((label, path),) = write_baselines(done, options).items()

@@ -56,7 +56,7 @@ def rewritten(folder: Path, recipe: str, *, shared: bool) -> Rewrite:
     traced = saved(folder, shared=shared)
     (folder / "work").mkdir()
     data = planted.windows(DECODER, count=4, length=24)
-    calibration = Calibration(data[:3], data[3:], 64.0, 0.1, 0, CPU, insertion="kv")
+    calibration = Calibration(data[:3], data[3:], 0.1, 0, CPU, insertion="kv")
     return rewrite(
         traced, folder / "work", load_recipe(recipe), "fp16", calibration, Progress(quiet=True)
     )

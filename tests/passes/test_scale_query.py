@@ -95,7 +95,7 @@ def test_the_product_is_that_of_attention(tmp_path: Path) -> None:
 def run(folder: Path, values: dict[str, np.ndarray], dtype: str) -> object:
     traced = planted.save(SMALL, folder, values)
     (folder / "work").mkdir()
-    data = Calibration(WINDOWS, WINDOWS[:1], 64.0, 0.1, 0, CPU, insertion="kv")
+    data = Calibration(WINDOWS, WINDOWS[:1], 0.1, 0, CPU, insertion="kv")
     return rewrite(traced, folder / "work", load_recipe("fp16"), dtype, data, Progress(quiet=True))
 
 
