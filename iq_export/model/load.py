@@ -5,11 +5,9 @@ This is the only place that knows model families, and it only knows what transfo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
-import io
 import json
 import operator
 import re
@@ -28,6 +26,7 @@ from iq_export.model.gguf import apply_keys, check_kind, check_loaded
 from iq_export.model.gguf_file import read_header
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
+from iq_export.model.quiet import quiet
 from iq_export.model.support import check_config
 from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
 from iq_export.progress import Progress
@@ -173,7 +172,7 @@ def load_model(source: ModelSource) -> LoadedModel:
         options["gguf_file"] = source.path.name
     # Never a pickle (pytorch_model.bin): reading one can run code.
     weights = {} if gguf else {"use_safetensors": True}
-    with quiet_transformers(), readable(source):
+    with quiet(), readable(source):
         header = read_header(source.path) if gguf else None
         if header is not None:
             check_kind(header)
@@ -385,25 +384,6 @@ def readable(source: ModelSource) -> Iterator[None]:
             f"{source.name} cannot be loaded from {source.path}: {reason.rstrip('.')}. The file "
             "may be damaged or of an unsupported architecture."
         ) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and warnings of transformers between our own lines of progress."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        # Its GGUF reader draws a bar of its own that cannot be switched off.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _need_transformers() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from iq_export.errors import ModelError, UsageError
 from iq_export.model.capture import FULL, SLIDING
+from iq_export.model.quiet import quiet
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.weights import INT4_BLOCKS
 
@@ -316,19 +317,14 @@ def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) 
                 "know."
             )
         return SimpleNamespace(**raw)
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of what is no concern of a compile
     try:
-        return found.from_dict(_plain(raw))
+        with quiet():
+            return found.from_dict(_plain(raw))
     except Exception as error:  # validators of transformers and of its models raise what they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = (lines[-1] if lines else type(error).__name__).rstrip(".")
         said = said.removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise ModelError(f"config.json of {name} is impossible: {said}.") from error
-    finally:
-        logging.set_verbosity(level)
 
 
 def _plain(value: Any) -> Any:

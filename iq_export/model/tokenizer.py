@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
 from iq_export.model.gguf_file import GgufHeader, read_header
+from iq_export.model.quiet import quiet
 from iq_export.run.generate import Tokenizer
 
 if TYPE_CHECKING:
@@ -87,9 +88,7 @@ def _converted(folder: Path, source: ModelSource, assets: Path) -> list[str]:
     """Have transformers make a `tokenizer.json` of an older folder's files."""
     import transformers
 
-    from iq_export.model.load import quiet_transformers
-
-    with quiet_transformers():
+    with quiet():
         made = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=source.trust_remote_code
         )
