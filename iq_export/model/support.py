@@ -7,14 +7,13 @@ model of each. A model type that nobody has tried passes: tracing and the graph 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from iq_export.errors import ModelError, UsageError
+from iq_export.memory import memory_and_swap_bytes
 from iq_export.model.capture import FULL, SLIDING
 from iq_export.model.quiet import quiet
 from iq_export.quant.recipe import Recipe
@@ -139,7 +138,7 @@ def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
 
 def require_memory(weight_bytes: int, name: str) -> None:
     """ModelError if float32 weights of this size are more than this machine's memory and swap."""
-    there = _machine_memory()
+    there = memory_and_swap_bytes()
     if there is not None and weight_bytes > there:
         gigabytes = min(weight_bytes // 10**9, 10**12)  # of what a typing error says, too
         raise ModelError(
@@ -287,18 +286,6 @@ def _weight_bytes(config: Any) -> int:
     attention = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
     mlp = 2 * hidden * size("intermediate_size", 1)
     return _FLOAT32 * (size("vocab_size", 1) * hidden + layers * (attention + mlp))
-
-
-def _machine_memory() -> int | None:
-    """Bytes of memory and swap; None where the system does not say."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    found = Path("/proc/meminfo")
-    lines = found.read_text().splitlines() if found.is_file() else []
-    swap = next((line.split()[1] for line in lines if line.startswith("SwapTotal:")), "0")
-    return memory + 1024 * int(swap)
 
 
 def _attribute_names(kind: str, remote_code: bool) -> Mapping[str, str]:
