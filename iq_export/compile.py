@@ -279,6 +279,8 @@ def _check(options: CompileOptions) -> _Checked:
         raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
     if not 0 < options.max_relative_deviation < 1:
         raise UsageError("max_relative_deviation lies between 0 and 1.")
+    if options.seed < 0:
+        raise UsageError(f"seed {options.seed} must not be negative.")
     if options.budget is not None and options.budget <= 1:
         raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
     if options.budget is not None and recipe.activation_max is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from iq_export.engine.profile import Profile, Range
-from iq_export.errors import DataError, UsageError
+from iq_export.errors import DataError, ModelError, UsageError
 from iq_export.lengths import bundle_limit, engine_profile, generated, window_length
 from iq_export.model.limits import PositionLimit
 
@@ -74,9 +74,12 @@ def test_a_prompt_and_what_follows() -> None:
 
 def test_the_limit_of_a_bundle(tmp_path: Path) -> None:
     assert bundle_limit(tmp_path) is None
-    for text in ("[]", "{", '{"model_type": "mamba"}'):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert bundle_limit(tmp_path) is None
+    for text in ("[]", "{"):
         (tmp_path / "config.json").write_text(text)
-        assert bundle_limit(tmp_path) is None
+        with pytest.raises(ModelError, match=r"config\.json is damaged"):
+            bundle_limit(tmp_path)
     record = {"model_type": "gpt_bigcode", "n_positions": 256}
     (tmp_path / "config.json").write_text(json.dumps(record))
     limit = bundle_limit(tmp_path)

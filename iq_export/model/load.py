@@ -30,6 +30,7 @@ from iq_export.model.quiet import quiet
 from iq_export.model.support import check_config
 from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
 from iq_export.progress import Progress
+from iq_export.run.assets import read_object
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
 
@@ -107,8 +108,7 @@ def configuration(source: ModelSource) -> dict[str, Any] | None:
     hub has no such model, or its files show that it cannot be compiled.
     """
     if source.kind == "folder" and source.path is not None:
-        found = _read_json(source.path / "config.json")
-        return found if isinstance(found, dict) else None
+        return read_object(source.path / "config.json")
     if source.kind != "hub":
         return None
     _need_transformers()
@@ -117,7 +117,7 @@ def configuration(source: ModelSource) -> dict[str, Any] | None:
         return None
     if seen.config is not None:
         where = f"config.json of {source.name}"
-        check_header(seen.config, source.name, where, source.trust_remote_code)
+        _check_header(seen.config, source.name, where, source.trust_remote_code)
     if seen.sizes or seen.config is None:
         # Whether shards are missing is seen after the download.
         names = seen.sizes.keys()
@@ -275,30 +275,20 @@ def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> 
         names = [file.name for file in folder.iterdir()]
     except OSError as error:
         raise ModelError(f"{folder} cannot be read: {error.strerror}.") from error
-    config = _read_json(folder / "config.json")
+    config, index = (
+        read_object(path) if path.is_file() else None
+        for path in (folder / "config.json", folder / INDEX)
+    )
     if config is not None:
-        check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
-    index = _read_json(folder / INDEX)
+        _check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
     check_layout(names, str(folder), config, index, tokenizer=tokenizer)
     for file in sorted(folder.glob("*.safetensors")):
         _check_safetensors(file)
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file, None if it is not there; ModelError if it is no JSON."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def check_header(config: Any, name: str, where: str, trust_remote_code: bool) -> None:
+def _check_header(config: dict[str, Any], name: str, where: str, trust_remote_code: bool) -> None:
     """What a config.json says of the checkpoint as a whole: its type, its format, its code."""
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{where} does not say its model_type.")
     quantization = config.get("quantization_config") or {}

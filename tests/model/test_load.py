@@ -85,7 +85,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), (("{", "not valid JSON"), ("[]", "model_type"), ("{}", "model_type"))
+    ("text", "message"), (("{", "is damaged: Exp"), ("[]", "no JSON object"), ("{}", "model_type"))
 )
 def test_damaged_configurations(text: str, message: str, llama: Path) -> None:
     (llama / "config.json").write_text(text)
