@@ -138,7 +138,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     progress.total = progress.total or len(_steps(checked, options))
     with _work_folder(options) as work:
         traced = _trace(options, work, progress)
-        checked = _with_limit(checked, bundle_limit(traced.assets), progress)
+        checked = _with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
         options = checked.options
         done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
         with atomic_folder(options.out, options.force) as folder:
@@ -333,8 +333,10 @@ def _within(
 
 
 def _with_limit(checked: _Checked, limit: PositionLimit | None, progress: Progress) -> _Checked:
-    """`checked` by the limit that only the traced model told: that of a GGUF file."""
-    if limit is None or checked.known.limit is not None:
+    """`checked` by the limit that only the traced model told: that of a GGUF file, or a table of
+    positions that no configuration speaks of."""
+    known = checked.known.limit
+    if limit is None or (known is not None and (known.hard or not limit.hard)):
         return checked
     asked = replace(checked.asked, targets=checked.options.targets)
     options, remarks = _within(asked, limit)
@@ -346,7 +348,7 @@ def _with_limit(checked: _Checked, limit: PositionLimit | None, progress: Progre
 def _known(source: ModelSource, recipe: Recipe, dtype: str) -> _Known:
     """Check what the model's files tell without being loaded, as far as they are within reach.
 
-    A GGUF file's configuration is checked when it is loaded.
+    Of a GGUF file the header was checked by `resolve`; the rest is when it is loaded.
     """
     from iq_export.model.limits import position_limit
     from iq_export.model.load import configuration
@@ -359,7 +361,7 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> _Known:
         except EngineError as error:
             raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
         form = AttentionForm(dtype, header.head_dim, header.softcap)
-        return _Known(form, bundle_limit(source.tokenizer))
+        return _Known(form, bundle_limit(source.tokenizer, source.path))
     found = configuration(source)
     if found is None:
         hub = source.kind == "hub"

@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     tokenizer = Tokenizer(bundle.folder)
     ids = _prompt_ids(args, tokenizer)
-    room, remarks = generated(len(ids), args.max_new_tokens, bundle_limit(bundle.folder))
+    room, remarks = generated(
+        len(ids), args.max_new_tokens, bundle_limit(bundle.folder, bundle.model)
+    )
     for remark in remarks:
         options.progress(args).note(remark)
     model = CausalLM(

@@ -1,8 +1,8 @@
 """What a model's config.json tells about its compile, before anything is downloaded or loaded.
 
 Sizes and structure are read from the configuration as transformers completes it; what no
-configuration tells stands in a table of model types, which was filled by compiling a tiny random
-model of each. A model type that nobody has tried passes: tracing and the graph have the last word.
+configuration tells stands in a table of model types of families that were tried. A type that is
+not in it passes: tracing and the graph have the last word.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_siz
 _OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _FLOAT32 = 4
 
-_EXPERTS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
-)  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _STATE_SPACES = (
     "mamba_d_state", "mamba_n_heads", "mamba_num_heads", "ssm_state_size", "linear_num_value_heads",
     "conv_L_cache", "n_mamba_heads", "state_size",

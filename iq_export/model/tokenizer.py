@@ -109,10 +109,8 @@ def _converted(folder: Path, source: ModelSource, assets: Path) -> list[str]:
 
 def _compare_with_pieces(assets: Path, model: Path) -> None:
     """Against the SentencePiece model itself, which knows no special tokens in a text."""
-    try:
-        import sentencepiece
-    except ImportError:
-        return
+    import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
 
     def compare() -> None:
