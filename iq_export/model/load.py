@@ -224,7 +224,7 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
         if common["tokenizer"] is None:
             raise UsageError(
                 f"{path.name} carries no tokenizer: give the folder that has its tokenizer.json "
-                "with --tokenizer FOLDER."
+                "with --tokenizer DIR."
             )
         return ModelSource(
             "onnx", path.stem, path, license_note=_license_note(path.parent), **common

@@ -28,8 +28,8 @@ _STATE_SPACES = (
     "mamba_d_state", "mamba_n_heads", "mamba_num_heads", "ssm_state_size", "linear_num_value_heads",
     "conv_L_cache", "n_mamba_heads", "state_size",
 )  # fmt: skip
-# Kinds of layers by the names that configurations use; `attention` is full attention as well, but
-# of models that mix it with others.
+# Kinds of layers by the names that configurations use. `attention` is not among them: it is full
+# attention, but of models that mix it with other kinds.
 _TRACED_KINDS = (FULL, SLIDING)
 
 _PARALLEL = "attention and MLP read the residual stream side by side (parallel branches)"

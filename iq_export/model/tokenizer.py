@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from iq_export.errors import ModelError
 from iq_export.model.gguf_file import GgufHeader, read_header
 from iq_export.model.quiet import quiet
+from iq_export.run.assets import one_sentence
 from iq_export.run.generate import Tokenizer
 
 if TYPE_CHECKING:
@@ -157,13 +158,8 @@ def _keep_leading_spaces(assets: Path) -> bool:
 def _from_gguf(header: GgufHeader, assets: Path) -> list[str]:
     from iq_export.model.gguf_tokenizer import build_tokenizer
 
-    try:
+    with one_sentence(f"The tokenizer in {header.path.name} is damaged"):
         made = build_tokenizer(header)
-    except Exception as error:
-        # The Rust library raises bare Exception for everything that it cannot use.
-        if type(error) is not Exception:
-            raise
-        raise ModelError(f"The tokenizer in {header.path.name} is damaged: {error}.") from error
     made.core.save(str(assets / "tokenizer.json"))
     config = dict(made.config)
     template = config.get("chat_template")

@@ -70,7 +70,7 @@ def test_files_of_other_kinds(llama: Path) -> None:
 
 def test_an_onnx_file_needs_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"")
-    with pytest.raises(UsageError, match="--tokenizer FOLDER"):
+    with pytest.raises(UsageError, match="--tokenizer DIR"):
         resolve(str(tmp_path / "m.onnx"))
     with pytest.raises(UsageError, match="not a folder"):
         resolve(str(tmp_path / "m.onnx"), tokenizer=tmp_path / "absent")
