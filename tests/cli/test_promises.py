@@ -16,6 +16,7 @@ from iq_export.bundle.package import Bundle
 from iq_export.cli import main
 from iq_export.engine import trt
 from iq_export.errors import EngineError, UsageError
+from tests import planted
 
 RTX = pytest.mark.skipif("tensorrt_rtx" not in trt.available(), reason="no TensorRT for RTX")
 SIZES: dict[str, Any] = {
@@ -360,3 +361,6 @@ def test_onnx_files(both: Both, tmp_path: Path) -> None:
     graph = helper.make_graph([node], "g", [info], [helper.make_tensor_value_info("y", 1, shape)])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), model)
     assert any("softcap" in note for note in both.plan(model, *tokenizer)["notes"])
+    (tmp_path / "p").mkdir()
+    table = planted.save(planted.Decoder(positions=64), tmp_path / "p")
+    assert "windows of 64 tokens" in str(both.plan(table, *tokenizer)["notes"])
