@@ -10,101 +10,32 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
-from iq_export.bundle.package import (
-    Bundle,
-    atomic_folder,
-    check_output,
-    parents_of,
-    require_space,
-)
-from iq_export.calibrate.data import (
-    Window,
-    check_windows,
-    held_out_windows,
-    load_text,
-    text_sha256,
-    windows,
-)
+from iq_export.bundle.package import Bundle, atomic_folder, parents_of
+from iq_export.calibrate.data import Window, check_windows, held_out_windows, load_text, windows
 from iq_export.engine.build import build_engine
-from iq_export.engine.onnx_header import read_header
-from iq_export.engine.plugin import (
-    MODES,
-    PluginBuild,
-    find_headers,
-    provide_plugin,
-    why_no_plugin,
-)
-from iq_export.engine.profile import Profile
-from iq_export.engine.targets import (
-    AttentionForm,
-    Target,
-    check_opset,
-    check_recipe,
-    engine_note,
-    resolve_target,
-)
-from iq_export.engine.trt import builder_gap, why_not_here
-from iq_export.errors import BundleError, EngineError, ModelError, UsageError
-from iq_export.lengths import bundle_limit, engine_profile, window_length
+from iq_export.engine.plugin import PluginBuild, provide_plugin
+from iq_export.engine.targets import engine_note
+from iq_export.engine.trt import why_not_here
+from iq_export.errors import BundleError, EngineError
+from iq_export.lengths import bundle_limit
+from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
-from iq_export.quant.recipe import Recipe, load_recipe
+from iq_export.quant.recipe import Recipe
 from iq_export.run.ort import PROVIDERS
-
-if TYPE_CHECKING:
-    from iq_export.model.limits import PositionLimit
-    from iq_export.model.load import ModelSource
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
 # Windows of the same text that nothing is made from: they tell how well sinks are matched.
 HELD_OUT, HELD_OUT_LENGTH = 48, 64
 REFERENCES = "references.json"
-DEFAULT_TARGETS = ("rtx-ampere",)
-# Float32 bytes per byte of a 4-bit GGUF file, rounded up.
-_GGUF_FACTOR = 8
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What `iq-export compile` is asked for; see the README for each option's meaning.
-
-    `samples` windows of `length` tokens calibrate (0: 512, or as many as the model has positions);
-    `work` holds intermediate graphs (a temporary folder beside `out` if None), which `keep_work`
-    leaves there for `iq-export eval`. `targets` None is DEFAULT_TARGETS: where it is known that
-    their builder cannot build the model, the bundle is made without that engine, while a target
-    that was asked for is refused.
-    """
-
-    model: str
-    out: Path
-    recipe: str = "w8a8"
-    targets: tuple[str, ...] | None = None
-    calibration: str = "builtin"
-    samples: int = 16
-    length: int = 0
-    profile: Profile = field(default_factory=Profile)
-    opset: int = 23
-    dtype: str = "fp16"
-    seed: int = 0
-    plugin: str = "auto"
-    tokenizer: Path | None = None
-    force: bool = False
-    keep_work: bool = False
-    work: Path | None = None
-    device: str = "cpu"
-    max_relative_deviation: float = 0.10
-    insertion: str = "auto"
-    budget: float | None = None
-    trust_remote_code: bool = False
-    accept_terms: bool = False
 
 
 class EnginesFailed(EngineError):
@@ -131,14 +62,14 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     """
     progress = progress or Progress(quiet=True)
     begin = time.perf_counter()
-    checked = _check(options)
+    checked = check(options)
     options = checked.options
     for note in checked.notes:
         progress.note(note)
     progress.total = progress.total or len(_steps(checked, options))
     with _work_folder(options) as work:
         traced = _trace(options, work, progress)
-        checked = _with_limit(checked, bundle_limit(traced.assets), progress)
+        checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
         options = checked.options
         done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
         with atomic_folder(options.out, options.force) as folder:
@@ -160,7 +91,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
 
     Raises what `compile` would raise before its first step.
     """
-    checked = _check(options)
+    checked = check(options)
     options = checked.options
     size = checked.weight_bytes or 0
     known = checked.weight_bytes is not None
@@ -180,7 +111,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
             for axis, sizes in options.profile.to_json().items()
         ),
         "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
-        "disk": f"about {_disk_need(size) / 1e9:.1f} GB while it runs" if known else "likewise",
+        "disk": f"about {disk_need(size) / 1e9:.1f} GB while it runs" if known else "likewise",
         "time": f"about {_minutes(size, options):.0f} min on 2 cores" if known else "likewise",
         "notes": checked.notes,
         "out": str(options.out),
@@ -207,7 +138,7 @@ def reference_graphs(
             "anew, so the graph with insertion alone may differ from what the bundle was made of"
         )
     options = _options_of(bundle, folder)
-    checked = _check(replace(options, force=True))
+    checked = check(replace(options, force=True))
     with _work_folder(options) as made:
         traced = _trace(options, made, progress)
         done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
@@ -222,34 +153,6 @@ def default_work(out: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What is known of the model before it is loaded, as far as its files tell."""
-
-    form: AttentionForm
-    limit: PositionLimit | None = None
-    layers: int | None = None
-    weight_bytes: int | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """`options` is what was `asked` with its defaults settled; `gaps` says of a target why it gets
-    no engine."""
-
-    asked: CompileOptions
-    options: CompileOptions
-    source: ModelSource
-    recipe: Recipe
-    targets: tuple[Target, ...]
-    known: _Known
-    weight_bytes: int | None
-    calibration_sha256: str
-    gaps: dict[str, str]
-    notes: list[str]
-
-
-@dataclass(frozen=True)
 class _Built:
     """Engine reports by target, why TensorRT refused the others, and notes."""
 
@@ -258,150 +161,7 @@ class _Built:
     notes: list[str] = field(default_factory=list)
 
 
-def _check(options: CompileOptions) -> _Checked:
-    """Refuse in a second what would fail after minutes."""
-    from iq_export.model.fetch import EMBEDDED
-    from iq_export.sinks.form import INSERTIONS
-
-    recipe = load_recipe(options.recipe)
-    names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
-    targets = tuple(resolve_target(name) for name in names)
-    for target in targets:
-        check_recipe(target, recipe.weight_bits)
-        check_opset(target, options.opset)
-    if options.device not in PROVIDERS:
-        raise UsageError(f"unknown device '{options.device}': use {', '.join(PROVIDERS)}.")
-    if options.plugin not in MODES:
-        raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
-    if options.dtype not in ("fp16", "fp32"):
-        raise UsageError(f"unknown dtype '{options.dtype}': use fp16 or fp32.")
-    if options.insertion not in INSERTIONS:
-        raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
-    if not 0 < options.max_relative_deviation < 1:
-        raise UsageError("max_relative_deviation lies between 0 and 1.")
-    if options.budget is not None and options.budget <= 1:
-        raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
-    if options.budget is not None and recipe.activation_max is None:
-        raise UsageError(
-            f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "
-            "like w8a8."
-        )
-    text = load_text(options.calibration)
-    check_output(options.out, options.force)
-    source = _source(options)
-    known = _known(source, recipe, options.dtype)
-    built = () if recipe.simulated else targets
-    gaps = _gaps(built, known.form, asked=options.targets is not None)
-    settled, remarks = _within(replace(options, targets=names), known.limit)
-    embedded = EMBEDDED.get(source.name) if source.path is None else None
-    size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
-    if size is None:
-        size = known.weight_bytes
-    if size is not None:
-        require_space(options.out, _disk_need(size))
-    return _Checked(
-        asked=options,
-        options=settled,
-        source=source,
-        recipe=recipe,
-        targets=targets,
-        known=known,
-        weight_bytes=size,
-        calibration_sha256=text_sha256(text),
-        gaps=gaps,
-        notes=[*known.notes, *gaps.values(), *remarks, *_plugin_note(options, targets)],
-    )
-
-
-def _plugin_note(options: CompileOptions, targets: Sequence[Target]) -> list[str]:
-    """What `--plugin on` lacks; whether there are sinks to need it shows only later."""
-    here = any(why_not_here(target) is None for target in targets)
-    reason = why_no_plugin(find_headers()) if options.plugin == "on" and here else ""
-    said = reason.removeprefix("no plugin: ")
-    return [f"with --plugin on there is no engine if the model has sinks: {said}"] if said else []
-
-
-def _within(
-    options: CompileOptions, limit: PositionLimit | None
-) -> tuple[CompileOptions, list[str]]:
-    """The options with lengths that the model has positions for, and notes."""
-    length, remarks = window_length(options.length, limit)
-    profile, more = engine_profile(options.profile, limit)
-    return replace(options, length=length, profile=profile), [*remarks, *more]
-
-
-def _with_limit(checked: _Checked, limit: PositionLimit | None, progress: Progress) -> _Checked:
-    """`checked` by the limit that only the traced model told: that of a GGUF file."""
-    if limit is None or checked.known.limit is not None:
-        return checked
-    asked = replace(checked.asked, targets=checked.options.targets)
-    options, remarks = _within(asked, limit)
-    for remark in remarks:
-        progress.note(remark)
-    return replace(checked, options=options, notes=[*checked.notes, *remarks])
-
-
-def _known(source: ModelSource, recipe: Recipe, dtype: str) -> _Known:
-    """Check what the model's files tell without being loaded, as far as they are within reach.
-
-    A GGUF file's configuration is checked when it is loaded.
-    """
-    from iq_export.model.limits import position_limit
-    from iq_export.model.load import configuration
-    from iq_export.model.support import check_support
-
-    if source.kind == "onnx":
-        assert source.path is not None and source.tokenizer is not None
-        try:
-            header = read_header(source.path)
-        except EngineError as error:
-            raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
-        form = AttentionForm(dtype, header.head_dim, header.softcap)
-        return _Known(form, bundle_limit(source.tokenizer))
-    found = configuration(source)
-    if found is None:
-        hub = source.kind == "hub"
-        note = (
-            f"config.json of {source.name} could not be read (the Hugging Face hub cannot be "
-            "reached): the model is checked after its download"
-        )
-        return _Known(AttentionForm(dtype), notes=(note,) if hub else ())
-    support = check_support(
-        found, source.name, recipe, remote_code=source.trust_remote_code and "auto_map" in found
-    )
-    return _Known(
-        AttentionForm(dtype, support.head_dim, support.softcap),
-        position_limit(support.completed),
-        support.layers,
-        support.weight_bytes,
-    )
-
-
-def _gaps(targets: Sequence[Target], form: AttentionForm, *, asked: bool) -> dict[str, str]:
-    """Why targets get no engine, by name, where their builder is known to lack something.
-
-    Raises EngineError if an engine that was asked for would be built here.
-    """
-    found = {target: builder_gap(target, form) for target in targets}
-    gaps = {target: gap for target, gap in found.items() if gap is not None}
-    for target, gap in gaps.items():
-        if asked and why_not_here(target) is None:
-            raise EngineError(
-                f"{gap}. Without --target the bundle is made all the same, with no engine."
-            )
-    return {target.name: gap for target, gap in gaps.items()}
-
-
-def _source(options: CompileOptions) -> ModelSource:
-    from iq_export.model.load import resolve
-
-    return resolve(
-        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code,
-        accept_terms=options.accept_terms,
-    )  # fmt: skip
-
-
-def _steps(checked: _Checked, options: CompileOptions) -> list[str]:
+def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     """Names of the steps of a compile, as its progress prints them."""
     steps = ["Trace", "Observe tokens", "Observe ranges"]
     if checked.recipe.folded_rotation:
@@ -421,23 +181,8 @@ def _steps(checked: _Checked, options: CompileOptions) -> list[str]:
     return steps
 
 
-def _weight_bytes(path: Path | None) -> int | None:
-    """Size of the float32 graph to expect, from the files of the model; None before a download."""
-    if path is None:
-        return None
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    if path.suffix == ".onnx":
-        files += path.parent.glob(f"{path.name}*data")
-    factor = _GGUF_FACTOR if path.suffix == ".gguf" else 2 if path.is_dir() else 1
-    return factor * sum(file.stat().st_size for file in files)
-
-
 def _memory_need(size: int) -> float:
     return 1.2e9 + 3.5 * size
-
-
-def _disk_need(size: int) -> int:
-    return int(3.5 * size) + (200 << 20)
 
 
 def _minutes(size: int, options: CompileOptions) -> float:
@@ -469,7 +214,7 @@ def _trace(options: CompileOptions, work: Path, progress: Progress) -> Any:
     from iq_export.model.trace import trace
 
     with progress.step("Trace"):
-        return trace(_source(options), work / "traced", opset=options.opset, progress=progress)
+        return trace(model_source(options), work / "traced", opset=options.opset, progress=progress)
 
 
 def _calibrate_and_rewrite(
@@ -529,7 +274,7 @@ def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None
 
 
 def _build(
-    folder: Path, options: CompileOptions, checked: _Checked, sinks: int, progress: Progress
+    folder: Path, options: CompileOptions, checked: Checked, sinks: int, progress: Progress
 ) -> _Built:
     """Engines for all targets that this machine has a TensorRT for; one that fails stops no other.
 
@@ -580,7 +325,7 @@ def _build(
 def _manifest(
     folder: Path,
     options: CompileOptions,
-    checked: _Checked,
+    checked: Checked,
     traced: Any,
     done: Any,
     built: _Built,

@@ -6,24 +6,29 @@ note; what lies beyond the length that a model was made for is done, with a note
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from iq_export.engine.profile import Profile, Range
 from iq_export.errors import DataError, UsageError
-from iq_export.model.limits import PositionLimit, position_limit
+from iq_export.graph.vocabulary import position_rows
+from iq_export.model.limits import PositionLimit, position_limit, table_limit
+from iq_export.run.assets import read_object
 
 DEFAULT_LENGTH = 512
 
 
-def bundle_limit(folder: Path) -> PositionLimit | None:
-    """The limit that the config.json of a bundle states; None without one."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return position_limit(config) if isinstance(config, dict) else None
+def bundle_limit(folder: Path, graph: Path) -> PositionLimit | None:
+    """The limit that the config.json in `folder` states, or the table of positions in `graph`, if
+    that is lower or the only hard one; None without either.
+
+    Raises ModelError if that is damaged.
+    """
+    stated = position_limit(read_object(folder / "config.json"))
+    rows = position_rows(graph)
+    if rows is None or (stated is not None and stated.hard and stated.positions <= rows):
+        return stated
+    return table_limit(rows)
 
 
 def window_length(asked: int | None, limit: PositionLimit | None) -> tuple[int, list[str]]:

@@ -1,10 +1,14 @@
-"""What a manifest of an older version says is still understood."""
+"""What a manifest of an older version says is understood, and what no compile takes is refused."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
+
+from iq_export.errors import UsageError
 
 compile_module = importlib.import_module("iq_export.compile")
 
@@ -22,3 +26,11 @@ def test_options_of_an_older_manifest(tmp_path: Path) -> None:
     assert (options.samples, options.length, options.work) == (4, 64, tmp_path / "work")
     assert "alpha" not in compile_module._option_record(options)
     assert recorded["alpha"] == 64.0
+
+
+def test_a_seed_that_no_generator_takes(tmp_path: Path) -> None:
+    """It would fail after minutes, at the first draw."""
+    with pytest.raises(UsageError, match="seed -1 must not be negative"):
+        compile_module.dry_run(
+            compile_module.CompileOptions("smollm2-135m", tmp_path / "out", seed=-1)
+        )

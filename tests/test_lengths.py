@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from iq_export.engine.profile import Profile, Range
-from iq_export.errors import DataError, UsageError
+from iq_export.errors import DataError, ModelError, UsageError
 from iq_export.lengths import bundle_limit, engine_profile, generated, window_length
 from iq_export.model.limits import PositionLimit
+from tests import planted
 
 HARD, SOFT = (PositionLimit(256, hard, "so it is") for hard in (True, False))
 
@@ -73,11 +74,30 @@ def test_a_prompt_and_what_follows() -> None:
 
 
 def test_the_limit_of_a_bundle(tmp_path: Path) -> None:
-    assert bundle_limit(tmp_path) is None
-    for text in ("[]", "{", '{"model_type": "mamba"}'):
+    assert bundle_limit(tmp_path, tmp_path / "m.onnx") is None
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert bundle_limit(tmp_path, tmp_path / "m.onnx") is None
+    for text in ("[]", "{"):
         (tmp_path / "config.json").write_text(text)
-        assert bundle_limit(tmp_path) is None
+        with pytest.raises(ModelError, match=r"config\.json is damaged"):
+            bundle_limit(tmp_path, tmp_path / "m.onnx")
     record = {"model_type": "gpt_bigcode", "n_positions": 256}
     (tmp_path / "config.json").write_text(json.dumps(record))
-    limit = bundle_limit(tmp_path)
+    limit = bundle_limit(tmp_path, tmp_path / "m.onnx")
     assert limit is not None and (limit.positions, limit.hard) == (256, True)
+
+
+@pytest.mark.parametrize(
+    ("stated", "limit"),
+    [({}, (64, True)), ({"max_position_embeddings": 32}, (64, True)),
+     ({"model_type": "gpt2", "n_positions": 32}, (32, True)),
+     ({"model_type": "gpt2", "n_positions": 128}, (64, True))],
+)  # fmt: skip
+def test_the_table_of_a_graph(
+    stated: dict[str, object], limit: tuple[int, bool], tmp_path: Path
+) -> None:
+    """As of an ONNX file without a config.json, or with one that says something else."""
+    graph = planted.save(planted.Decoder(positions=64), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    found = bundle_limit(tmp_path, graph)
+    assert found is not None and (found.positions, found.hard) == limit

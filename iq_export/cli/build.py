@@ -79,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     targets = [resolve_target(name) for name in args.targets or bundle.manifest.targets]
     if not targets:
         raise UsageError("the bundle names no target: give --target.")
-    profile, remarks = engine_profile(choose_profile(args, bundle), bundle_limit(bundle.folder))
+    profile, remarks = engine_profile(
+        choose_profile(args, bundle), bundle_limit(bundle.folder, bundle.model)
+    )
     for remark in remarks:
         progress.note(remark)
     for target in targets:

@@ -13,6 +13,7 @@ from typing import Any
 
 from iq_export.cli import options
 from iq_export.cli.inspect import columns
+from iq_export.memory import memory_bytes
 
 _OK, _MISSING = "ok", "missing"
 
@@ -59,13 +60,6 @@ def _machine() -> list[Check]:
     free = options.size(shutil.disk_usage(".").free)
     checks.append(Check("free disk here", _OK, free, "compile (about 3.5 x the fp32 weights)"))
     return checks
-
-
-def memory_bytes() -> int | None:
-    """Physical memory; None where the system does not tell (Windows)."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _packages() -> list[Check]:

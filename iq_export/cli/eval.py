@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     text = load_text(name)
     if text_sha256(text) == bundle.manifest.options.get("calibration_sha256"):
         raise UsageError(f"{name} was used for calibration: give another text with --text")
-    limit = bundle_limit(bundle.folder)
+    limit = bundle_limit(bundle.folder, bundle.model)
     length, remarks = window_length(args.length, limit)
     providers = options.providers(args.device)
     tokenizer = Tokenizer(bundle.folder)  # before graphs are made, which takes minutes

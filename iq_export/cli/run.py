@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
-from iq_export.cli.doctor import memory_bytes
 from iq_export.errors import DataError, UsageError
 from iq_export.lengths import bundle_limit, generated
+from iq_export.memory import memory_bytes
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
@@ -57,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     tokenizer = Tokenizer(bundle.folder)
     ids = _prompt_ids(args, tokenizer)
-    room, remarks = generated(len(ids), args.max_new_tokens, bundle_limit(bundle.folder))
-    if not args.quiet:
-        for remark in remarks:
-            print(remark, file=sys.stderr)
+    room, remarks = generated(
+        len(ids), args.max_new_tokens, bundle_limit(bundle.folder, bundle.model)
+    )
+    for remark in remarks:
+        options.progress(args).note(remark)
     model = CausalLM(
         bundle.model, providers=options.providers(args.device), unpack=_unpack(bundle.model, args)
     )

@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     with progress.step("Run the graph"):
         model = CausalLM(bundle.model)
         check_steps(model)
-        layers, vocab_size = model.num_layers, model.vocab_size
+        layers, vocab_size, rows = model.num_layers, model.vocab_size, model.embedding_rows
         del model
     with progress.step("Look for NaN"):
-        tensors = check_values(bundle, vocab_size)
+        tensors = check_values(bundle, rows)
     files = bundle.manifest.files
     size = sum(record.bytes for record in files.values())
     report = {
@@ -67,17 +67,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_values(bundle: Bundle, vocab_size: int) -> int:
+def check_values(bundle: Bundle, rows: int) -> int:
     """How many tensors were looked at on the beginning of a text; GraphError names a broken one.
 
     Logits alone prove nothing: int8 codes of NaN are finite.
     """
     from iq_export.evaluate.final_check import finite_values
 
-    return finite_values(bundle.model, _ids(bundle.folder, vocab_size))
+    return finite_values(bundle.model, _ids(bundle.folder, rows))
 
 
-def _ids(folder: Path, vocab_size: int) -> list[int]:
+def _ids(folder: Path, rows: int) -> list[int]:
     """Tokens of the built-in text behind a BOS; of a Python without that text, any."""
     from iq_export.calibrate.data import load_text
     from iq_export.run.generate import Tokenizer
@@ -85,7 +85,7 @@ def _ids(folder: Path, vocab_size: int) -> list[int]:
     try:
         text = load_text("builtin")[: 16 * _TEXT_TOKENS]
     except DataError:
-        return (np.arange(_TEXT_TOKENS) % vocab_size).tolist()
+        return (np.arange(_TEXT_TOKENS) % rows).tolist()
     tokenizer = Tokenizer(folder)
     return tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)[:_TEXT_TOKENS]
 

@@ -22,13 +22,13 @@ from iq_export.calibrate.taps import tapped_runs, tapped_session, window_feeds
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.sites import NORM_OPS, Sites
+from iq_export.passes.to_half import HALF_MAX
 from iq_export.progress import Progress
 from iq_export.run.ort import ort_errors
 from iq_export.sinks.ops import DOMAIN
 
 # A CPU dequantizes all half weights in every run, however short: few windows.
 WINDOWS, LENGTH = 4, 128
-HALF_MAX = float(np.finfo(np.float16).max)
 # Shares of what the model knows from context (see FinalCheck.lost) that a file may lose.
 MOST_LOST, MUCH_LOST = 1.0, 0.25
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.FLOAT)

@@ -1,15 +1,18 @@
-"""Which token ids a graph can take, read from its file without its weights."""
+"""Which token ids and positions a graph can take, read from its file without its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from iq_export.errors import DataError
 
-# On the way from `input_ids` to the table these leave the ids as they are.
+if TYPE_CHECKING:
+    import onnx
+
+# On the way from an input to the table these leave its numbers as they are.
 _PASSING = frozenset({"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 
@@ -55,17 +58,40 @@ class Vocabulary:
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of the graph at `path`; nothing is known of a file that cannot be read."""
+    graph = _graph(path)
+    if graph is None:
+        return Vocabulary()
+    logits = next((_shape(value)[-1:] for value in graph.output if value.name == "logits"), [])
+    return Vocabulary(
+        _table_rows(graph, "input_ids"), next((size for size in logits if size), None)
+    )
+
+
+def position_rows(path: Path) -> int | None:
+    """Rows of the smallest table that `position_ids` index in the graph at `path`.
+
+    None without one, behind arithmetic (positions from 2 on), or if the file cannot be read.
+    """
+    graph = _graph(path)
+    return None if graph is None else _table_rows(graph, "position_ids")
+
+
+def _graph(path: Path) -> onnx.GraphProto | None:
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        return onnx.load(path, load_external_data=False).graph
     except (OSError, ValueError, DecodeError):
-        return Vocabulary()
+        return None
+
+
+def _table_rows(graph: onnx.GraphProto, name: str) -> int | None:
+    """Rows of the smallest table that the input `name` indexes."""
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in graph.value_info:
         sizes.setdefault(value.name, _shape(value))
-    ids = {"input_ids"}
+    ids = {name}
     rows = []
     for node in graph.node:  # in topological order
         if node.op_type in _PASSING and node.input[0] in ids:
@@ -74,8 +100,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
             table = sizes.get(node.input[0], [])
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
             rows += [size for size in table[axis : axis + 1] if size]
-    logits = next((_shape(value)[-1:] for value in graph.output if value.name == "logits"), [])
-    return Vocabulary(min(rows, default=None), next((size for size in logits if size), None))
+    return min(rows, default=None)
 
 
 def _shape(value: object) -> list[int]:

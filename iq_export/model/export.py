@@ -6,12 +6,7 @@ that `replicate` can swap one layer's parameters for another's and `tidy` can na
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
@@ -123,25 +118,6 @@ def _inherit_scopes(graph: ir.Graph) -> None:
             if SCOPES in reader.metadata_props:
                 node.metadata_props[SCOPES] = reader.metadata_props[SCOPES]
                 break
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence torch and transformers: what they log, warn of and print while a model is traced
-    concerns their own internals, and what fails is raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    sink = io.StringIO()
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(sink),
-            contextlib.redirect_stderr(sink),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 # What torch says when it fails -> what that means; the groups of a pattern fill the sentence.

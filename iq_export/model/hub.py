@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.errors import ModelError
+from iq_export.run.assets import read_object
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HubModel:
 def look_at(name: str, revision: str | None) -> HubModel | None:
     """Fetch config.json and the list of files of `name`; None if the hub cannot be reached.
 
-    Raises ModelError if there is no such model or it may not be read.
+    Raises ModelError if there is no such model, it may not be read or its config.json is damaged.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -35,13 +35,11 @@ def look_at(name: str, revision: str | None) -> HubModel | None:
     with _explained(name, revision):
         try:
             path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
+            config = read_object(Path(path))
         except errors.LocalEntryNotFoundError:
             return None
         except errors.EntryNotFoundError:
             config = None
-        except ValueError as error:
-            raise ModelError(f"config.json of {name} is not valid JSON: {error}.") from error
         except unreachable() as error:
             if isinstance(error, errors.HfHubHTTPError) and not _is_server_trouble(error):
                 raise
@@ -51,7 +49,7 @@ def look_at(name: str, revision: str | None) -> HubModel | None:
         except unreachable():
             return HubModel(config, {})
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
-    return HubModel(config if isinstance(config, dict) else None, sizes)
+    return HubModel(config, sizes)
 
 
 def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

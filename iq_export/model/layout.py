@@ -40,7 +40,7 @@ def check_layout(
     if tokenizer and not _matching(names, _TOKENIZERS):
         raise ModelError(
             f"{where} has no tokenizer (tokenizer.json): give a folder that has one with "
-            "--tokenizer FOLDER."
+            "--tokenizer DIR."
         )
 
 

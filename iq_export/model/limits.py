@@ -44,7 +44,7 @@ def position_limit(config: Mapping[str, Any]) -> PositionLimit | None:
     kind = str(config.get("model_type") or "")
     trained = _size(config, "max_position_embeddings") or _size(config, "n_positions")
     if kind in _TABLES and trained:
-        return PositionLimit(trained, True, "its table of positions ends there")
+        return table_limit(trained)
     hard = []
     for rope in _ropes(config):
         name = rope_type(rope, kind)
@@ -67,6 +67,11 @@ def position_limit(config: Mapping[str, Any]) -> PositionLimit | None:
     if hard:
         return min(hard, key=lambda limit: limit.positions)
     return PositionLimit(trained, False, "it was not made for more") if trained else None
+
+
+def table_limit(rows: int) -> PositionLimit:
+    """The limit of a model whose table of positions has `rows` rows."""
+    return PositionLimit(rows, True, "its table of positions ends there")
 
 
 def rope_type(rope: Mapping[str, Any], model_type: str) -> str:

@@ -5,11 +5,9 @@ This is the only place that knows model families, and it only knows what transfo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
-import io
 import json
 import operator
 import re
@@ -28,9 +26,11 @@ from iq_export.model.gguf import apply_keys, check_kind, check_loaded
 from iq_export.model.gguf_file import read_header
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
+from iq_export.model.quiet import quiet
 from iq_export.model.support import check_config
 from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
 from iq_export.progress import Progress
+from iq_export.run.assets import read_object
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
 
@@ -108,8 +108,7 @@ def configuration(source: ModelSource) -> dict[str, Any] | None:
     hub has no such model, or its files show that it cannot be compiled.
     """
     if source.kind == "folder" and source.path is not None:
-        found = _read_json(source.path / "config.json")
-        return found if isinstance(found, dict) else None
+        return read_object(source.path / "config.json")
     if source.kind != "hub":
         return None
     _need_transformers()
@@ -118,7 +117,7 @@ def configuration(source: ModelSource) -> dict[str, Any] | None:
         return None
     if seen.config is not None:
         where = f"config.json of {source.name}"
-        check_header(seen.config, source.name, where, source.trust_remote_code)
+        _check_header(seen.config, source.name, where, source.trust_remote_code)
     if seen.sizes or seen.config is None:
         # Whether shards are missing is seen after the download.
         names = seen.sizes.keys()
@@ -173,7 +172,7 @@ def load_model(source: ModelSource) -> LoadedModel:
         options["gguf_file"] = source.path.name
     # Never a pickle (pytorch_model.bin): reading one can run code.
     weights = {} if gguf else {"use_safetensors": True}
-    with quiet_transformers(), readable(source):
+    with quiet(), readable(source):
         header = read_header(source.path) if gguf else None
         if header is not None:
             check_kind(header)
@@ -225,7 +224,7 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
         if common["tokenizer"] is None:
             raise UsageError(
                 f"{path.name} carries no tokenizer: give the folder that has its tokenizer.json "
-                "with --tokenizer FOLDER."
+                "with --tokenizer DIR."
             )
         return ModelSource(
             "onnx", path.stem, path, license_note=_license_note(path.parent), **common
@@ -276,30 +275,20 @@ def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> 
         names = [file.name for file in folder.iterdir()]
     except OSError as error:
         raise ModelError(f"{folder} cannot be read: {error.strerror}.") from error
-    config = _read_json(folder / "config.json")
+    config, index = (
+        read_object(path) if path.is_file() else None
+        for path in (folder / "config.json", folder / INDEX)
+    )
     if config is not None:
-        check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
-    index = _read_json(folder / INDEX)
+        _check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
     check_layout(names, str(folder), config, index, tokenizer=tokenizer)
     for file in sorted(folder.glob("*.safetensors")):
         _check_safetensors(file)
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file, None if it is not there; ModelError if it is no JSON."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def check_header(config: Any, name: str, where: str, trust_remote_code: bool) -> None:
+def _check_header(config: dict[str, Any], name: str, where: str, trust_remote_code: bool) -> None:
     """What a config.json says of the checkpoint as a whole: its type, its format, its code."""
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{where} does not say its model_type.")
     quantization = config.get("quantization_config") or {}
@@ -385,25 +374,6 @@ def readable(source: ModelSource) -> Iterator[None]:
             f"{source.name} cannot be loaded from {source.path}: {reason.rstrip('.')}. The file "
             "may be damaged or of an unsupported architecture."
         ) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and warnings of transformers between our own lines of progress."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        # Its GGUF reader draws a bar of its own that cannot be switched off.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _need_transformers() -> None:

@@ -1,21 +1,21 @@
 """What a model's config.json tells about its compile, before anything is downloaded or loaded.
 
 Sizes and structure are read from the configuration as transformers completes it; what no
-configuration tells stands in a table of model types, which was filled by compiling a tiny random
-model of each. A model type that nobody has tried passes: tracing and the graph have the last word.
+configuration tells stands in a table of model types of families that were tried. A type that is
+not in it passes: tracing and the graph have the last word.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from iq_export.errors import ModelError, UsageError
+from iq_export.memory import memory_and_swap_bytes
 from iq_export.model.capture import FULL, SLIDING
+from iq_export.model.quiet import quiet
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.weights import INT4_BLOCKS
 
@@ -23,15 +23,13 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_siz
 _OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _FLOAT32 = 4
 
-_EXPERTS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
-)  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _STATE_SPACES = (
     "mamba_d_state", "mamba_n_heads", "mamba_num_heads", "ssm_state_size", "linear_num_value_heads",
     "conv_L_cache", "n_mamba_heads", "state_size",
 )  # fmt: skip
-# Kinds of layers by the names that configurations use; `attention` is full attention as well, but
-# of models that mix it with others.
+# Kinds of layers by the names that configurations use. `attention` is not among them: it is full
+# attention, but of models that mix it with other kinds.
 _TRACED_KINDS = (FULL, SLIDING)
 
 _PARALLEL = "attention and MLP read the residual stream side by side (parallel branches)"
@@ -138,7 +136,7 @@ def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
 
 def require_memory(weight_bytes: int, name: str) -> None:
     """ModelError if float32 weights of this size are more than this machine's memory and swap."""
-    there = _machine_memory()
+    there = memory_and_swap_bytes()
     if there is not None and weight_bytes > there:
         gigabytes = min(weight_bytes // 10**9, 10**12)  # of what a typing error says, too
         raise ModelError(
@@ -288,18 +286,6 @@ def _weight_bytes(config: Any) -> int:
     return _FLOAT32 * (size("vocab_size", 1) * hidden + layers * (attention + mlp))
 
 
-def _machine_memory() -> int | None:
-    """Bytes of memory and swap; None where the system does not say."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    found = Path("/proc/meminfo")
-    lines = found.read_text().splitlines() if found.is_file() else []
-    swap = next((line.split()[1] for line in lines if line.startswith("SwapTotal:")), "0")
-    return memory + 1024 * int(swap)
-
-
 def _attribute_names(kind: str, remote_code: bool) -> Mapping[str, str]:
     """How configurations of this type call what transformers calls `hidden_size` and so on."""
     found = None if remote_code else _config_class(kind)
@@ -316,19 +302,14 @@ def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) 
                 "know."
             )
         return SimpleNamespace(**raw)
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of what is no concern of a compile
     try:
-        return found.from_dict(_plain(raw))
+        with quiet():
+            return found.from_dict(_plain(raw))
     except Exception as error:  # validators of transformers and of its models raise what they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = (lines[-1] if lines else type(error).__name__).rstrip(".")
         said = said.removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise ModelError(f"config.json of {name} is impossible: {said}.") from error
-    finally:
-        logging.set_verbosity(level)
 
 
 def _plain(value: Any) -> Any:

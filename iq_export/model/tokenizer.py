@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
 from iq_export.model.gguf_file import GgufHeader, read_header
+from iq_export.model.quiet import quiet
+from iq_export.run.assets import one_sentence
 from iq_export.run.generate import Tokenizer
 
 if TYPE_CHECKING:
@@ -87,9 +89,7 @@ def _converted(folder: Path, source: ModelSource, assets: Path) -> list[str]:
     """Have transformers make a `tokenizer.json` of an older folder's files."""
     import transformers
 
-    from iq_export.model.load import quiet_transformers
-
-    with quiet_transformers():
+    with quiet():
         made = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=source.trust_remote_code
         )
@@ -110,10 +110,8 @@ def _converted(folder: Path, source: ModelSource, assets: Path) -> list[str]:
 
 def _compare_with_pieces(assets: Path, model: Path) -> None:
     """Against the SentencePiece model itself, which knows no special tokens in a text."""
-    try:
-        import sentencepiece
-    except ImportError:
-        return
+    import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
 
     def compare() -> None:
@@ -160,13 +158,8 @@ def _keep_leading_spaces(assets: Path) -> bool:
 def _from_gguf(header: GgufHeader, assets: Path) -> list[str]:
     from iq_export.model.gguf_tokenizer import build_tokenizer
 
-    try:
+    with one_sentence(f"The tokenizer in {header.path.name} is damaged"):
         made = build_tokenizer(header)
-    except Exception as error:
-        # The Rust library raises bare Exception for everything that it cannot use.
-        if type(error) is not Exception:
-            raise
-        raise ModelError(f"The tokenizer in {header.path.name} is damaged: {error}.") from error
     made.core.save(str(assets / "tokenizer.json"))
     config = dict(made.config)
     template = config.get("chat_template")

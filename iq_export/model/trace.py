@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model.capture import settled_rotations
-from iq_export.model.export import quiet
 from iq_export.model.load import (
     LoadedModel,
     ModelSource,
@@ -35,6 +34,7 @@ from iq_export.model.load import (
     materialize,
     readable,
 )
+from iq_export.model.quiet import quiet
 from iq_export.model.verify import Parity, Reference, compare, refer
 from iq_export.model.weights_check import check_finite_graph
 from iq_export.progress import Progress

@@ -178,24 +178,26 @@ def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
     lengths = [max(8, int(length * min(1.0, share))) for length in _LENGTHS]
     lengths = [min(length, most or length) for length in lengths]
     names = ("a text after BOS", "a text", "random tokens", "random tokens after BOS")
-    texts = [_encode(tokenizer, text, config.vocab_size) for text in _TEXTS]
-    bos = _bos(config)
+    # Ids that can be looked up: a table may be narrower than the logits.
+    known = min(config.vocab_size, model.get_input_embeddings().weight.shape[0])
+    texts = [_encode(tokenizer, text, known) for text in _TEXTS]
+    bos = _bos(config, known)
     starts: tuple[list[int], ...] = ([*bos, *texts[0]], texts[1], [], bos)
     for name, start, length in zip(names, starts, lengths, strict=True):
-        ids = random.integers(0, config.vocab_size, length)
+        ids = random.integers(0, known, length)
         ids[: len(start)] = start[:length]
         row = Row(name, ids, np.arange(length))
         yield row
     trained = most or _reach(config)
     if trained is not None and trained > 2 * _JUMP:
-        ids = random.integers(0, config.vocab_size, _JUMP)
+        ids = random.integers(0, known, _JUMP)
         half = _JUMP // 2
         positions = np.concatenate([np.arange(half), np.arange(trained - half, trained)])
         yield Row(f"random tokens, their positions up to {trained - 1}", ids, positions)
     window = mask_plan(config).window
     if window is not None and window > min(lengths) - _STEPS:
         past = window + _STEPS // 2
-        ids = random.integers(0, config.vocab_size, _STEPS)
+        ids = random.integers(0, known, _STEPS)
         name = f"tokens behind {past} others, past the sliding window"
         positions = np.arange(_STEPS) + (min(past, most - _STEPS) if most else past)
         yield Row(name, ids, positions, _long_cache(model, row, past, random))
@@ -214,16 +216,16 @@ def _reach(config: Any) -> int | None:
     return min(limit.positions, longest + 2 * _JUMP) if longest else limit.positions
 
 
-def _encode(tokenizer: Any, text: str, vocab_size: int) -> list[int]:
+def _encode(tokenizer: Any, text: str, known: int) -> list[int]:
     if tokenizer is None:
         return []
     ids = tokenizer.encode(text, add_bos=False)
-    return [token for token in ids if token < vocab_size]
+    return [token for token in ids if token < known]
 
 
-def _bos(config: Any) -> list[int]:
+def _bos(config: Any, known: int) -> list[int]:
     token = getattr(config, "bos_token_id", None)
-    return [token] if isinstance(token, int) and 0 <= token < config.vocab_size else []
+    return [token] if isinstance(token, int) and 0 <= token < known else []
 
 
 def _long_cache(

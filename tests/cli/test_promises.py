@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from iq_export import precheck
 from iq_export.bundle.package import Bundle
 from iq_export.cli import main
 from iq_export.engine import trt
 from iq_export.errors import EngineError, UsageError
+from tests import planted
 
 RTX = pytest.mark.skipif("tensorrt_rtx" not in trt.available(), reason="no TensorRT for RTX")
 SIZES: dict[str, Any] = {
@@ -311,7 +313,7 @@ def test_a_plugin_that_cannot_be_compiled_keeps_the_bundle(
     options = module.CompileOptions(
         str(folder(tmp_path / "m")), tmp_path / "out", targets=("rtx-ampere",), plugin="on"
     )
-    checked = module._check(options)
+    checked = precheck.check(options)
     (note,) = checked.notes
     assert note.startswith("with --plugin on there is no engine if the model has sinks: nvcc")
     built = module._build(tmp_path, checked.options, checked, 1, Progress(quiet=True))
@@ -323,24 +325,24 @@ def test_a_limit_that_only_the_traced_model_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of a GGUF file: defaults are shortened then, and what was asked for is refused."""
-    import importlib
     from dataclasses import replace
 
     from iq_export.model.limits import PositionLimit
     from iq_export.progress import Progress
 
-    module = importlib.import_module("iq_export.compile")
-    options = module.CompileOptions(str(folder(tmp_path / "m")), tmp_path / "out")
-    known = module._check(options)
+    options = precheck.CompileOptions(str(folder(tmp_path / "m")), tmp_path / "out")
+    known = precheck.check(options)
     checked = replace(known, known=replace(known.known, limit=None))
     limit, progress = PositionLimit(256, True, "so it is"), Progress(quiet=True)
-    assert module._with_limit(known, limit, progress) is known
-    settled = module._with_limit(checked, limit, progress)
+    soft = replace(limit, hard=False)  # the file stated one; only a table in the graph outdoes it
+    assert precheck.with_limit(known, soft, progress) is known
+    assert precheck.with_limit(known, limit, progress).options.length == 256
+    settled = precheck.with_limit(checked, limit, progress)
     assert (settled.options.length, settled.options.profile.seq.max) == (256, 128)
     assert len(settled.notes) == len(known.notes) + 2
     asked = replace(checked, asked=replace(options, length=300))
     with pytest.raises(UsageError, match="--length 256 or less"):
-        module._with_limit(asked, limit, progress)
+        precheck.with_limit(asked, limit, progress)
 
 
 def test_onnx_files(both: Both, tmp_path: Path) -> None:
@@ -359,3 +361,6 @@ def test_onnx_files(both: Both, tmp_path: Path) -> None:
     graph = helper.make_graph([node], "g", [info], [helper.make_tensor_value_info("y", 1, shape)])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), model)
     assert any("softcap" in note for note in both.plan(model, *tokenizer)["notes"])
+    (tmp_path / "p").mkdir()
+    table = planted.save(planted.Decoder(positions=64), tmp_path / "p")
+    assert "windows of 64 tokens" in str(both.plan(table, *tokenizer)["notes"])

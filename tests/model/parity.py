@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.model.capture import settled_rotations
-from iq_export.model.export import quiet
+from iq_export.model.quiet import quiet
 from iq_export.model.trace import MODEL_FILE, OPSET, _export
 
 

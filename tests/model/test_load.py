@@ -70,7 +70,7 @@ def test_files_of_other_kinds(llama: Path) -> None:
 
 def test_an_onnx_file_needs_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"")
-    with pytest.raises(UsageError, match="--tokenizer FOLDER"):
+    with pytest.raises(UsageError, match="--tokenizer DIR"):
         resolve(str(tmp_path / "m.onnx"))
     with pytest.raises(UsageError, match="not a folder"):
         resolve(str(tmp_path / "m.onnx"), tokenizer=tmp_path / "absent")
@@ -85,7 +85,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), (("{", "not valid JSON"), ("[]", "model_type"), ("{}", "model_type"))
+    ("text", "message"), (("{", "is damaged: Exp"), ("[]", "no JSON object"), ("{}", "model_type"))
 )
 def test_damaged_configurations(text: str, message: str, llama: Path) -> None:
     (llama / "config.json").write_text(text)

@@ -179,7 +179,7 @@ def test_every_configuration_of_transformers_gets_a_sentence_or_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each with its own defaults, as a config.json holds them; some are larger than a machine."""
-    monkeypatch.setattr(support, "_machine_memory", lambda: None)
+    monkeypatch.setattr(support, "memory_and_swap_bytes", lambda: None)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -1,0 +1,24 @@
+"""How much memory this machine has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def memory_bytes() -> int | None:
+    """Physical memory; None where the system does not tell (Windows)."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_and_swap_bytes() -> int | None:
+    """What processes can hold at most; where the system does not tell its swap (macOS), without."""
+    memory = memory_bytes()
+    if memory is None:
+        return None
+    found = Path("/proc/meminfo")
+    lines = found.read_text().splitlines() if found.is_file() else []
+    swap = next((line.split()[1] for line in lines if line.startswith("SwapTotal:")), "0")
+    return memory + 1024 * int(swap)

@@ -1,0 +1,262 @@
+"""What a compile is asked for, and what it can refuse in a second, before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iq_export.bundle.package import check_output, require_space
+from iq_export.calibrate.data import load_text, text_sha256
+from iq_export.engine.onnx_header import read_header
+from iq_export.engine.plugin import MODES, find_headers, why_no_plugin
+from iq_export.engine.profile import Profile
+from iq_export.engine.targets import (
+    AttentionForm,
+    Target,
+    check_opset,
+    check_recipe,
+    resolve_target,
+)
+from iq_export.engine.trt import builder_gap, why_not_here
+from iq_export.errors import EngineError, ModelError, UsageError
+from iq_export.lengths import bundle_limit, engine_profile, window_length
+from iq_export.progress import Progress
+from iq_export.quant.recipe import Recipe, load_recipe
+from iq_export.run.ort import PROVIDERS
+
+if TYPE_CHECKING:
+    from iq_export.model.limits import PositionLimit
+    from iq_export.model.load import ModelSource
+
+DEFAULT_TARGETS = ("rtx-ampere",)
+# Float32 bytes per byte of a 4-bit GGUF file, rounded up.
+_GGUF_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `iq-export compile` is asked for; see the README for each option's meaning.
+
+    `samples` windows of `length` tokens calibrate (0: 512, or as many as the model has positions);
+    `work` holds intermediate graphs (a temporary folder beside `out` if None), which `keep_work`
+    leaves there for `iq-export eval`. `targets` None is DEFAULT_TARGETS: where it is known that
+    their builder cannot build the model, the bundle is made without that engine, while a target
+    that was asked for is refused.
+    """
+
+    model: str
+    out: Path
+    recipe: str = "w8a8"
+    targets: tuple[str, ...] | None = None
+    calibration: str = "builtin"
+    samples: int = 16
+    length: int = 0
+    profile: Profile = field(default_factory=Profile)
+    opset: int = 23
+    dtype: str = "fp16"
+    seed: int = 0
+    plugin: str = "auto"
+    tokenizer: Path | None = None
+    force: bool = False
+    keep_work: bool = False
+    work: Path | None = None
+    device: str = "cpu"
+    max_relative_deviation: float = 0.10
+    insertion: str = "auto"
+    budget: float | None = None
+    trust_remote_code: bool = False
+    accept_terms: bool = False
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the model before it is loaded, as far as its files tell."""
+
+    form: AttentionForm
+    limit: PositionLimit | None = None
+    layers: int | None = None
+    weight_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """`options` is what was `asked` with its defaults settled; `gaps` says of a target why it gets
+    no engine."""
+
+    asked: CompileOptions
+    options: CompileOptions
+    source: ModelSource
+    recipe: Recipe
+    targets: tuple[Target, ...]
+    known: Known
+    weight_bytes: int | None
+    calibration_sha256: str
+    gaps: dict[str, str]
+    notes: list[str]
+
+
+def check(options: CompileOptions) -> Checked:
+    """Refuse in a second what would fail after minutes; raises a subclass of IqError."""
+    from iq_export.model.fetch import EMBEDDED
+    from iq_export.sinks.form import INSERTIONS
+
+    recipe = load_recipe(options.recipe)
+    names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
+    targets = tuple(resolve_target(name) for name in names)
+    for target in targets:
+        check_recipe(target, recipe.weight_bits)
+        check_opset(target, options.opset)
+    if options.device not in PROVIDERS:
+        raise UsageError(f"unknown device '{options.device}': use {', '.join(PROVIDERS)}.")
+    if options.plugin not in MODES:
+        raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
+    if options.dtype not in ("fp16", "fp32"):
+        raise UsageError(f"unknown dtype '{options.dtype}': use fp16 or fp32.")
+    if options.insertion not in INSERTIONS:
+        raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
+    if not 0 < options.max_relative_deviation < 1:
+        raise UsageError("max_relative_deviation lies between 0 and 1.")
+    if options.seed < 0:
+        raise UsageError(f"seed {options.seed} must not be negative.")
+    if options.budget is not None and options.budget <= 1:
+        raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
+    if options.budget is not None and recipe.activation_max is None:
+        raise UsageError(
+            f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "
+            "like w8a8."
+        )
+    text = load_text(options.calibration)
+    check_output(options.out, options.force)
+    source = model_source(options)
+    known = _known(source, recipe, options.dtype)
+    built = () if recipe.simulated else targets
+    gaps = _gaps(built, known.form, asked=options.targets is not None)
+    settled, remarks = _within(replace(options, targets=names), known.limit)
+    embedded = EMBEDDED.get(source.name) if source.path is None else None
+    size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
+    if size is None:
+        size = known.weight_bytes
+    if size is not None:
+        require_space(options.out, disk_need(size))
+    return Checked(
+        asked=options,
+        options=settled,
+        source=source,
+        recipe=recipe,
+        targets=targets,
+        known=known,
+        weight_bytes=size,
+        calibration_sha256=text_sha256(text),
+        gaps=gaps,
+        notes=[*known.notes, *gaps.values(), *remarks, *_plugin_note(options, targets)],
+    )
+
+
+def with_limit(checked: Checked, limit: PositionLimit | None, progress: Progress) -> Checked:
+    """`checked` by the limit that only the traced model told: that of a GGUF file, or a table of
+    positions that no configuration speaks of."""
+    known = checked.known.limit
+    if limit is None or (known is not None and (known.hard or not limit.hard)):
+        return checked
+    asked = replace(checked.asked, targets=checked.options.targets)
+    options, remarks = _within(asked, limit)
+    for remark in remarks:
+        progress.note(remark)
+    return replace(checked, options=options, notes=[*checked.notes, *remarks])
+
+
+def _plugin_note(options: CompileOptions, targets: Sequence[Target]) -> list[str]:
+    """What `--plugin on` lacks; whether there are sinks to need it shows only later."""
+    here = any(why_not_here(target) is None for target in targets)
+    reason = why_no_plugin(find_headers()) if options.plugin == "on" and here else ""
+    said = reason.removeprefix("no plugin: ")
+    return [f"with --plugin on there is no engine if the model has sinks: {said}"] if said else []
+
+
+def _within(
+    options: CompileOptions, limit: PositionLimit | None
+) -> tuple[CompileOptions, list[str]]:
+    """The options with lengths that the model has positions for, and notes."""
+    length, remarks = window_length(options.length, limit)
+    profile, more = engine_profile(options.profile, limit)
+    return replace(options, length=length, profile=profile), [*remarks, *more]
+
+
+def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
+    """Check what the model's files tell without being loaded, as far as they are within reach.
+
+    Of a GGUF file the header was checked by `resolve`; the rest is when it is loaded.
+    """
+    from iq_export.model.limits import position_limit
+    from iq_export.model.load import configuration
+    from iq_export.model.support import check_support
+
+    if source.kind == "onnx":
+        assert source.path is not None and source.tokenizer is not None
+        try:
+            header = read_header(source.path)
+        except EngineError as error:
+            raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
+        form = AttentionForm(dtype, header.head_dim, header.softcap)
+        return Known(form, bundle_limit(source.tokenizer, source.path))
+    found = configuration(source)
+    if found is None:
+        hub = source.kind == "hub"
+        note = (
+            f"config.json of {source.name} could not be read (the Hugging Face hub cannot be "
+            "reached): the model is checked after its download"
+        )
+        return Known(AttentionForm(dtype), notes=(note,) if hub else ())
+    support = check_support(
+        found, source.name, recipe, remote_code=source.trust_remote_code and "auto_map" in found
+    )
+    return Known(
+        AttentionForm(dtype, support.head_dim, support.softcap),
+        position_limit(support.completed),
+        support.layers,
+        support.weight_bytes,
+    )
+
+
+def _gaps(targets: Sequence[Target], form: AttentionForm, *, asked: bool) -> dict[str, str]:
+    """Why targets get no engine, by name, where their builder is known to lack something.
+
+    Raises EngineError if an engine that was asked for would be built here.
+    """
+    found = {target: builder_gap(target, form) for target in targets}
+    gaps = {target: gap for target, gap in found.items() if gap is not None}
+    for target, gap in gaps.items():
+        if asked and why_not_here(target) is None:
+            raise EngineError(
+                f"{gap}. Without --target the bundle is made all the same, with no engine."
+            )
+    return {target.name: gap for target, gap in gaps.items()}
+
+
+def model_source(options: CompileOptions) -> ModelSource:
+    """The model that is asked for, found but not loaded."""
+    from iq_export.model.load import resolve
+
+    return resolve(
+        options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code,
+        accept_terms=options.accept_terms,
+    )  # fmt: skip
+
+
+def _weight_bytes(path: Path | None) -> int | None:
+    """Size of the float32 graph to expect, from the files of the model; None before a download."""
+    if path is None:
+        return None
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    if path.suffix == ".onnx":
+        files += path.parent.glob(f"{path.name}*data")
+    factor = _GGUF_FACTOR if path.suffix == ".gguf" else 2 if path.is_dir() else 1
+    return factor * sum(file.stat().st_size for file in files)
+
+
+def disk_need(size: int) -> int:
+    """Bytes on disk that a compile of `size` bytes of float32 weights takes while it runs."""
+    return int(3.5 * size) + (200 << 20)
