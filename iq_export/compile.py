@@ -208,11 +208,27 @@ def reference_graphs(
         )
     options = _options_of(bundle, folder)
     checked = _check(replace(options, force=True))
+    recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
+    if recorded != checked.calibration_sha256:
+        progress.note(
+            f"warning: the calibration text {options.calibration} has changed since {bundle.folder} "
+            "was made: only the fp32 graph is what it was then"
+        )
     with _work_folder(options) as made:
         traced = _trace(options, made, progress)
+        _check_same_source(bundle, traced.source_sha256)
         done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
         _remember(made, options, done, plan_sha256=expected)
     return _recall_references(folder, expected)
+
+
+def _check_same_source(bundle: Bundle, sha256: str) -> None:
+    """Refuse to compare a bundle with another model than it was made of."""
+    if bundle.manifest.source.get("sha256", sha256) != sha256:
+        raise ModelError(
+            f"{bundle.manifest.source['model']} is not what {bundle.folder} was made of: its files "
+            "have changed since. Compile it again, or measure the bundle alone with --bundle-only."
+        )
 
 
 def default_work(out: Path) -> Path:

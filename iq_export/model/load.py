@@ -29,7 +29,12 @@ from iq_export.model.gguf_file import read_header
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.support import check_config
-from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
+from iq_export.model.weights_check import (
+    check_adapters,
+    check_finite,
+    check_sizes,
+    check_unexpected,
+)
 from iq_export.progress import Progress
 
 Kind = Literal["hub", "folder", "gguf", "onnx"]
@@ -183,9 +188,11 @@ def load_model(source: ModelSource) -> LoadedModel:
         remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
         check_config(config, source.name, remote_code=remote)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="float32", output_loading_info=True, **options, **weights
-        )
+            folder, config=config, dtype="float32", output_loading_info=True,
+            ignore_mismatched_sizes=True, **options, **weights
+        )  # fmt: skip
     model, info = loaded
+    check_sizes(info["mismatched_keys"], source.name)
     missing = sorted(info["missing_keys"])
     if missing:
         made_as = ", ".join(map(str, getattr(config, "architectures", None) or ()))
