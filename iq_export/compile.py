@@ -182,9 +182,18 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
         "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
         "disk": f"about {_disk_need(size) / 1e9:.1f} GB while it runs" if known else "likewise",
         "time": f"about {_minutes(size, options):.0f} min on 2 cores" if known else "likewise",
-        "notes": checked.notes,
+        "notes": [*checked.notes, *_not_yet(checked)],
         "out": str(options.out),
     }
+
+
+def _not_yet(checked: _Checked) -> list[str]:
+    if checked.source.kind != "gguf" or checked.known.limit is not None:
+        return []
+    return [
+        "how many positions the model has shows when the GGUF file is loaded: windows and engine "
+        "shapes may get shorter then"
+    ]
 
 
 def reference_graphs(

@@ -25,7 +25,7 @@ from iq_export.errors import ModelError, UsageError
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded
-from iq_export.model.gguf_file import read_header
+from iq_export.model.gguf_file import check_whole, read_header
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.support import check_config
@@ -225,6 +225,7 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
         with readable(source):
             header = read_header(path)
             check_kind(header)
+            check_whole(header)
             if source.tokenizer is None:
                 check_tokenizer(header)
         return source

@@ -335,6 +335,9 @@ def test_a_limit_that_only_the_traced_model_tells(
     checked = replace(known, known=replace(known.known, limit=None))
     limit, progress = PositionLimit(256, True, "so it is"), Progress(quiet=True)
     assert module._with_limit(known, limit, progress) is known
+    assert module._not_yet(checked) == []
+    gguf = replace(checked, source=replace(known.source, kind="gguf"))
+    assert "shows when the GGUF file is loaded" in module._not_yet(gguf)[0]
     settled = module._with_limit(checked, limit, progress)
     assert (settled.options.length, settled.options.profile.seq.max) == (256, 128)
     assert len(settled.notes) == len(known.notes) + 2
