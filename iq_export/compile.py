@@ -56,7 +56,7 @@ from iq_export.errors import BundleError, EngineError, ModelError, UsageError
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
-from iq_export.run.ort import PROVIDERS
+from iq_export.run.ort import PROVIDERS, require_providers
 
 if TYPE_CHECKING:
     from iq_export.model.limits import PositionLimit
@@ -286,9 +286,11 @@ class _Built:
 def _check(options: CompileOptions) -> _Checked:
     """Refuse in a second what would fail after minutes."""
     from iq_export.model.fetch import EMBEDDED
+    from iq_export.model.trace import check_traced_opset
     from iq_export.sinks.form import INSERTIONS
 
     recipe = load_recipe(options.recipe)
+    check_traced_opset(options.opset)
     names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
     targets = tuple(resolve_target(name) for name in names)
     for target in targets:
@@ -296,6 +298,7 @@ def _check(options: CompileOptions) -> _Checked:
         check_opset(target, options.opset)
     if options.device not in PROVIDERS:
         raise UsageError(f"unknown device '{options.device}': use {', '.join(PROVIDERS)}.")
+    require_providers(PROVIDERS[options.device])
     if options.plugin not in MODES:
         raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
     if options.dtype not in ("fp16", "fp32"):
@@ -482,7 +485,7 @@ def _work_folder(options: CompileOptions) -> Iterator[Path]:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
+            raise BundleError(f"cannot make the work folder {folder}: {error.strerror}") from error
         try:
             yield folder
         finally:
