@@ -220,8 +220,8 @@ def reference_graphs(
     recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
     if recorded != checked.calibration_sha256:
         progress.note(
-            f"warning: the calibration text {options.calibration} has changed since {bundle.folder} "
-            "was made: only the fp32 graph is what it was then"
+            f"warning: the calibration text {options.calibration} has changed since "
+            f"{bundle.folder} was made: only the fp32 graph is what it was then"
         )
     with _work_folder(options) as made:
         traced = _trace(options, made, progress)

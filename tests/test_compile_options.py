@@ -58,7 +58,9 @@ def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
 
 
 def test_a_bundle_is_not_compared_with_another_model(rebuilt: Callable[..., list[str]]) -> None:
-    with pytest.raises(ModelError, match="m is not what .*out was made of: its files have changed"):
+    with pytest.raises(
+        ModelError, match=r"m is not what .*out was made of: its files have changed"
+    ):
         rebuilt(model="other")
     assert len(rebuilt()) == 1
 

@@ -84,7 +84,9 @@ def check_unexpected(model: Any, keys: Collection[str], name: str) -> list[str]:
     return [f"weights that are no part of the causal LM are left out: {_counted(told)}"]
 
 
-def check_sizes(mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]], name: str) -> None:
+def check_sizes(
+    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]], name: str
+) -> None:
     """Raise ModelError if a weight has another shape in the file than in the model: `mismatched`
     has triples of its name and these two shapes, as transformers reports them."""
     if not mismatched:

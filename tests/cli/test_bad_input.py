@@ -62,7 +62,7 @@ def test_a_device_that_onnx_runtime_lacks_is_refused_at_once(
 
 
 def test_a_work_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="cannot make the work folder .*/taken: File exists"):
+    with pytest.raises(BundleError, match=r"cannot make the work folder .*/taken: File exists"):
         (tmp_path / "taken").write_text("")
         with _work_folder(CompileOptions("m", tmp_path / "out", work=tmp_path / "taken")):
             pass
