@@ -24,7 +24,7 @@ from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
-from iq_export.errors import BundleError, EngineError
+from iq_export.errors import BundleError, EngineError, ModelError
 from iq_export.lengths import bundle_limit
 from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
@@ -113,9 +113,18 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
         "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
         "disk": f"about {disk_need(size) / 1e9:.1f} GB while it runs" if known else "likewise",
         "time": f"about {_minutes(size, options):.0f} min on 2 cores" if known else "likewise",
-        "notes": checked.notes,
+        "notes": [*checked.notes, *_not_yet(checked)],
         "out": str(options.out),
     }
+
+
+def _not_yet(checked: Checked) -> list[str]:
+    if checked.source.kind != "gguf" or checked.known.limit is not None:
+        return []
+    return [
+        "how many positions the model has shows when the GGUF file is loaded: windows and engine "
+        "shapes may get shorter then"
+    ]
 
 
 def reference_graphs(
@@ -139,11 +148,27 @@ def reference_graphs(
         )
     options = _options_of(bundle, folder)
     checked = check(replace(options, force=True))
+    recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
+    if recorded != checked.calibration_sha256:
+        progress.note(
+            f"warning: the calibration text {options.calibration} has changed since "
+            f"{bundle.folder} was made: only the fp32 graph is what it was then"
+        )
     with _work_folder(options) as made:
         traced = _trace(options, made, progress)
+        _check_same_source(bundle, traced.source_sha256)
         done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
         _remember(made, options, done, plan_sha256=expected)
     return _recall_references(folder, expected)
+
+
+def _check_same_source(bundle: Bundle, sha256: str) -> None:
+    """Refuse to compare a bundle with another model than it was made of."""
+    if bundle.manifest.source.get("sha256", sha256) != sha256:
+        raise ModelError(
+            f"{bundle.manifest.source['model']} is not what {bundle.folder} was made of: its files "
+            "have changed since. Compile it again, or measure the bundle alone with --bundle-only."
+        )
 
 
 def default_work(out: Path) -> Path:
@@ -202,7 +227,7 @@ def _work_folder(options: CompileOptions) -> Iterator[Path]:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
+            raise BundleError(f"cannot make the work folder {folder}: {error.strerror}") from error
         try:
             yield folder
         finally:

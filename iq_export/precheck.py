@@ -24,7 +24,7 @@ from iq_export.errors import EngineError, ModelError, UsageError
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
-from iq_export.run.ort import PROVIDERS
+from iq_export.run.ort import PROVIDERS, require_providers
 
 if TYPE_CHECKING:
     from iq_export.model.limits import PositionLimit
@@ -101,9 +101,11 @@ class Checked:
 def check(options: CompileOptions) -> Checked:
     """Refuse in a second what would fail after minutes; raises a subclass of IqError."""
     from iq_export.model.fetch import EMBEDDED
+    from iq_export.model.trace import check_traced_opset
     from iq_export.sinks.form import INSERTIONS
 
     recipe = load_recipe(options.recipe)
+    check_traced_opset(options.opset)
     names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
     targets = tuple(resolve_target(name) for name in names)
     for target in targets:
@@ -111,6 +113,7 @@ def check(options: CompileOptions) -> Checked:
         check_opset(target, options.opset)
     if options.device not in PROVIDERS:
         raise UsageError(f"unknown device '{options.device}': use {', '.join(PROVIDERS)}.")
+    require_providers(PROVIDERS[options.device])
     if options.plugin not in MODES:
         raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
     if options.dtype not in ("fp16", "fp32"):

@@ -1,14 +1,18 @@
-"""What a manifest of an older version says is understood, and what no compile takes is refused."""
+"""What a manifest of an older version says is understood, and holds for what is made again; what no
+compile takes is refused."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from iq_export.errors import UsageError
+from iq_export.bundle.manifest import FileRecord, Manifest
+from iq_export.errors import ModelError, UsageError
+from iq_export.progress import Progress
 
 compile_module = importlib.import_module("iq_export.compile")
 
@@ -34,3 +38,41 @@ def test_a_seed_that_no_generator_takes(tmp_path: Path) -> None:
         compile_module.dry_run(
             compile_module.CompileOptions("smollm2-135m", tmp_path / "out", seed=-1)
         )
+
+
+@pytest.fixture
+def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Make the references of a bundle again, up to its quantization; returns what was said."""
+
+    def run(*, model: str = "same", text: str = "same") -> list[str]:
+        recorded = {"model": "m", "calibration": "c.txt", "calibration_sha256": "same"}
+        manifest = Manifest(
+            "m", "w8a8", "float16", 23, source={"model": "m", "sha256": "same"}, options=recorded,
+            files={"plan.json": FileRecord(1, "plan")},
+        )  # fmt: skip
+        checked = SimpleNamespace(calibration_sha256=text, recipe=None)
+        monkeypatch.setattr(compile_module, "check", lambda options: checked)
+        traced = SimpleNamespace(source_sha256=model)
+        monkeypatch.setattr(compile_module, "_trace", lambda *args: traced)
+        monkeypatch.setattr(compile_module, "_calibrate_and_rewrite", lambda *args: None)
+        monkeypatch.setattr(compile_module, "_remember", lambda *args, **options: None)
+        said: list[str] = []
+        progress = Progress(quiet=True)
+        monkeypatch.setattr(progress, "note", said.append)
+        bundle = SimpleNamespace(folder=tmp_path / "out", manifest=manifest)
+        compile_module.reference_graphs(bundle, tmp_path / "work", progress)
+        return said
+
+    return run
+
+
+def test_a_bundle_is_not_compared_with_another_model(rebuilt: Callable[..., list[str]]) -> None:
+    with pytest.raises(
+        ModelError, match=r"m is not what .*out was made of: its files have changed"
+    ):
+        rebuilt(model="other")
+    assert len(rebuilt()) == 1
+
+
+def test_another_calibration_text_is_said(rebuilt: Callable[..., list[str]]) -> None:
+    assert "the calibration text c.txt has changed" in rebuilt(text="other")[1]

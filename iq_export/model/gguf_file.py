@@ -6,6 +6,7 @@ The format is that of ggml's docs/gguf.md. `gguf.GGUFReader` needs a minute for 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -93,6 +94,21 @@ def read_header(path: Path) -> GgufHeader:
             raise ModelError(
                 f"{path.stem} cannot be loaded from {path}: its GGUF header is damaged or cut off."
             ) from error
+
+
+def check_whole(header: GgufHeader) -> None:
+    """Raise ModelError if the file ends before the tensors that its header lists."""
+    from gguf import GGML_QUANT_SIZES
+
+    sizes = {int(kind): found for kind, found in GGML_QUANT_SIZES.items()}
+    there = header.path.stat().st_size
+    for name, tensor in header.tensors.items():
+        block, width = sizes.get(tensor.kind, (1, 0))
+        if tensor.offset + math.prod(tensor.shape) // block * width > there:
+            raise ModelError(
+                f"{header.path.stem} cannot be loaded from {header.path}: it ends within or before "
+                f"the tensor '{name}' (damaged, or not downloaded in full): get it again."
+            )
 
 
 def _parse(path: Path, data: mmap.mmap) -> GgufHeader:

@@ -23,12 +23,17 @@ from iq_export.errors import ModelError, UsageError
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded
-from iq_export.model.gguf_file import read_header
+from iq_export.model.gguf_file import check_whole, read_header
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.quiet import quiet
 from iq_export.model.support import check_config
-from iq_export.model.weights_check import check_adapters, check_finite, check_unexpected
+from iq_export.model.weights_check import (
+    check_adapters,
+    check_finite,
+    check_sizes,
+    check_unexpected,
+)
 from iq_export.progress import Progress
 from iq_export.run.assets import read_object
 
@@ -182,9 +187,11 @@ def load_model(source: ModelSource) -> LoadedModel:
         remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
         check_config(config, source.name, remote_code=remote)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="float32", output_loading_info=True, **options, **weights
-        )
+            folder, config=config, dtype="float32", output_loading_info=True,
+            ignore_mismatched_sizes=True, **options, **weights
+        )  # fmt: skip
     model, info = loaded
+    check_sizes(info["mismatched_keys"], source.name)
     missing = sorted(info["missing_keys"])
     if missing:
         made_as = ", ".join(map(str, getattr(config, "architectures", None) or ()))
@@ -217,6 +224,7 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
         with readable(source):
             header = read_header(path)
             check_kind(header)
+            check_whole(header)
             if source.tokenizer is None:
                 check_tokenizer(header)
         return source

@@ -28,6 +28,8 @@ _STATE_SPACES = (
     "mamba_d_state", "mamba_n_heads", "mamba_num_heads", "ssm_state_size", "linear_num_value_heads",
     "conv_L_cache", "n_mamba_heads", "state_size",
 )  # fmt: skip
+# Rotations that models compute themselves.
+_OWN_ROTATIONS = ("default", "mrope", "su")
 # Kinds of layers by the names that configurations use. `attention` is not among them: it is full
 # attention, but of models that mix it with other kinds.
 _TRACED_KINDS = (FULL, SLIDING)
@@ -132,6 +134,8 @@ def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
     if reason is not None:
         raise ModelError(f"{name} has architecture '{kind}', which is not supported: {reason}.")
     _check_sizes(config, name)
+    if not remote_code:
+        _check_functions(config, name)
 
 
 def require_memory(weight_bytes: int, name: str) -> None:
@@ -221,6 +225,27 @@ def _check_sizes(config: Any, name: str) -> None:
         )
 
 
+def _check_functions(config: Any, name: str) -> None:
+    """The rotation and the activation are looked up by name only when the model is built."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rotations = {*ROPE_INIT_FUNCTIONS, *_OWN_ROTATIONS}
+    found = _get(config, "rope_parameters")
+    parameters = found if isinstance(found, Mapping) else {}
+    nested = [inner for inner in parameters.values() if isinstance(inner, Mapping)]
+    asked = [
+        *(("rope_type", one.get("rope_type"), rotations) for one in (parameters, *nested)),
+        *((key, _get(config, key), ACT2FN) for key in ("hidden_act", "hidden_activation")),
+    ]
+    for key, value, known in asked:
+        if isinstance(value, str) and value not in known:
+            raise ModelError(
+                f"config.json of {name} is impossible: '{key}' is {value!r}, which this version "
+                "of transformers does not know."
+            )
+
+
 def _check_numbers(raw: Mapping[str, Any], keys: Mapping[str, str], name: str) -> None:
     """Sizes that are written must be whole numbers above 0 (or, where one may be, null)."""
     for meaning in (*_NEEDED, *_OPTIONAL):
@@ -307,7 +332,7 @@ def _completed(raw: Mapping[str, Any], kind: str, name: str, remote_code: bool) 
             return found.from_dict(_plain(raw))
     except Exception as error:  # validators of transformers and of its models raise what they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = (lines[-1] if lines else type(error).__name__).rstrip(".")
+        said = (lines[-1] if lines else type(error).__name__).partition(". Errors: ")[0].rstrip(".")
         said = said.removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise ModelError(f"config.json of {name} is impossible: {said}.") from error
 

@@ -130,7 +130,7 @@ def trace(
     no causal LM with cache or the traced graph does not equal the model.
     """
     progress = progress or Progress(quiet=True)
-    _check_opset(opset)
+    check_traced_opset(opset)
     begin = time.perf_counter()
     with progress.step("fetch model"):
         source = materialize(source, progress)
@@ -168,7 +168,8 @@ def trace(
     return dataclasses.replace(traced, folder=Path(out_dir))
 
 
-def _check_opset(opset: int) -> None:
+def check_traced_opset(opset: int) -> None:
+    """Raise UsageError for an opset that no graph is traced at."""
     if opset != OPSET:
         raise UsageError(
             f"Opset {opset} is not supported: the graph is traced at opset {OPSET}, whose single "

@@ -1,4 +1,5 @@
-"""What a checkpoint holds beside a sound set of weights: NaN, unmerged adapters, layers too many.
+"""What a checkpoint holds beside a sound set of weights: NaN, other sizes, unmerged adapters,
+layers too many.
 
 transformers loads all of it without a word. What changes the function is refused, the rest is said.
 """
@@ -6,7 +7,7 @@ transformers loads all of it without a word. What changes the function is refuse
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,21 @@ def check_unexpected(model: Any, keys: Collection[str], name: str) -> list[str]:
     if not told:
         return []
     return [f"weights that are no part of the causal LM are left out: {_counted(told)}"]
+
+
+def check_sizes(
+    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]], name: str
+) -> None:
+    """Raise ModelError if a weight has another shape in the file than in the model: `mismatched`
+    has triples of its name and these two shapes, as transformers reports them."""
+    if not mismatched:
+        return
+    key, stored, wanted = min(mismatched)
+    more = f" ({len(mismatched)} weights differ so)" if len(mismatched) > 1 else ""
+    raise ModelError(
+        f"The weight '{key}' of {name} has the shape {list(stored)} in its file, and by its "
+        f"config.json {list(wanted)}{more}: correct config.json, or get the model again."
+    )
 
 
 def check_finite(weights: Iterable[tuple[str, Any]], name: str) -> None:

@@ -215,12 +215,7 @@ def open_session(
     onnxruntime = _onnxruntime()
     if not path.is_file():
         raise GraphError(f"There is no ONNX file at {path}.")
-    missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
-    if missing:
-        raise EngineError(
-            f"This ONNX Runtime has no {missing[0]}; for CUDA install the extra: "
-            "pip install 'iq-export[gpu]'."
-        )
+    require_providers(providers)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
     # By default ONNX Runtime multiplies int4 weights with activations rounded to int8 on the way.
@@ -242,6 +237,17 @@ def open_session(
         return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except ort_errors() as error:
         raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
+
+
+def require_providers(providers: Sequence[str]) -> None:
+    """Raise EngineError if ONNX Runtime is absent, too old, or lacks one of `providers`."""
+    there = _onnxruntime().get_available_providers()
+    missing = [name for name in providers if name not in there]
+    if missing:
+        raise EngineError(
+            f"This ONNX Runtime has no {missing[0]}; for CUDA install the extra: "
+            "pip install 'iq-export[gpu]'."
+        )
 
 
 def _onnxruntime() -> Any:

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from iq_export.cli import main
+from iq_export.compile import CompileOptions, _work_folder
+from iq_export.errors import BundleError
+from iq_export.run.ort import PROVIDERS
 
 MODEL = "smollm2-135m"
 
@@ -33,6 +36,7 @@ def refused(
         (("--recipe", "w4a16", "--target", "rtx-turing"), 2, "rtx-turing"),
         (("--calibration", "no-such-file.txt"), 4, "does not exist"),
         (("--opset", "17"), 2, "opset"),
+        (("--opset", "22", "--dry-run"), 2, "Opset 22"),
         (("--budget", "0.99"), 2, "not above 1"),
         (("--budget", "1.005", "--recipe", "w4a16"), 2, "quantizes no activations"),
         (("--recipe", "w8a8kv4"), 2, "w8a8kv8"),
@@ -47,6 +51,21 @@ def test_wrong_options(
 ) -> None:
     found, error = refused(tmp_path, capsys, *argv)
     assert (found, says in error) == (code, True), error
+
+
+def test_a_device_that_onnx_runtime_lacks_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROVIDERS, "cuda", ("NoSuchProvider",))
+    code, error = refused(tmp_path, capsys, "--device", "cuda", "--dry-run")
+    assert (code, "has no NoSuchProvider" in error) == (6, True), error
+
+
+def test_a_work_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"cannot make the work folder .*/taken: File exists"):
+        (tmp_path / "taken").write_text("")
+        with _work_folder(CompileOptions("m", tmp_path / "out", work=tmp_path / "taken")):
+            pass
 
 
 @pytest.mark.parametrize(

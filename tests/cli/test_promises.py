@@ -327,9 +327,12 @@ def test_a_limit_that_only_the_traced_model_tells(
     """That of a GGUF file: defaults are shortened then, and what was asked for is refused."""
     from dataclasses import replace
 
+    import importlib
+
     from iq_export.model.limits import PositionLimit
     from iq_export.progress import Progress
 
+    module = importlib.import_module("iq_export.compile")
     options = precheck.CompileOptions(str(folder(tmp_path / "m")), tmp_path / "out")
     known = precheck.check(options)
     checked = replace(known, known=replace(known.known, limit=None))
@@ -337,6 +340,9 @@ def test_a_limit_that_only_the_traced_model_tells(
     soft = replace(limit, hard=False)  # the file stated one; only a table in the graph outdoes it
     assert precheck.with_limit(known, soft, progress) is known
     assert precheck.with_limit(known, limit, progress).options.length == 256
+    assert module._not_yet(checked) == []
+    gguf = replace(checked, source=replace(known.source, kind="gguf"))
+    assert "shows when the GGUF file is loaded" in module._not_yet(gguf)[0]
     settled = precheck.with_limit(checked, limit, progress)
     assert (settled.options.length, settled.options.profile.seq.max) == (256, 128)
     assert len(settled.notes) == len(known.notes) + 2

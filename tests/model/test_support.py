@@ -123,6 +123,19 @@ def test_impossible_sizes(name: str, value: Any) -> None:
         ({"head_dim": -16}, "'head_dim' is -16"),
         ({"hidden_act": 3}, "impossible"),
         ({"rms_norm_eps": "small"}, "impossible"),
+        ({"rope_parameters": [1]}, "'rope_parameters' with value [1]"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "'rope_type' is 'foo'"),
+        ({"hidden_act": "nope"}, "'hidden_act' is 'nope'"),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "foo", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+            "'rope_type' is 'foo'",
+        ),
     ],
 )
 def test_impossible_configurations(changes: dict[str, Any], says: str) -> None:

@@ -80,6 +80,17 @@ def test_a_mask_may_hold_infinity(tmp_path: Path) -> None:
     check_finite_graph(io.load(path), "model")
 
 
+def test_a_weight_of_another_size_than_configured(llama: Path) -> None:
+    edit_config(llama, intermediate_size=40)
+    with pytest.raises(ModelError) as found:
+        load_model(resolve(str(llama)))
+    assert str(found.value) == (
+        "The weight 'model.layers.0.mlp.down_proj.weight' of llama has the shape [32, 48] in its "
+        "file, and by its config.json [32, 40] (12 weights differ so): correct config.json, or "
+        "get the model again."
+    )
+
+
 def test_layers_beyond_the_configured_number(llama: Path) -> None:
     edit_config(llama, num_hidden_layers=2)
     with pytest.raises(ModelError, match=r"weights of layer 2 .* num_hidden_layers 2"):
@@ -133,5 +144,5 @@ def test_an_adapter_beside_a_model(llama: Path) -> None:
 
 def test_notes_are_kept_with_the_trace(tmp_path: Path) -> None:
     (tmp_path / "assets").mkdir()
-    TracedModel(tmp_path, "m", "0", 1.0, notes=["left out"]).save("key")
-    assert TracedModel.load(tmp_path, "key").notes == ["left out"]
+    TracedModel(tmp_path, "m", "0", 1.0, notes=("left out",)).save("key")
+    assert TracedModel.load(tmp_path, "key").notes == ("left out",)
