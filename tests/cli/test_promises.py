@@ -325,9 +325,8 @@ def test_a_limit_that_only_the_traced_model_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of a GGUF file: defaults are shortened then, and what was asked for is refused."""
-    from dataclasses import replace
-
     import importlib
+    from dataclasses import replace
 
     from iq_export.model.limits import PositionLimit
     from iq_export.progress import Progress
