@@ -285,9 +285,9 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
     assert source.path is not None and source.tokenizer is not None
     with _heard() as said:
         graph = _read_onnx(source.path)
+    _check_interface(graph, source.path)
     if said:  # a value that nothing makes
         raise ModelError(f"{source.path} is no valid graph: {said[0]}")
-    _check_interface(graph, source.path)
     _check_external_data(graph, source.path)
     _check_types(graph, source.path)
     check_finite_graph(graph, source.path.name)
