@@ -29,8 +29,8 @@ constexpr Field kFields[] = {{"name", Kind::kOther}, {"recipe", Kind::kOther},
     {"dtype", Kind::kOther}, {"opset", Kind::kOther}, {"format_version", Kind::kOther},
     {"source", Kind::kObject}, {"versions", Kind::kObject}, {"options", Kind::kObject},
     {"inputs", Kind::kList}, {"outputs", Kind::kList}, {"profile", Kind::kObject},
-    {"targets", Kind::kList}, {"engines", Kind::kObject}, {"lifecycles", Kind::kList},
-    {"mixed", Kind::kOther}, {"accuracy", Kind::kOther}, {"speed", Kind::kOther},
+    {"targets", Kind::kList}, {"engines", Kind::kObject}, {"engine_failures", Kind::kObject},
+    {"lifecycles", Kind::kList}, {"check", Kind::kOther}, {"mixed", Kind::kOther}, {"accuracy", Kind::kOther}, {"speed", Kind::kOther},
     {"timings", Kind::kObject}, {"peak_rss_bytes", Kind::kOther}, {"notes", Kind::kList},
     {"files", Kind::kObject}};
 
