@@ -30,9 +30,9 @@ constexpr Field kFields[] = {{"name", Kind::kOther}, {"recipe", Kind::kOther},
     {"source", Kind::kObject}, {"versions", Kind::kObject}, {"options", Kind::kObject},
     {"inputs", Kind::kList}, {"outputs", Kind::kList}, {"profile", Kind::kObject},
     {"targets", Kind::kList}, {"engines", Kind::kObject}, {"engine_failures", Kind::kObject},
-    {"lifecycles", Kind::kList}, {"check", Kind::kOther}, {"mixed", Kind::kOther}, {"accuracy", Kind::kOther}, {"speed", Kind::kOther},
-    {"timings", Kind::kObject}, {"peak_rss_bytes", Kind::kOther}, {"notes", Kind::kList},
-    {"files", Kind::kObject}};
+    {"lifecycles", Kind::kList}, {"check", Kind::kOther}, {"mixed", Kind::kOther},
+    {"accuracy", Kind::kOther}, {"speed", Kind::kOther}, {"timings", Kind::kObject},
+    {"peak_rss_bytes", Kind::kOther}, {"notes", Kind::kList}, {"files", Kind::kObject}};
 
 void checkFields(Node const& root)
 {
