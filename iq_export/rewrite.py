@@ -184,7 +184,9 @@ def rewrite(
             for refusal in _rotate(model, sites):
                 progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
             io.save(model, turned)
-            taken = _constant(turned, sites, masked, stats, data, options)
+            # What is constant here will be replaced; the tokens of the others are here to stay.
+            found = _decide(turned, sites, masked, stats, data, options)
+            taken = [decision.lifecycle for decision in found if decision.replaced]
             ranges = _ranges(turned, sites, taken, stats, data, progress)
     with progress.step("Smooth and rotate"):
         smoothing = _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud)
@@ -543,19 +545,6 @@ def _staying(taken: Sequence[Lifecycle], decisions: Sequence[Decision]) -> list[
 def _staying_note(staying: Sequence[Lifecycle]) -> str:
     births = ", ".join(str(life.birth) for life in staying)
     return f"the spike born at block {births} stays: smoothing is chosen again, with its tokens"
-
-
-def _constant(
-    graph: Path,
-    sites: Sites,
-    lifecycles: Sequence[Lifecycle],
-    stats: TokenStats,
-    data: Calibration,
-    options: _Run,
-) -> list[Lifecycle]:
-    """The lifecycles that will be replaced: the tokens of the others are here to stay."""
-    decisions = _decide(graph, sites, lifecycles, stats, data, options)
-    return [d.lifecycle for d in decisions if d.replaced]
 
 
 def _rotate(model: ir.Model, sites: Sites) -> list[Refusal]:
