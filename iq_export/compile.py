@@ -188,10 +188,10 @@ class _Built:
 
 def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     """Names of the steps of a compile, as its progress prints them."""
-    steps = ["Trace", "Observe tokens", "Observe ranges"]
+    steps = ["Trace", "Observe tokens", "Fit sinks"]
     if checked.recipe.folded_rotation:
         steps.append("Fold rotations")
-    steps += ["Smooth and rotate", "Fit and insert sinks"]
+    steps += ["Observe ranges", "Smooth and rotate", "Insert sinks"]
     if checked.recipe.activation_max is not None or checked.recipe.gptq:
         steps.append("Calibrate quantizers")
     if checked.recipe.kv_bits == 8:

@@ -60,7 +60,7 @@ from iq_export.quant.search import INT8_MAX, unit_rows
 from iq_export.quant.smoothing import Smoothing, find_smoothing
 from iq_export.quant.trial import Reference, Trial
 from iq_export.quant.weights import int4_block_size
-from iq_export.sinks.calibrate import Decision, decide, with_restore
+from iq_export.sinks.calibrate import Decision, decide, refit, with_restore
 from iq_export.sinks.form import Insertion, calibrated_form, choose_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
 from iq_export.sinks.ops import DOMAIN
@@ -165,56 +165,58 @@ def rewrite(
 
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
-        lifecycles = discover(stats)
         surprise = surprise_warning(traced, data.windows, **options)
     half = dtype == "fp16"
-    separable = [life for life in lifecycles if life.separable]
-    exponent = stream_exponent(stats, separable) if half else 0
     loud = _loud_attentions(traced, sites, data, options) if half else {}
     if loud:
         notes.append(_loud_note(loud))
         progress.note(notes[-1])
-    masked = separable if recipe.sinks == "always" else []
-    with progress.step("Observe ranges"):
-        before = _ranges(traced, sites, masked, stats, data, progress)
-    ranges, turned, taken = before, traced, masked
+    with progress.step("Fit sinks"):
+        decisions = decide(
+            traced, sites, discover(stats), stats, data.all,
+            limit=data.max_relative_deviation, seed=data.seed, **options,
+        )  # fmt: skip
+    turned = traced
     if recipe.folded_rotation:
         with progress.step("Fold rotations"):
             turned = work / ROTATED
             for refusal in _rotate(model, sites):
                 progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
             io.save(model, turned)
-            # What is constant here will be replaced; the tokens of the others are here to stay.
-            found = _decide(turned, sites, masked, stats, data, options)
-            taken = [decision.lifecycle for decision in found if decision.replaced]
-            ranges = _ranges(turned, sites, taken, stats, data, progress)
-    with progress.step("Smooth and rotate"):
-        smoothing = _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud)
-    with progress.step("Fit and insert sinks"):
-        decisions = _decide(work / PREPARED, sites, lifecycles, stats, data, options)
-        if staying := _staying(taken, decisions):
-            # Near the limit smoothing tips the balance. Who stays must be rounded well: only now do
-            # smoothing and side channels see these tokens.
-            progress.note(_staying_note(staying))
-            taken = [life for life in taken if all(life is not other for other in staying)]
-            ranges = _ranges(turned, sites, taken, stats, data, progress)
+    while True:
+        taken = [d.lifecycle for d in decisions if d.replaced and _wanted(d, recipe, half)]
+        exponent = stream_exponent(stats, taken) if half else 0
+        # Tokens of a lifecycle that stays must be rounded well like all others.
+        left_out = taken if recipe.sinks == "always" else []
+        with progress.step("Observe ranges"):
+            before = _ranges(traced, sites, left_out, stats, data, progress)
+            ranges = before
+            if turned != traced:
+                ranges = _ranges(turned, sites, left_out, stats, data, progress)
+        with progress.step("Smooth and rotate"):
             smoothing = _prepare(
                 traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud
             )
-            decisions = _decide(work / PREPARED, sites, lifecycles, stats, data, options)
-        sinks = [d.templates for d in decisions if d.templates and d.replaced]
-        if recipe.sinks == "for-half":
-            sinks = [s for s in sinks if half and overflows_half(s.lifecycle)]
+            found = refit(work / PREPARED, sites, decisions, stats, data.all, **options)
+        lost = [
+            new
+            for old, new in zip(decisions, found, strict=True)
+            if old.replaced and not new.replaced
+        ]
+        decisions = found
+        if not lost:
+            break
+        progress.note(_lost_note(lost))  # and now smoothing sees its tokens
+    with progress.step("Insert sinks"):
         int8_cache = recipe.kv_bits == 8
         sinks = [
-            replace(s, form=calibrated_form(s, data.insertion, int8_cache=int8_cache))
-            for s in sinks
+            replace(
+                d.templates,
+                form=calibrated_form(d.templates, data.insertion, int8_cache=int8_cache),
+            )
+            for d in decisions
+            if d.templates and d.replaced and _wanted(d, recipe, half)
         ]
-        left = stream_exponent(stats, [s.lifecycle for s in sinks]) if half else 0
-        if left > exponent:  # a lifecycle that stays must be held as well
-            sinks = [s.residual_scaled(2.0 ** (exponent - left)) for s in sinks]
-            exponent = left
-            _prepare(traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud)
         _insert(work, sites, sinks)
         sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
         matching = _matching(traced, work, sites, sinks, data, options)
@@ -522,29 +524,17 @@ def _ranges(
     )  # fmt: skip
 
 
-def _decide(
-    graph: Path,
-    sites: Sites,
-    lifecycles: Sequence[Lifecycle],
-    stats: TokenStats,
-    data: Calibration,
-    options: _Run,
-) -> list[Decision]:
-    return decide(
-        graph, sites, lifecycles, stats, data.all,
-        limit=data.max_relative_deviation, seed=data.seed, **options,
-    )  # fmt: skip
+def _wanted(decision: Decision, recipe: Recipe, half: bool) -> bool:
+    """Whether the recipe replaces this spike, if it can be."""
+    return recipe.sinks == "always" or (half and overflows_half(decision.lifecycle))
 
 
-def _staying(taken: Sequence[Lifecycle], decisions: Sequence[Decision]) -> list[Lifecycle]:
-    """The lifecycles that were left out of the ranges and are not replaced after all."""
-    left = [d.lifecycle for d in decisions if not d.replaced]
-    return [life for life in taken if any(life is other for other in left)]
-
-
-def _staying_note(staying: Sequence[Lifecycle]) -> str:
-    births = ", ".join(str(life.birth) for life in staying)
-    return f"the spike born at block {births} stays: smoothing is chosen again, with its tokens"
+def _lost_note(lost: Sequence[Decision]) -> str:
+    births = ", ".join(str(decision.lifecycle.birth) for decision in lost)
+    return (
+        f"the spike born at block {births} stays, since smoothing hides its tokens from detection: "
+        "smoothing is chosen again"
+    )
 
 
 def _rotate(model: ir.Model, sites: Sites) -> list[Refusal]:

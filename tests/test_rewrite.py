@@ -27,6 +27,7 @@ from iq_export.rewrite import (
     round_to_nearest,
 )
 from iq_export.run.ort import CausalLM
+from iq_export.sinks.templates import collect_rows
 from tests import planted
 from tests.planted import CPU, Decoder, Planted, logits
 
@@ -243,6 +244,66 @@ def test_two_kinds_of_sinks(tmp_path: Path, smoothing: bool) -> None:
     semantic[:, 0] = False
     exact, found = (logits(CausalLM(p), rows)[semantic] for p in (done.traced, done.quantized))
     assert ((found - exact) ** 2).sum() / (exact**2).sum() < 0.05
+
+
+def quiet_spike_norms(decoder: Decoder, factor: float) -> dict[str, np.ndarray]:
+    """Weights whose norms hold the spike's channel down where it lives, as trained models do.
+
+    The rest of a sink's row, which varies, is then as loud as the spike.
+    """
+    values, (spike,) = planted.weights(decoder), decoder.spikes
+    assert spike.death is not None
+    for block in range(spike.birth + 1, spike.death + 1):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            values[f"layers.{block}.{norm}.weight"][spike.channel] *= factor
+    for name in ("gate", "up"):  # the neuron that takes the spike away reads it as loud as before
+        values[f"layers.{spike.death}.mlp.{name}_proj.weight"][spike.channel, 0] /= factor
+    return values
+
+
+@pytest.mark.parametrize(("factor", "constant"), [(1.0, True), (0.02, False)])
+def test_constancy_is_judged_as_products_read_the_rows(
+    tmp_path: Path, factor: float, constant: bool
+) -> None:
+    """With the norms' weights folded away the spike's channel makes all sinks look alike."""
+    traced = planted.save(SPIKY, tmp_path, quiet_spike_norms(SPIKY, factor))
+    work = tmp_path / "work"
+    work.mkdir()
+    done = rewrite(
+        traced, work, load_recipe("w8a8"), "fp32", calibration(SPIKY), Progress(quiet=True)
+    )
+    (decision,) = done.decisions
+    assert decision.replaced is constant
+    assert decision.templates is not None
+    names = dict.fromkeys(decision.templates.norms, SPIKY.hidden)
+    members = decision.lifecycle.members
+    rows = collect_rows(
+        work / "rotated.onnx", names, done.stats, members, calibration(SPIKY).all, **QUIET
+    )
+    for values in rows.values():
+        off = np.linalg.norm(values - values.mean(0), axis=1) / np.linalg.norm(values.mean(0))
+        assert off.mean() < 0.1
+
+
+def test_spike_that_smoothing_hides_stays_and_is_smoothed_with_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who stays must be rounded well, so smoothing is chosen again and sees the spike."""
+    traced = planted.save(SPIKY, tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setattr(
+        "iq_export.sinks.calibrate._peaks",
+        lambda *_: [np.ones(sum(len(w.ids) for w in calibration(SPIKY).all), np.float32)],
+    )
+    done = rewrite(traced, work, load_recipe("w8a8"), "fp32", calibration(SPIKY), Progress())
+    (decision,) = done.decisions
+    assert not decision.replaced
+    assert "cannot be detected" in decision.reason
+    assert done.sinks == []
+    assert "smoothing is chosen again" in capsys.readouterr().err
+    down = done.sites.blocks[1].mlp.output.input
+    assert done.before[down].absmax_semantic == done.before[down].absmax
 
 
 def test_same_input_same_files(run: Run, tmp_path: Path) -> None:

@@ -18,11 +18,14 @@ from iq_export.sinks.lifecycle import Lifecycle, threshold_between
 from iq_export.sinks.templates import (
     KV,
     EarlyRows,
+    KeyValueTemplates,
     SinkTemplates,
     collect_rows,
     early_norm_outputs,
     norm_outputs,
 )
+
+_UNDETECTED = "; but other tokens reach the sinks' magnitude, so it cannot be detected"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Decision:
 
 
 def decide(
-    model_path: Path,
+    traced: Path,
     sites: Sites,
     lifecycles: Sequence[Lifecycle],
     stats: TokenStats,
@@ -47,61 +50,69 @@ def decide(
     providers: Sequence[str],
     progress: Progress,
 ) -> list[Decision]:
-    """Fit templates on the graph that will be rewritten; replace only constant lifecycles.
+    """Fit templates on the traced graph, that of `stats`; replace only what is constant there.
 
     `limit` is the largest accepted mean relative deviation of a post-norm sink row from its
-    template, at the worst norm, on held-out tokens.
+    template, at the worst norm, on held-out tokens. Rows are compared as the products read them,
+    with the norms' weights. Those hold the spike's channel down; a graph that has folded them into
+    the products shows rows that this channel dominates, and these look alike whatever else they
+    carry.
     """
     decisions = []
     for lifecycle in lifecycles:
-        names = norm_outputs(sites, lifecycle)
-        if not names:
+        if not norm_outputs(sites, lifecycle):
             reason = "the spike does not outlive its block, so no norm reads it"
             decisions.append(Decision(lifecycle, None, False, reason))
             continue
-        down = sites.blocks[lifecycle.birth].mlp.output
-        residual = sites.blocks[lifecycle.end].mlp.residual
-        attended = fitting.key_value_sizes(sites, lifecycle)
-        widths = {down.input: down.in_features} | dict.fromkeys([*names, residual], sites.hidden)
-        widths |= attended
-        between = early_norm_outputs(sites, lifecycle)
-        for site, norms in zip(lifecycle.early, between, strict=True):
-            first = sites.blocks[site.block].mlp.output
-            widths |= {first.input: first.in_features} | dict.fromkeys(norms, sites.hidden)
-        rows = collect_rows(
-            model_path, widths, stats, lifecycle.members, windows,
-            providers=providers, progress=progress,
-        )  # fmt: skip
-        detection, untouched = rows.pop(down.input), rows.pop(residual)
-        keys_values = {name: rows.pop(name) for name in attended}
-        early = [
-            EarlyRows(
-                site,
-                rows.pop(sites.blocks[site.block].mlp.output.input),
-                {name: rows.pop(name) for name in norms},
-            )
-            for site, norms in zip(lifecycle.early, between, strict=True)
-        ]
+        rows = _collect(traced, sites, lifecycle, stats, windows, providers, progress)
         fitted = fitting.fit(
-            lifecycle, detection, rows, lifecycle.threshold, limit=limit, seed=seed, early=early
-        )
-        if keys_values:
-            fitted.key_values = fitting.fit_key_values(
-                keys_values, untouched, fitted.assignment, fitted.count
-            )
-        replaced = fitted.is_constant(limit)
+            lifecycle, rows.detection, rows.norms, lifecycle.threshold,
+            limit=limit, seed=seed, early=rows.early,
+        )  # fmt: skip
+        fitted.key_values = rows.key_values_of(fitted)
+        constant = fitted.is_constant(limit)
         reason = (
             f"mean relative deviation {fitted.mean_deviation:.1%} with K={fitted.count}, "
-            f"{'within' if replaced else 'above'} the limit of {limit:.0%}"
+            f"{'within' if constant else 'above'} the limit of {limit:.0%}"
         )
-        if replaced:  # smoothing has moved the magnitudes that tell sinks from other tokens
-            peaks = _peaks(model_path, sites, lifecycle, windows, providers, progress)
-            fitted, separable = _with_thresholds(fitted, peaks)
-            if not separable:
-                replaced = False
-                reason += "; but other tokens reach the sinks' magnitude, so it cannot be detected"
-        decisions.append(Decision(lifecycle, fitted, replaced, reason))
+        peaks = [stats.down_max[block] for block, _ in lifecycle.detections]
+        fitted, separable = _with_thresholds(fitted, peaks)
+        if constant and not separable:
+            reason += _UNDETECTED
+        decisions.append(Decision(lifecycle, fitted, constant and separable, reason))
     return decisions
+
+
+def refit(
+    prepared: Path,
+    sites: Sites,
+    decisions: Sequence[Decision],
+    stats: TokenStats,
+    windows: Sequence[Window],
+    *,
+    providers: Sequence[str],
+    progress: Progress,
+) -> list[Decision]:
+    """The `decisions` with the templates of replaced lifecycles as the graph `prepared` has them.
+
+    Every token stays in its cluster; how constant the model's rows are stays what it was. Smoothing
+    moves the magnitudes that tell sinks from other tokens: thresholds are measured again, and a
+    lifecycle for which none is left is not replaced.
+    """
+    found = []
+    for decision in decisions:
+        if not decision.replaced or decision.templates is None:
+            found.append(decision)
+            continue
+        life = decision.lifecycle
+        rows = _collect(prepared, sites, life, stats, windows, providers, progress)
+        fitted = fitting.fit_again(decision.templates, rows.detection, rows.norms, rows.early)
+        fitted.key_values = rows.key_values_of(fitted)
+        peaks = _peaks(prepared, sites, life, windows, providers, progress)
+        fitted, separable = _with_thresholds(fitted, peaks)
+        reason = decision.reason + ("" if separable else _UNDETECTED)
+        found.append(Decision(life, fitted, separable, reason))
+    return found
 
 
 def with_restore(
@@ -170,6 +181,68 @@ def _with_thresholds(
         replace(site, threshold=tau) for site, tau in zip(fitted.early, thresholds, strict=False)
     )
     return replace(fitted, threshold=thresholds[-1], early=early), separable
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Values of a lifecycle's members, float32 `[members, features]` each.
+
+    `detection`: the down-projection input at the birth. `norms`, `keys_values`: by value name.
+    `residual`: after the last block.
+    """
+
+    detection: np.ndarray
+    norms: dict[str, np.ndarray]
+    keys_values: dict[str, np.ndarray]
+    residual: np.ndarray
+    early: list[EarlyRows]
+
+    def key_values_of(self, fitted: SinkTemplates) -> KeyValueTemplates | None:
+        if not self.keys_values:
+            return None
+        return fitting.fit_key_values(
+            self.keys_values, self.residual, fitted.assignment, fitted.count
+        )
+
+
+def _collect(
+    model_path: Path,
+    sites: Sites,
+    lifecycle: Lifecycle,
+    stats: TokenStats,
+    windows: Sequence[Window],
+    providers: Sequence[str],
+    progress: Progress,
+) -> _Rows:
+    names = norm_outputs(sites, lifecycle)
+    down = sites.blocks[lifecycle.birth].mlp.output
+    residual = sites.blocks[lifecycle.end].mlp.residual
+    attended = fitting.key_value_sizes(sites, lifecycle)
+    widths = {down.input: down.in_features} | dict.fromkeys([*names, residual], sites.hidden)
+    widths |= attended
+    between = early_norm_outputs(sites, lifecycle)
+    for site, norms in zip(lifecycle.early, between, strict=True):
+        first = sites.blocks[site.block].mlp.output
+        widths |= {first.input: first.in_features} | dict.fromkeys(norms, sites.hidden)
+    rows = collect_rows(
+        model_path, widths, stats, lifecycle.members, windows,
+        providers=providers, progress=progress,
+    )  # fmt: skip
+    early = [
+        EarlyRows(
+            site,
+            rows[sites.blocks[site.block].mlp.output.input],
+            {name: rows[name] for name in norms},
+        )
+        for site, norms in zip(lifecycle.early, between, strict=True)
+    ]
+    return _Rows(
+        detection=rows[down.input],
+        norms={name: rows[name] for name in names},
+        keys_values={name: rows[name] for name in attended},
+        residual=rows[residual],
+        early=early,
+    )
 
 
 def _peaks(

@@ -72,12 +72,12 @@ class SinkTemplates:
     `detection`: mean down-projection input at the birth block, what a row is matched against.
     `norms`: norm output name -> template. `restore`: mean difference between the untouched and the
     clamped residual after the last block, zero until it is measured. `deviation`: norm output
-    name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks, a fraction, k as the
-    graph matches them; `template_spread[k]`: the same of template k's own tokens, averaged over all
-    norms. `assignment`: k of every member, as the graph matches it. `agreement`: share of held-out
-    sinks whose match is also nearest after the norms. `early`: one for each early site.
-    `form`: NORM, KV or NORM_AND_KV. `key_values` is None if the attention of a block is no single
-    op, so that only the norm form is possible.
+    name -> mean relative deviation `|y_t - T_k| / |T_k|` of held-out sinks in the traced graph, a
+    fraction, k as the graph matches them; `template_spread[k]`: the same of template k's own
+    tokens, averaged over all norms. `assignment`: k of every member, as the graph matches it.
+    `agreement`: share of held-out sinks whose match is also nearest after the norms. `early`: one
+    for each early site. `form`: NORM, KV or NORM_AND_KV. `key_values` is None if the attention of a
+    block is no single op, so that only the norm form is possible.
     """
 
     lifecycle: Lifecycle
@@ -102,13 +102,6 @@ class SinkTemplates:
     def mean_deviation(self) -> float:
         """The lifecycle's figure: the worst site's mean relative deviation."""
         return max(self.deviation.values(), default=0.0)
-
-    def residual_scaled(self, factor: float) -> SinkTemplates:
-        """For the same graph with its residual stream times `factor`; norms undo it elsewhere."""
-        if self.key_values is None:
-            return self
-        residual = self.key_values.residual * np.float32(factor)
-        return replace(self, key_values=replace(self.key_values, residual=residual))
 
     def is_constant(self, limit: float) -> bool:
         return self.mean_deviation <= limit
@@ -206,13 +199,8 @@ def fit(
     templates of the others, matched as the graph does, so that many templates over few tokens do
     not look constant.
     """
-    features = np.concatenate(
-        [rows / np.linalg.norm(rows, axis=1).mean() for rows in norm_rows.values()], axis=1
-    )
-    caught = [np.isin(lifecycle.members, rows.site.members) for rows in early]
-    seen = [(rows.detection, mask) for rows, mask in zip(early, caught, strict=True)]
-    rest = ~np.any(caught, axis=0) if caught else np.ones(len(lifecycle.members), bool)
-    seen.append((detection_rows, rest))
+    features = _features(norm_rows)
+    seen = _seen(lifecycle, detection_rows, early)
     best: SinkTemplates | None = None
     most = max(1, min(MAX_TEMPLATES, features.shape[0] // TOKENS_PER_TEMPLATE))
     for count in range(1, most + 1):
@@ -231,8 +219,45 @@ def fit(
     return best
 
 
+def fit_again(
+    first: SinkTemplates,
+    detection_rows: np.ndarray,
+    norm_rows: dict[str, np.ndarray],
+    early: Sequence[EarlyRows] = (),
+) -> SinkTemplates:
+    """The same clusters on rows of another graph that computes the same function.
+
+    `deviation` and its kin stay those of `first`: they are of the model's own norms.
+    """
+    life, labels = first.lifecycle, first.assignment
+    again = _candidate(
+        life, _seen(life, detection_rows, early), _features(norm_rows), norm_rows,
+        first.threshold, labels, first.count, early,
+    )  # fmt: skip
+    return replace(
+        again,
+        deviation=first.deviation,
+        deviation_max=first.deviation_max,
+        template_spread=first.template_spread,
+    )
+
+
 # Per site of detection: all members' rows there, `[members, features]`, and whom it catches first.
 _Seen = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def _seen(lifecycle: Lifecycle, detection_rows: np.ndarray, early: Sequence[EarlyRows]) -> _Seen:
+    caught = [np.isin(lifecycle.members, rows.site.members) for rows in early]
+    rest = ~np.any(caught, axis=0) if caught else np.ones(len(lifecycle.members), bool)
+    masks = [(rows.detection, mask) for rows, mask in zip(early, caught, strict=True)]
+    return [*masks, (detection_rows, rest)]
+
+
+def _features(norm_rows: dict[str, np.ndarray]) -> np.ndarray:
+    """What tells the templates apart: the rows after all norms, each norm weighing the same."""
+    return np.concatenate(
+        [rows / np.linalg.norm(rows, axis=1).mean() for rows in norm_rows.values()], axis=1
+    )
 
 
 def _candidate(

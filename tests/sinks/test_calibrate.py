@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iq_export.passes.scale_residual import scale_residual
 from iq_export.progress import Progress
-from iq_export.sinks.calibrate import decide
+from iq_export.sinks.calibrate import decide, refit
 from iq_export.sinks.templates import collect_rows
 from tests import planted
 from tests.planted import CPU, Planted
@@ -43,6 +44,24 @@ def test_spike_that_no_norm_reads_is_left(spiky: Planted) -> None:
     assert not decision.replaced
     assert decision.templates is None
     assert "no norm reads it" in decision.reason
+
+
+def test_refit_has_the_templates_of_the_other_graph(spiky: Planted) -> None:
+    """With the stream over 8 the norms' rows stay, what the kv form sets follows."""
+    model = spiky.load()
+    scale_residual(model, spiky.sites, 3)
+    scaled = spiky.save_beside(model, "scaled.onnx")
+    (before,) = spiky.decisions
+    (after,) = refit(scaled, spiky.sites, [before], spiky.stats, spiky.windows, **QUIET)
+    assert after.replaced
+    assert after.templates is not None and before.templates is not None
+    old, new = before.templates, after.templates
+    assert new.deviation == old.deviation
+    np.testing.assert_array_equal(new.assignment, old.assignment)
+    assert old.key_values is not None and new.key_values is not None
+    np.testing.assert_allclose(8 * new.key_values.residual, old.key_values.residual, rtol=1e-4)
+    for name, rows in old.norms.items():
+        np.testing.assert_allclose(new.norms[name], rows, atol=1e-3)
 
 
 def test_threshold_separates_sinks_from_other_tokens(delimited: Planted) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from iq_export.calibrate.divergence import Divergence
@@ -96,15 +95,6 @@ def test_decomposed_attention_leaves_the_norm_form(sinks: SinkTemplates) -> None
 
 def test_no_sinks_nothing_to_choose() -> None:
     assert choose_forms([], "auto", Measured()) == ([], [])
-
-
-def test_what_the_kv_form_sets_follows_the_scale_of_the_stream(sinks: SinkTemplates) -> None:
-    assert sinks.key_values is not None
-    half = sinks.residual_scaled(0.5)
-    assert half.key_values is not None
-    np.testing.assert_array_equal(half.key_values.residual * 2, sinks.key_values.residual)
-    assert half.key_values.rows is sinks.key_values.rows
-    assert replace(sinks, key_values=None).residual_scaled(0.5).key_values is None
 
 
 def test_blocks_are_calibrated_on_exact_keys_where_they_are_possible(sinks: SinkTemplates) -> None:
