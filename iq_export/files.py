@@ -1,0 +1,115 @@
+"""Files below a folder that somebody else may have made: a bundle, a model, a work folder.
+
+One rule for all: what is read or written lies inside, is a regular file and no link, and is opened
+so that it cannot be exchanged in between. The folder itself may be a link: the user named it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from iq_export.errors import BundleError, IqError
+
+_LONGEST_PART = 255
+# Opening a pipe must not wait for its other end, nor a terminal become ours.
+_SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def parts_inside(name: str, error: type[IqError] = BundleError) -> tuple[str, ...]:
+    """The parts of a relative, `/`-separated name. Raises `error` if it could lead outside."""
+    parts = PurePosixPath(name).parts
+    whole = "/".join(parts) == name and bool(parts)
+    if not whole or name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable():
+        raise error(f"{name!a} is no name of a file inside its folder")
+    if any(len(part.encode()) > _LONGEST_PART for part in parts):
+        raise error(f"{name[:40]!a}... is too long for a name of a file")
+    return parts
+
+
+def open_inside(root: Path, name: str, error: type[IqError] = BundleError) -> BinaryIO:
+    """Open the regular file `name` below the folder `root` to read it.
+
+    Raises FileNotFoundError if it is missing, and `error` if it or a folder on the way is a link or
+    anything else than it should be, or cannot be read.
+    """
+    parts = parts_inside(name, error)
+    with _folder(root, parts[:-1], error) as folder, _sentence(root / name, error):
+        return os.fdopen(_regular(root / name, parts[-1], os.O_RDONLY, folder, error), "rb")
+
+
+def read_inside(root: Path, name: str, most: int, error: type[IqError] = BundleError) -> bytes:
+    """All bytes of a file as `open_inside` opens it. Raises `error` if it has more than `most`."""
+    with open_inside(root, name, error) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise error(f"{root / name} has more than {most} bytes: it is not what its name says")
+    return content
+
+
+def create_inside(root: Path, name: str, error: type[IqError] = BundleError) -> BinaryIO:
+    """Make the file `name` below `root`, and the folders on the way, and open it to write.
+
+    Raises `error` if something of that name is there, a link included, or if a folder on the way is
+    none.
+    """
+    parts = parts_inside(name, error)
+    with (
+        _folder(root, parts[:-1], error, make=True) as folder,
+        _sentence(root / name, error),
+    ):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        return os.fdopen(_regular(root / name, parts[-1], flags, folder, error), "wb")
+
+
+@contextmanager
+def _folder(
+    root: Path, parts: tuple[str, ...], error: type[IqError], *, make: bool = False
+) -> Iterator[int]:
+    """A descriptor of the folder `parts` below `root`, none of which is a link."""
+    here = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for number, part in enumerate(parts):
+            with _sentence(root.joinpath(*parts[: number + 1]), error):
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=here)
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=here)
+            os.close(here)
+            here = inner
+        yield here
+    finally:
+        os.close(here)
+
+
+def _regular(path: Path, part: str, flags: int, folder: int, error: type[IqError]) -> int:
+    found = os.open(part, flags | _SAFE, 0o666, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise error(f"{path} is not a regular file: copy it again")
+    os.set_blocking(found, True)
+    return found
+
+
+@contextmanager
+def _sentence(path: Path, error: type[IqError]) -> Iterator[None]:
+    """Links and wrong kinds are one sentence; a missing file stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        if problem.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):
+            raise error(
+                f"{path} is a link or no folder: what belongs to a folder must lie inside it"
+            ) from problem
+        if problem.errno == errno.EEXIST:
+            raise error(f"{path} is there already") from problem
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENXIO):
+            raise error(f"cannot use {path}: {problem.strerror}") from problem
+        raise
