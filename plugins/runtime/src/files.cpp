@@ -42,24 +42,6 @@ std::string whatIsThere(int error)
 
 } // namespace
 
-std::string whyBadName(std::string const& name)
-{
-    if (name.find('\0') != std::string::npos)
-    {
-        return "it holds a NUL";
-    }
-    for (size_t start = 0, end = 0; end != std::string::npos; start = end + 1)
-    {
-        end = name.find('/', start);
-        std::string const part = name.substr(start, end == std::string::npos ? end : end - start);
-        if (part.empty() || part == "." || part == "..")
-        {
-            return "it does not stay inside the folder";
-        }
-    }
-    return "";
-}
-
 FileDescriptor openFolder(std::string const& folder)
 {
     FileDescriptor result(openRetrying(AT_FDCWD, folder.c_str(), O_DIRECTORY));
