@@ -30,6 +30,7 @@ def report(target: str = "h100", **changes: Any) -> dict[str, Any]:
         "layers": 9, "opset": 23, "profile": PROFILE.to_json(), "version_compatible": False,
         "strip_weights": False, "peak_rss_bytes": 1,
     }  # fmt: skip
+    values["plugin_version"] = "1" if changes.get("form") == "plugin" else ""
     return EngineReport(**{**values, **changes}).to_json()
 
 

@@ -18,7 +18,7 @@ from iq_export.bundle.package import (
     update_manifest,
 )
 from iq_export.errors import BundleError
-from tests.tiny_bundle import ABSENT, REQUIRED, fill, records
+from tests.tiny_bundle import ABSENT, REQUIRED, fill
 
 
 def write_bundle(folder: Path, content: bytes = b"graph") -> None:
@@ -163,7 +163,7 @@ def test_a_plan_that_is_none(bundle: Path, text: str) -> None:
 
 
 def test_many_mismatches_are_counted(bundle: Path) -> None:
-    files = records(**{f"f{n:02}": ABSENT for n in range(30)})
+    files = {**record_files(bundle), **{f"f{n:02}": ABSENT for n in range(30)}}
     Manifest("tiny", "w8a8", "float16", 23, files=files).write(bundle)
     with pytest.raises(BundleError, match=r"f07(.|\n)*and 22 more") as error:
         Bundle.open(bundle)
