@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -197,7 +198,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def _staged(path: Path, content: str | bytes) -> Iterator[Path]:
-    """A sibling of `path` that holds `content`, on the disk; removed unless the block renames it."""
+    """A sibling of `path` that holds `content`, on the disk; removed unless the block moves it."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -212,6 +213,13 @@ def _staged(path: Path, content: str | bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def listable(name: str) -> str:
+    """The name under which a file goes into a bundle: its own, what a manifest may not list
+    written out (`caf_xe9` for `café`)."""
+    ascii_ = name.encode("ascii", "backslashreplace").decode()
+    return re.sub(r"[^ -~]|[\\/]", "_", ascii_)[:255]
 
 
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:

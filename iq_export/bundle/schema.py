@@ -117,9 +117,7 @@ def check(value: Any, schema: dict[str, Any], place: str = "") -> None:
 
 
 def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, _TYPES[kind][1]) and (
-        kind == "boolean" or not isinstance(value, bool)
-    )
+    return isinstance(value, _TYPES[kind][1]) and (kind == "boolean" or not isinstance(value, bool))
 
 
 def _check_text(value: str, schema: dict[str, Any], place: str) -> None:

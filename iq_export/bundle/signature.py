@@ -1,4 +1,4 @@
-"""`manifest.json.sig`: who made a bundle, where the manifest's checksum tells only that it is whole.
+"""`manifest.json.sig`: who made a bundle. The checksum of a manifest tells only that it is whole.
 
 The raw Ed25519 signature of the manifest's bytes, which hold the checksum of every other file.
 OpenSSL checks it as well (docs/bundle.md).

@@ -148,7 +148,7 @@ _FORGERIES: dict[str, Callable[[Any], Any]] = {
     **{f"surprise {number}": _put("surprise", value) for number, value in enumerate(VALUES)},
     **{f"version {text!a}": _put("engines", "orin", "tensorrt_version", text)
        for text in ("", "1", "1.", "1.2.3.4", "1.2.3.4.5", "123456789", "10.15.1rc1", "1.2+x", "v1",
-                    "1 ", "1\n", "١", "1.2.3.4.post1", "1" * 70)},
+                    "1 ", "1\n", "\u0661", "1.2.3.4.post1", "1" * 70)},
     **{f"profile {sizes}": _put("engines", "orin", "profile", "past",
                                 dict(zip(("min", "opt", "max"), sizes, strict=False)))
        for sizes in ((0, 0, 0), (2, 1, 3), (1, 3, 2), (-1, 0, 1), (0, 1), (0, 1, 2**31))},

@@ -16,12 +16,12 @@ from iq_export.bundle.manifest import (
     Manifest,
     TensorInfo,
     checksum_line,
+    listable,
     reading_records,
     record_files,
 )
 from iq_export.errors import BundleError
 from tests.tiny_bundle import engine_record, records
-
 
 RECORDS = {name: asdict(record) for name, record in records().items()}
 RECORD = {"bytes": 1, "sha256": "0" * 64}
@@ -109,6 +109,18 @@ def test_unknown_fields_of_the_top_level_are_ignored() -> None:
 )  # fmt: skip
 def test_names_of_files(name: str) -> None:
     manifest = replace(sample(), files={**records(), name: records()["model.onnx"]})
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("LICENSE", "LICENSE"), ("LICENSE é.txt", "LICENSE _xe9.txt"), ("NOTICE\\a\n", "NOTICE_a_"),
+     ("LICENSE-漢", "LICENSE-_u6f22"), ("LICENSE" + "漢" * 80, None), ("L\udce9", "L_udce9")],
+)  # fmt: skip
+def test_a_licence_of_any_name_can_be_listed(name: str, expected: str | None) -> None:
+    found = listable(name)
+    assert expected in (None, found)
+    manifest = replace(sample(), files={**records(), found: records()["model.onnx"]})
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
