@@ -14,7 +14,7 @@ def test_the_same_verdict(built: Path, bundle: Path, tmp_path: Path) -> None:
     forged = dict(corpus.make(bundle, tmp_path / "forged"))
     done = execute([built / "iq_check_all", *forged.values()])
     lines = done.out.splitlines()
-    assert len(lines) == len(forged) > 900
+    assert len(lines) == len(forged) > 800
     differing, accepted = [], 0
     for (name, folder), line in zip(forged.items(), lines, strict=True):
         code, theirs = line.split("\t", 1)
