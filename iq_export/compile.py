@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
+from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, listable, record_files
 from iq_export.bundle.package import Bundle, atomic_folder, parents_of
 from iq_export.calibrate.data import Window, check_windows, held_out_windows, load_text, windows
 from iq_export.engine.build import build_engine
@@ -288,7 +288,7 @@ def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None
     from iq_export.run.generate import Tokenizer
 
     for file in sorted(traced.assets.iterdir()):
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, folder / listable(file.name))
     from iq_export.graph import io
 
     io.save(io.load(done.quantized), folder / "model.onnx")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,11 +19,20 @@ from iq_export.bundle.manifest import (
     checksum_line,
     record_files,
 )
-from iq_export.checksum import sha256_file
+from iq_export.bundle.schema import parse
+from iq_export.bundle.signature import check_signature
+from iq_export.checksum import sha256_stream
 from iq_export.errors import BundleError
+from iq_export.files import open_inside, read_inside
 
 MODEL_NAME = "model.onnx"
 PLAN_NAME = "plan.json"
+PLUGIN_NAME = "plugins/libiq_plugins.so"
+PLUGIN_VERSION = "1"  # of the plugin layers in a plan, as kPluginVersion of the C++ reader
+# As in the C++ reader; what is written is far smaller.
+_LARGEST_MANIFEST = 16 << 20
+_LARGEST_CHECKSUM = 4096
+_LARGEST_PLAN = 64 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_MISMATCHES = 8
 
@@ -36,23 +45,26 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
+    def open(
+        cls, folder: str | Path, *, verify: bool = True, key: str | Path | None = None
+    ) -> Bundle:
         """Read a bundle, its manifest compared with its checksum, and with `verify` every file.
 
-        Raises BundleError if it is no bundle, or with a table of the files that differ.
+        With `key`, the file of a public key, the manifest is signed by that key, or nothing of it
+        is read. Raises BundleError if it is no bundle, or with a table of what differs; with `key`
+        also what `signature.check_signature` raises.
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
+        content = read_manifest(folder)
+        if key is not None:
+            check_signature(folder, content, Path(key))
         try:
-            content = _read(path)
             text = content.decode()
-        except FileNotFoundError as error:
-            raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
         except UnicodeDecodeError as error:
             raise BundleError(f"{path} is not UTF-8 text: compile the bundle again") from error
-        _check_manifest(folder, content)
         bundle = cls(folder, Manifest.from_json(text, str(path)))
         if verify:
             mismatches = bundle.mismatches()
@@ -69,36 +81,71 @@ class Bundle:
         """The content of `plan.json`. Raises BundleError if it is missing or no JSON object."""
         path = self.folder / PLAN_NAME
         try:
-            content = json.loads(_read(path))
+            content = parse(_read(self.folder, PLAN_NAME, _LARGEST_PLAN).decode())
         except FileNotFoundError as error:
             raise BundleError(f"{self.folder} has no {PLAN_NAME}: compile it again") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BundleError(f"{path} is not JSON ({error}): compile it again") from error
         if not isinstance(content, dict):
             raise BundleError(f"{path} is no JSON object: compile the bundle again")
         return content
 
     def mismatches(self) -> list[tuple[str, str, str]]:
-        """Files that are not as recorded: `(name, expected, found)`; empty if all is well."""
-        rows = []
-        for name, expected in sorted(self.manifest.files.items()):
-            path = self.folder / name
-            if not path.is_file():
-                rows.append((name, f"{expected.bytes} bytes", "missing"))
-            elif path.stat().st_size != expected.bytes:
-                rows.append((name, f"{expected.bytes} bytes", f"{path.stat().st_size} bytes"))
-            elif (found := sha256_file(path)) != expected.sha256:
-                rows.append((name, f"sha256 {expected.sha256[:16]}", f"sha256 {found[:16]}"))
-        return rows
+        """What is not as recorded: `(name, expected, found)`; empty if all is well.
+
+        That are files which are not there with their size and checksum, or only through a link,
+        and what an engine needs and the manifest does not list.
+        """
+        return [*_gaps(self.manifest), *_differing_files(self.folder, self.manifest)]
 
 
-def _read(path: Path) -> bytes:
-    """A file's bytes. FileNotFoundError if it is missing, BundleError if it is none: opening a
-    pipe would wait for ever."""
+def _gaps(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """What the engines need and `manifest` does not have (manifestGaps of the C++ reader)."""
+    for name, engine in manifest.engines.items():
+        needed = [f"engines/{engine['plan']}"]
+        if engine["form"] == "plugin":
+            version = engine.get("plugin_version") or "none"
+            if version != PLUGIN_VERSION:
+                yield f"engine {name}: plugin version", PLUGIN_VERSION, version
+            needed += [] if engine["plugin_embedded"] else [PLUGIN_NAME]
+        for file in needed:
+            if file not in manifest.files:
+                yield file, f"in the manifest's files, for engine {name}", "not there"
+
+
+def _differing_files(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    for name, expected in sorted(manifest.files.items()):
+        try:
+            with open_inside(folder, name) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != expected.bytes:
+                    yield name, f"{expected.bytes} bytes", f"{size} bytes"
+                elif (found := sha256_stream(stream)) != expected.sha256:
+                    yield name, f"sha256 {expected.sha256[:16]}", f"sha256 {found[:16]}"
+        except FileNotFoundError:
+            yield name, f"{expected.bytes} bytes", "missing"
+        except BundleError as error:
+            yield name, f"{expected.bytes} bytes", str(error)
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The manifest's bytes, compared with its checksum. Raises BundleError."""
     try:
-        if path.exists() and not path.is_file():
+        content = _read(folder, MANIFEST_NAME, _LARGEST_MANIFEST)
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
+    _check_manifest(folder, content)
+    return content
+
+
+def _read(folder: Path, name: str, most: int) -> bytes:
+    """A file's bytes. FileNotFoundError if it is missing, BundleError if it is none of the
+    folder's own or has more than `most` bytes."""
+    path = folder / name
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
             raise BundleError(f"cannot read {path}, which is not a file: copy the bundle again")
-        return path.read_bytes()
+        return read_inside(folder, name, most)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -107,14 +154,15 @@ def _read(path: Path) -> bytes:
 
 def _check_manifest(folder: Path, content: bytes) -> None:
     """BundleError if the manifest is not the one that its checksum was written for."""
+    line = checksum_line(content).encode()
     try:
-        recorded = _read(folder / CHECKSUM_NAME)
+        recorded = _read(folder, CHECKSUM_NAME, _LARGEST_CHECKSUM)
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, "
             f"or if you trust it run there: sha256sum {MANIFEST_NAME} > {CHECKSUM_NAME}"
         ) from error
-    if recorded != checksum_line(content).encode():
+    if recorded != line:
         raise BundleError(
             f"{folder / MANIFEST_NAME} is not the one that {CHECKSUM_NAME} was written for: "
             "copy the bundle again or compile it again"

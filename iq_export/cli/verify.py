@@ -26,6 +26,10 @@ def add_parser(subparsers: Any) -> None:
         "of its quantizers",
     )
     parser.add_argument("bundle", metavar="OUT", type=Path, help="a compiled bundle")
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE",
+        help="refuse a bundle that the owner of this Ed25519 public key (PEM) did not sign",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     progress = options.progress(args, 3)
     with progress.step("Check the files"):
-        bundle = Bundle.open(args.bundle)
+        bundle = Bundle.open(args.bundle, key=args.key)
     with progress.step("Run the graph"):
         model = CausalLM(bundle.model)
         check_steps(model)
@@ -47,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     size = sum(record.bytes for record in files.values())
     report = {
         "bundle": bundle.folder,
+        "signed": args.key is not None,
         "files": len(files),
         "bytes": size,
         "layers": layers,
@@ -58,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         options.print_json(report)
     else:
+        signed = "" if args.key is None else f"signed by the owner of {args.key}; "
         options.say(
-            f"{bundle.folder}: {len(files)} files ({options.size(size)}) as recorded; "
+            f"{bundle.folder}: {signed}{len(files)} files ({options.size(size)}) as recorded; "
             "model.onnx loads in ONNX Runtime, prefill and decode give finite logits; on "
             f"{_TEXT_TOKENS} tokens of text {tensors} tensors are finite too, in front of "
             f"quantizers, in attention and in the residual stream{rounded}"
