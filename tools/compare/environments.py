@@ -11,6 +11,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from iq_export.child import environment
 from iq_export.errors import DataError
 from iq_export.model.fetch import cache_dir
 
@@ -48,7 +49,9 @@ class Environments:
         print(f"installing {', '.join(REQUIREMENTS[name])} into {root}", file=sys.stderr)
         venv.create(root, with_pip=True, clear=True)
         command = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment()
+        )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
             reason = errors[0] if errors else f"pip exited with {done.returncode}"

@@ -33,6 +33,7 @@ import iq_export
 from iq_export.bundle.manifest import write_atomically
 from iq_export.bundle.package import Bundle, atomic_folder
 from iq_export.checksum import sha256_file
+from iq_export.child import environment
 from iq_export.engine.build import Profile, Range, build_engine
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import build_plugin, find_headers
@@ -154,7 +155,9 @@ def _compile(out: Path) -> list[Path]:
         bundle = out.with_name(f"{out.name}.{recipe}")
         if not bundle.exists():
             command = [sys.executable, "-m", "iq_export.cli", "compile", MODEL, str(bundle)]
-            done = subprocess.run([*command, "--recipe", recipe], check=False)
+            done = subprocess.run(
+                [*command, "--recipe", recipe], check=False, env=environment(package=True)
+            )
             if done.returncode:
                 raise EngineError(f"compiling {MODEL} to {recipe} failed, see above.")
         found.append(bundle)
@@ -210,7 +213,7 @@ def _wheels(work: Path, python: str) -> None:
     command += [word for tag in tags for word in ("--platform", tag)]
     done = subprocess.run(
         [*command, "--dest", str(work / "wheels"), *names],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, env=environment(),
     )  # fmt: skip
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
