@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
+from iq_export.bundle.lock import Busy, Say, claim, is_marked, quiet
 from iq_export.bundle.manifest import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
+    FileRecord,
     Manifest,
     checksum_line,
     record_files,
 )
+from iq_export.bundle.update import STATE, UPDATED, bundle_lock, leftovers, pending, write_update
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
+from iq_export.files import flush, read_inside, sync
 
 MODEL_NAME = "model.onnx"
 PLAN_NAME = "plan.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_MISMATCHES = 8
+_LARGEST_MANIFEST = 64 << 20
+# Openings of a bundle that is replaced all the time before it is given up.
+_TRIES = 20
+_PATIENCE_SECONDS = 5.0
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
+_HERE = -100  # AT_FDCWD
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A compiled model on disk: `folder` and its manifest."""
+    """A compiled model on disk: `folder` and its manifest.
+
+    `ahead` is where files lie that an update could not move to their places yet, None nearly
+    always.
+    """
 
     folder: Path
     manifest: Manifest
+    ahead: Path | None = field(default=None, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
         """Read a bundle, its manifest compared with its checksum, and with `verify` every file.
 
-        Raises BundleError if it is no bundle, or with a table of the files that differ.
+        An update that a killed process left is finished first. A bundle that is replaced while it
+        is read is read again. Raises BundleError if it is no bundle, or with a table of the files
+        that differ.
         """
         folder = Path(folder)
-        path = folder / MANIFEST_NAME
+        for left in reversed(range(_TRIES)):
+            before = _generation(folder)
+            try:
+                return cls._open(folder, verify)
+            except (BundleError, FileNotFoundError):
+                if not left or _generation(folder) == before:
+                    raise
+        raise AssertionError
+
+    @classmethod
+    def _open(cls, folder: Path, verify: bool) -> Bundle:
+        if not folder.is_dir():
+            _put_back(folder)
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
+        ahead = pending(folder)
+        path = _path(folder, ahead, MANIFEST_NAME)
         try:
             content = _read(path)
             text = content.decode()
@@ -52,13 +86,32 @@ class Bundle:
             raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
         except UnicodeDecodeError as error:
             raise BundleError(f"{path} is not UTF-8 text: compile the bundle again") from error
-        _check_manifest(folder, content)
-        bundle = cls(folder, Manifest.from_json(text, str(path)))
+        _check_manifest(folder, ahead, content)
+        bundle = cls(folder, Manifest.from_json(text, str(path)), ahead)
         if verify:
             mismatches = bundle.mismatches()
             if mismatches:
                 raise BundleError(_mismatch_text(folder, mismatches))
         return bundle
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` of the manifest lies."""
+        return _path(self.folder, self.ahead, name)
+
+    def is_current(self) -> bool:
+        """Whether the bundle at `folder` still has the files that this one had when opened."""
+        try:
+            return Bundle.open(self.folder, verify=False).manifest.files == self.manifest.files
+        except (BundleError, OSError):
+            return False
+
+    def same_model(self, other: Bundle) -> bool:
+        """Whether both are of one compile: all files are the same but those that updates write."""
+        ours, theirs = (
+            {n: r for n, r in bundle.manifest.files.items() if not n.startswith(UPDATED)}
+            for bundle in (self, other)
+        )
+        return ours == theirs
 
     @property
     def model(self) -> Path:
@@ -67,7 +120,7 @@ class Bundle:
 
     def plan(self) -> dict[str, Any]:
         """The content of `plan.json`. Raises BundleError if it is missing or no JSON object."""
-        path = self.folder / PLAN_NAME
+        path = self.path(PLAN_NAME)
         try:
             content = json.loads(_read(path))
         except FileNotFoundError as error:
@@ -82,7 +135,7 @@ class Bundle:
         """Files that are not as recorded: `(name, expected, found)`; empty if all is well."""
         rows = []
         for name, expected in sorted(self.manifest.files.items()):
-            path = self.folder / name
+            path = self.path(name)
             if not path.is_file():
                 rows.append((name, f"{expected.bytes} bytes", "missing"))
             elif path.stat().st_size != expected.bytes:
@@ -90,6 +143,44 @@ class Bundle:
             elif (found := sha256_file(path)) != expected.sha256:
                 rows.append((name, f"sha256 {expected.sha256[:16]}", f"sha256 {found[:16]}"))
         return rows
+
+
+def read_whole(
+    folder: str | Path, read: Callable[[Bundle], _Result], *, verify: bool = True
+) -> _Result:
+    """What `read` makes of the bundle at `folder`, all of whose files were of one generation.
+
+    A bundle that is replaced meanwhile is read again. Raises as `read` does, and BundleError.
+    """
+    for left in reversed(range(_TRIES)):
+        bundle = Bundle.open(folder, verify=verify)
+        try:
+            result = read(bundle)
+        except Exception:
+            if not left or bundle.is_current():
+                raise
+        else:
+            if bundle.is_current():
+                return result
+    raise BundleError(f"{folder} was replaced again and again while it was read: try again later")
+
+
+def _generation(folder: Path) -> tuple[Any, ...]:
+    """What changes whenever the bundle at `folder` is replaced or updated."""
+    found: list[Any] = []
+    for path in (folder, folder / MANIFEST_NAME, folder / CHECKSUM_NAME):
+        try:
+            there = path.stat()
+            found += [there.st_dev, there.st_ino]
+        except OSError:
+            found.append(None)
+    return (*found, (folder / STATE / "update").exists())
+
+
+def _path(folder: Path, ahead: Path | None, name: str) -> Path:
+    if ahead is not None and (ahead / name).is_file():
+        return ahead / name
+    return folder / name
 
 
 def _read(path: Path) -> bytes:
@@ -105,10 +196,10 @@ def _read(path: Path) -> bytes:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _check_manifest(folder: Path, content: bytes) -> None:
+def _check_manifest(folder: Path, ahead: Path | None, content: bytes) -> None:
     """BundleError if the manifest is not the one that its checksum was written for."""
     try:
-        recorded = _read(folder / CHECKSUM_NAME)
+        recorded = _read(_path(folder, ahead, CHECKSUM_NAME))
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, "
@@ -130,28 +221,51 @@ def _mismatch_text(folder: Path, rows: Sequence[tuple[str, str, str]]) -> str:
     return "\n  ".join([head, *lines, *([f"and {more} more"] if more > 0 else [])])
 
 
-def update_manifest(bundle: Bundle, *, rehash: Sequence[str] = (), **changes: Any) -> Bundle:
-    """A bundle whose manifest has `changes` applied and is written atomically.
+def update_manifest(
+    bundle: Bundle,
+    *,
+    new: Mapping[str, Path | str] | None = None,
+    drop: Sequence[str] = (),
+    rehash: Sequence[str] = (),
+    say: Say = quiet,
+    **changes: Any,
+) -> Bundle:
+    """The bundle as it is now on the disk with `changes` of its manifest and `new` files, all or
+    nothing of it: texts, or files made in the folder of `bundle_lock`.
 
-    `rehash` names files (relative, `/`-separated) that were added or rewritten; one that no longer
-    exists is dropped from the manifest.
+    `drop` names files that go, and `rehash` files that were added or rewritten in place; one that
+    no longer exists is dropped from the manifest. Waits for another update. Raises BundleError if
+    the bundle was replaced since it was opened, or cannot be written.
     """
-    files = dict(changes.pop("files", bundle.manifest.files))
-    for name in rehash:
-        files.pop(name, None)
-    there = [name for name in rehash if (bundle.folder / name).is_file()]
-    with disk_full_is_bundle_error(bundle.folder):
+    new = new or {}
+    with bundle_lock(bundle.folder, say), disk_full_is_bundle_error(bundle.folder):
+        now = Bundle.open(bundle.folder, verify=False)
+        if not now.same_model(bundle):
+            raise BundleError(
+                f"{bundle.folder} was replaced by another compile in the meantime: what was made "
+                "for the older one is not kept, run the command again"
+            )
+        gone = {*drop, *rehash}
+        files = {name: record for name, record in now.manifest.files.items() if name not in gone}
+        there = [name for name in rehash if (bundle.folder / name).is_file()]
         files.update(record_files(bundle.folder, there))
-        manifest = replace(bundle.manifest, files=dict(sorted(files.items())), **changes)
-        manifest.write(bundle.folder)
+        files.update({name: _record(content) for name, content in new.items()})
+        manifest = replace(now.manifest, files=dict(sorted(files.items())), **changes)
+        write_update(bundle.folder, manifest, new)
     return Bundle(bundle.folder, manifest)
 
 
+def _record(content: Path | str) -> FileRecord:
+    if isinstance(content, str):
+        return FileRecord.of(content.encode("utf-8", "backslashreplace"))
+    return FileRecord(content.stat().st_size, sha256_file(content))
+
+
 def check_output(out: str | Path, force: bool) -> Path:
-    """The absolute output path, refused early: call this before the long work.
+    """`out` as an absolute path, if a bundle may be put there.
 
     Raises BundleError if `out` exists and is not an empty folder, unless `force` is set and it is
-    a bundle. `--force` never deletes a folder that this program did not write.
+    a bundle with nothing in it but what its manifest lists: nothing else is ever deleted.
     """
     out = Path(os.path.abspath(out))
     if not out.exists() and not out.is_symlink():
@@ -160,11 +274,57 @@ def check_output(out: str | Path, force: bool) -> Path:
         raise BundleError(f"{out} exists and is not a folder: choose another output")
     if not any(out.iterdir()):
         return out
-    if not (out / MANIFEST_NAME).is_file():
-        raise BundleError(f"{out} exists and is not a bundle: choose another output folder")
+    listed = _listed(out)
+    if listed is None:
+        raise BundleError(
+            f"{out} exists and is not a bundle (it has no {MANIFEST_NAME} of iq-export): choose "
+            "another output folder"
+        )
     if not force:
         raise BundleError(f"{out} exists: choose another output folder or give --force")
+    foreign = _foreign(out, listed)
+    if foreign is not None:
+        raise BundleError(
+            f"{out} holds {foreign!r}, which is not of the bundle: --force would delete it; move "
+            "it away or choose another output folder"
+        )
     return out
+
+
+def _listed(out: Path) -> set[str] | None:
+    """The files that the manifest of any version, damaged or not, lists; None if it is not ours."""
+    try:
+        record = json.loads(read_inside(out, MANIFEST_NAME, _LARGEST_MANIFEST))
+    except (OSError, ValueError, RecursionError, BundleError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        return None
+    texts = all(isinstance(record.get(key), str) for key in ("name", "recipe", "dtype"))
+    if not texts or not isinstance(record.get("format_version"), int):
+        return None
+    return {*record["files"], MANIFEST_NAME, CHECKSUM_NAME}
+
+
+def _foreign(out: Path, listed: set[str]) -> str | None:
+    """The first file or folder below `out` that is neither listed nor what a build left there."""
+    folders = {"engines", "plugins"}
+    folders.update(str(parent) for name in listed for parent in PurePosixPath(name).parents)
+    left = {path.name for path in leftovers(out)}
+    if is_marked(out / STATE):
+        left.add(STATE)
+    for here, inner, names in os.walk(out):
+        place = Path(here).relative_to(out)
+        if place == Path("."):
+            inner[:] = [name for name in inner if name not in left]
+            names = [name for name in names if name not in left]
+        for name in sorted(inner):
+            path = place / name
+            if path.as_posix() not in folders or (out / path).is_symlink():
+                return path.as_posix()
+        for name in sorted(names):
+            if (place / name).as_posix() not in listed:
+                return (place / name).as_posix()
+    return None
 
 
 def require_space(folder: str | Path, needed_bytes: int) -> None:
@@ -199,23 +359,64 @@ def atomic_folder(
     out: str | Path,
     force: bool = False,
     check: Callable[[Path, bool], Path] = check_output,
+    say: Say = quiet,
 ) -> Iterator[Path]:
-    """A temporary sibling of `out` to write into; it becomes `out` when the block succeeds.
+    """A new folder beside `out` to write into; it becomes `out` when the block succeeds.
 
-    On any failure, Ctrl-C included, the sibling is removed and what stood at `out` stays as it was.
-    Raises BundleError as `check` does, which says what may be replaced, or if the folder cannot be
-    written or the disk fills.
+    One process at a time writes for `out`; another waits, and `say` tells for whom. On any failure,
+    Ctrl-C included, the new folder is removed and what stood at `out` stays as it was. Raises
+    BundleError as `check` does, which says what may be replaced, or if the folder cannot be written
+    or the disk fills.
     """
     out = check(Path(out), force)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
-    with parents_of(temporary):
+    holder = _holder(out)
+    with parents_of(holder), disk_full_is_bundle_error(out):
+        with _own(holder, out, say):
+            check(out, force)  # the one that was waited for may have put something there
+            folder = holder / "new"
+            folder.mkdir()
+            yield folder
+            flush(folder)
+            _switch(folder, check(out, force), force, check, say)
+        sync(out.parent)
+
+
+@contextmanager
+def _own(holder: Path, out: Path, say: Say, *, wait: bool = True) -> Iterator[None]:
+    """Claim the folder in which what becomes `out` grows."""
+
+    def put_back() -> None:
+        if not os.path.lexists(out) and (holder / "old").is_dir():
+            os.rename(holder / "old", out)
+
+    with ExitStack() as stack:
         try:
-            _make_empty(temporary)
-            with disk_full_is_bundle_error(out):
-                yield temporary
-                _swap(temporary, check(out, force))
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            stack.enter_context(claim(holder, say=say, wait=wait, before_clear=put_back))
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            raise BundleError(f"cannot write in {holder.parent}: {error.strerror}") from error
+        yield
+
+
+def _holder(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _put_back(out: Path) -> None:
+    """Where folders cannot be exchanged, a replacement passes through a moment without `out`: wait
+    for its end or, if its process died, undo it."""
+    out = Path(os.path.abspath(out))
+    holder = _holder(out)
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while is_marked(holder) and (holder / "old").is_dir() and time.monotonic() < end:
+        try:
+            with _own(holder, out, quiet, wait=False):
+                return
+        except Busy:
+            time.sleep(0.01)
+        except (BundleError, OSError):
+            return
 
 
 @contextmanager
@@ -237,23 +438,46 @@ def parents_of(path: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _make_empty(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    except OSError as error:
-        raise BundleError(f"cannot write in {folder.parent}: {error.strerror}") from error
+def _switch(
+    new: Path, out: Path, force: bool, check: Callable[[Path, bool], Path], say: Say
+) -> None:
+    """Put `new` in the place of `out`. What stood there lies beside `new`'s old place then."""
+    if not out.exists() or not any(out.iterdir()):
+        os.rename(new, out)
+    elif (out / MANIFEST_NAME).exists():
+        with bundle_lock(out, say):  # an update ends first
+            _replace(new, out, force, check)
+    else:
+        _replace(new, out, force, check)
 
 
-def _swap(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`; an older folder is set aside first and removed afterwards."""
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
+def _replace(new: Path, out: Path, force: bool, check: Callable[[Path, bool], Path]) -> None:
+    if not _exchange(new, out):
+        old = new.with_name("old")
+        try:
+            os.rename(out, old)
+            os.rename(new, out)
+        finally:
+            if not os.path.lexists(out):  # Ctrl-C may land between the two
+                os.rename(old, out)
+        return
     try:
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-    finally:
-        # Ctrl-C may land between the two renames: the older bundle comes back.
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        check(new, force)  # the older one: what came into it at the last moment is not lost
+    except BundleError:
+        _exchange(new, out)
+        check(out, force)
+        raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step. False where the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))

@@ -6,7 +6,6 @@ server: names, types and shapes are those of the manifest, which the engine was 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -93,7 +92,7 @@ def write_repository(
     with reading_records(bundle.folder / MANIFEST_NAME):
         model = _plan(bundle, Path(os.path.abspath(repository)), target, backend, name)
         records = {file: bundle.manifest.files[source] for file, source in model.copies.items()}
-        records.update({file: _record(text) for file, text in model.texts.items()})
+        records.update({file: FileRecord.of(text.encode()) for file, text in model.texts.items()})
     if model.folder.is_dir() and record_files(model.folder) == records:
         return replace(model, written=False)
     check_folder(model.folder, force)
@@ -413,8 +412,3 @@ def _shapes(manifest: Manifest, profile: Profile) -> str:
 def _bytes_per_token(tensor: TensorInfo) -> int:
     """Bytes of a tensor for one batch row and one token: its fixed sizes times its element's."""
     return math.prod(size for size in tensor.shape if isinstance(size, int)) * _type(tensor)[1]
-
-
-def _record(text: str) -> FileRecord:
-    content = text.encode()
-    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
