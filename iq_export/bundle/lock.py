@@ -57,13 +57,15 @@ def claim(
     say: Say = quiet,
     wait: bool = True,
     before_clear: Callable[[], None] | None = None,
+    spare: str = "",
 ) -> Iterator[None]:
     """Own `folder` within the block; it is made if it is not there, and gone afterwards.
 
-    With `keep`, now or in an earlier claim, its content stays. What a dead run left that kept
-    nothing is removed, once `before_clear` has saved what is to be saved. Waits for a living
-    holder, whom `say` names. Raises BundleError if the folder is not empty and has no mark, or is
-    no folder, Busy if it is held and `wait` is False, and OSError if it cannot be written.
+    With `keep`, now or in an earlier claim, its content stays, and so does a folder that was there.
+    What a dead run left that kept nothing is removed, once `before_clear` has saved what is to be
+    saved; `spare` names what only `before_clear` may take away. Waits for a living holder, whom
+    `say` names. Raises BundleError if the folder is not empty and has no mark, or is no folder,
+    Busy if it is held and `wait` is False, and OSError if it cannot be written.
     """
     folder = Path(os.path.abspath(folder))
     if folder in _held:
@@ -79,17 +81,17 @@ def claim(
         if before_clear is not None:
             before_clear()
         if kept is False:
-            _clear(folder)
+            _clear(folder, spare)
         yield
     finally:
         _held.discard(folder)
         if _is_at(descriptor, folder / MARK):  # else it was moved away with what it lies in
             if not keep:
-                _clear(folder)
+                _clear(folder, spare)
             if not _has_content(folder):
                 with suppress(OSError):
                     os.unlink(folder / MARK)
-                    if made:
+                    if made or not keep:
                         os.rmdir(folder)  # fails if the next one has marked it already
         os.close(descriptor)
 
@@ -213,11 +215,11 @@ def _has_content(folder: Path) -> bool:
         return False
 
 
-def _clear(folder: Path) -> None:
-    """Remove all but the mark."""
+def _clear(folder: Path, spare: str) -> None:
+    """Remove all but the mark and what is spared."""
     with suppress(FileNotFoundError):
         for entry in list(os.scandir(folder)):
-            if entry.name == MARK:
+            if entry.name in (MARK, spare):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)

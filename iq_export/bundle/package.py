@@ -23,7 +23,18 @@ from iq_export.bundle.manifest import (
     checksum_line,
     record_files,
 )
-from iq_export.bundle.update import STATE, UPDATED, bundle_lock, leftovers, pending, write_update
+from iq_export.bundle.update import (
+    LARGEST_MANIFEST,
+    STATE,
+    UPDATED,
+    bundle_lock,
+    fill,
+    is_empty,
+    is_state,
+    leftovers,
+    pending,
+    write_update,
+)
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
 from iq_export.files import flush, read_inside, sync
@@ -32,7 +43,6 @@ MODEL_NAME = "model.onnx"
 PLAN_NAME = "plan.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_MISMATCHES = 8
-_LARGEST_MANIFEST = 64 << 20
 # Openings of a bundle that is replaced all the time before it is given up.
 _TRIES = 20
 _PATIENCE_SECONDS = 5.0
@@ -179,7 +189,9 @@ def _generation(folder: Path) -> tuple[Any, ...]:
 
 def _path(folder: Path, ahead: Path | None, name: str) -> Path:
     if ahead is not None and (ahead / name).is_file():
-        return ahead / name
+        real = os.path.realpath(ahead / name)
+        if real == os.path.join(os.path.realpath(ahead), *PurePosixPath(name).parts):  # no link
+            return ahead / name
     return folder / name
 
 
@@ -272,7 +284,8 @@ def check_output(out: str | Path, force: bool) -> Path:
         return out
     if not out.is_dir() or out.is_symlink():
         raise BundleError(f"{out} exists and is not a folder: choose another output")
-    if not any(out.iterdir()):
+    pending(out)
+    if is_empty(out):
         return out
     listed = _listed(out)
     if listed is None:
@@ -294,7 +307,7 @@ def check_output(out: str | Path, force: bool) -> Path:
 def _listed(out: Path) -> set[str] | None:
     """The files that the manifest of any version, damaged or not, lists; None if it is not ours."""
     try:
-        record = json.loads(read_inside(out, MANIFEST_NAME, _LARGEST_MANIFEST))
+        record = json.loads(read_inside(out, MANIFEST_NAME, LARGEST_MANIFEST))
     except (OSError, ValueError, RecursionError, BundleError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
@@ -310,19 +323,19 @@ def _foreign(out: Path, listed: set[str]) -> str | None:
     folders = {"engines", "plugins"}
     folders.update(str(parent) for name in listed for parent in PurePosixPath(name).parents)
     left = {path.name for path in leftovers(out)}
-    if is_marked(out / STATE):
+    if is_state(out):
         left.add(STATE)
     for here, inner, names in os.walk(out):
         place = Path(here).relative_to(out)
         if place == Path("."):
             inner[:] = [name for name in inner if name not in left]
-            names = [name for name in names if name not in left]
         for name in sorted(inner):
             path = place / name
             if path.as_posix() not in folders or (out / path).is_symlink():
                 return path.as_posix()
         for name in sorted(names):
-            if (place / name).as_posix() not in listed:
+            beside = place == Path(".") and name in left
+            if not beside and (place / name).as_posix() not in listed:
                 return (place / name).as_posix()
     return None
 
@@ -442,8 +455,11 @@ def _switch(
     new: Path, out: Path, force: bool, check: Callable[[Path, bool], Path], say: Say
 ) -> None:
     """Put `new` in the place of `out`. What stood there lies beside `new`'s old place then."""
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists():
         os.rename(new, out)
+    elif is_empty(out):  # it stays the folder that it is: somebody may be in it
+        with bundle_lock(out, say):
+            fill(out, new)
     elif (out / MANIFEST_NAME).exists():
         with bundle_lock(out, say):  # an update ends first
             _replace(new, out, force, check)

@@ -1,6 +1,6 @@
 """A bundle's update, as a database does it: staged aside, flushed, switched once, recovered.
 
-    OUT/.iq-export/          there while a process updates the bundle: its mark is the lock (lock.py)
+    OUT/.iq-export/          there while a process updates it; its mark is the lock (lock.py)
     OUT/.iq-export/staged/   new files under their names in the bundle: nothing counts yet
     OUT/.iq-export/update/   `staged`, flushed and renamed, which is the switch: all of it counts
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from iq_export.bundle.lock import Busy, Say, claim, quiet
+from iq_export.bundle.lock import Busy, Say, claim, is_marked, quiet
 from iq_export.bundle.manifest import CHECKSUM_NAME, MANIFEST_NAME, Manifest, checksum_line
 from iq_export.checksum import sha256_stream
 from iq_export.errors import BundleError
@@ -38,7 +38,7 @@ STATE = ".iq-export"
 _STAGED, _UPDATE = "staged", "update"
 # The parts of a bundle that an update may replace; all else is the compile's.
 UPDATED = ("engines/", "plugins/", "report.html", MANIFEST_NAME, CHECKSUM_NAME)
-_LARGEST_MANIFEST = 64 << 20
+LARGEST_MANIFEST = 64 << 20
 # What killed builds left, of this version and of earlier ones, which worked in the bundle itself.
 _LEFTOVER = re.compile(
     r"\.build-[a-z0-9_]{8}|\.model\.\d+\.fused\.onnx"
@@ -59,7 +59,9 @@ def bundle_lock(folder: Path, say: Say = quiet, *, wait: bool = True) -> Iterato
     with ExitStack() as stack:
         try:
             stack.enter_context(
-                claim(state, say=say, wait=wait, before_clear=lambda: _recover(folder))
+                claim(
+                    state, say=say, wait=wait, before_clear=lambda: _recover(folder), spare=_UPDATE
+                )
             )
         except OSError as error:
             if error.errno not in _NOT_WRITABLE:
@@ -73,7 +75,7 @@ def pending(folder: Path) -> Path | None:
     first. None if there is none, as nearly always."""
     update = folder / STATE / _UPDATE
     end = time.monotonic() + _PATIENCE_SECONDS
-    while update.is_dir() and not update.is_symlink():
+    while not (folder / STATE).is_symlink() and update.is_dir() and not update.is_symlink():
         try:
             with bundle_lock(folder, wait=False):
                 pass
@@ -111,9 +113,28 @@ def write_update(
             move_inside(state, inside, f"{_STAGED}/{name}")
         make_place(folder, name)  # what follows the switch must not fail, nor take space
     flush(staged)
-    os.rename(staged, state / _UPDATE)
-    sync(state)
+    fill(folder, staged)
+
+
+def fill(folder: Path, whole: Path) -> None:
+    """Switch the bundle, or the empty folder, to the files of `whole`, which are on the disk. The
+    lock is held."""
+    os.rename(whole, folder / STATE / _UPDATE)
+    sync(folder / STATE)
     _finish(folder)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in the folder but what an update that never counted left."""
+    return all(entry.name == STATE and is_state(folder) for entry in os.scandir(folder))
+
+
+def is_state(folder: Path) -> bool:
+    """Whether what is called STATE in the folder is ours."""
+    state = folder / STATE
+    if state.is_symlink() or not state.is_dir():
+        return False
+    return is_marked(state) or not any(os.scandir(state))
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -183,16 +204,13 @@ def _names(folder: Path) -> list[str]:
     found = []
     for here, _, files in os.walk(update):
         found += [(Path(here) / name).relative_to(update).as_posix() for name in files]
-    outside = [name for name in found if not name.startswith(UPDATED)]
-    if outside:
-        raise BundleError(f"{folder} has an update of {outside[0]!a}, which none changes")
     return found
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
     """The manifest there, None if it is missing or none."""
     try:
-        content = read_inside(folder, MANIFEST_NAME, _LARGEST_MANIFEST)
+        content = read_inside(folder, MANIFEST_NAME, LARGEST_MANIFEST)
         return Manifest.from_json(content.decode(), str(folder / MANIFEST_NAME))
     except (FileNotFoundError, UnicodeDecodeError, BundleError):
         return None

@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iq_export.checksum import sha256_file
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import (
@@ -49,7 +50,7 @@ ASSETS = "assets"
 RECORD = "trace.json"
 OPSET = 23
 
-_FORMAT = 1
+_FORMAT = 2
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
@@ -95,7 +96,7 @@ class TracedModel:
         """Write `trace.json`; `key` stands for everything the graph was made from."""
         record: dict[str, Any] = dataclasses.asdict(self)
         del record["folder"]
-        record |= {"format": _FORMAT, "key": key, "bytes": _sizes(self.folder)}
+        record |= {"format": _FORMAT, "key": key, "sha256": _digests(self.folder)}
         text = json.dumps(record, indent=2, sort_keys=True) + "\n"
         (self.folder / RECORD).write_text(text, encoding="utf-8")
 
@@ -111,19 +112,25 @@ class TracedModel:
             names = {field.name for field in dataclasses.fields(cls)} - {"folder"}
             traced = cls(folder, **{name: record[name] for name in names})
             traced = dataclasses.replace(traced, notes=tuple(traced.notes))
-            intact = record["bytes"] == _sizes(folder)
             same = record["format"] == _FORMAT and key in (None, record["key"])
+            intact = same and record["sha256"] == _digests(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is no folder of a traced model.") from error
-        if not intact or not same:
+        if not intact:
             raise ModelError(f"{folder} is damaged or was traced from another model or version.")
         return traced
 
 
 def trace(
-    source: ModelSource, out_dir: Path, *, opset: int = OPSET, progress: Progress | None = None
+    source: ModelSource,
+    out_dir: Path,
+    *,
+    opset: int = OPSET,
+    progress: Progress | None = None,
+    reuse: Path | None = None,
 ) -> TracedModel:
-    """Trace `source` into `out_dir`, or find it there as an earlier trace left it.
+    """Trace `source` into `out_dir`, or find it in `reuse` (default: there) as an earlier trace
+    left it.
 
     The folder is whole or absent. Nothing of the original model is in memory afterwards. Raises
     ModelError if the model cannot be had, loaded or traced, GraphError if an `.onnx` source is
@@ -137,7 +144,7 @@ def trace(
     sha256 = fingerprint(source)
     key = _cache_key(source, sha256, opset)
     try:
-        return TracedModel.load(out_dir, key)
+        return TracedModel.load(reuse or out_dir, key)
     except ModelError:
         pass  # not there yet, or of an older version: made anew
     with _whole_folder(Path(out_dir)) as folder:
@@ -412,10 +419,10 @@ def _version(tool: str) -> str:
         return "none"
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes by file of what must be there for a folder to count as whole."""
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by file of what must be there for a folder to count as whole."""
     files = [folder / MODEL_FILE, folder / DATA_FILE, *sorted((folder / ASSETS).iterdir())]
-    return {str(f.relative_to(folder)): f.stat().st_size for f in files if f.is_file()}
+    return {str(f.relative_to(folder)): sha256_file(f) for f in files if f.is_file()}
 
 
 @contextmanager
