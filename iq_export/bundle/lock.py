@@ -126,9 +126,9 @@ def _lock(folder: Path, say: Say, wait: bool) -> tuple[int, bool]:
             os.mkdir(folder)
             made = True
         except FileExistsError:
-            if folder.is_symlink() or not folder.is_dir():
+            if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
                 raise BundleError(f"{folder} is there and is no folder: give another one") from None
-        if not is_marked(folder) and _has_content(folder):
+        if not is_marked(folder) and _has_content(folder) and not is_marked(folder):
             raise BundleError(
                 f"{folder} is not empty and has no mark of iq-export ({MARK}): it is left as it "
                 "is; move it away or give another folder"

@@ -94,8 +94,10 @@ def test_every_file_operation_may_be_the_last(tmp_path: Path, kill: bool) -> Non
 
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
-@pytest.mark.parametrize("before", ["absent", "empty", "bundle"])
+@pytest.mark.parametrize(
+    ("before", "exchange"),
+    [("absent", True), ("empty", True), ("bundle", True), ("bundle", False)],
+)
 def test_every_operation_of_a_replacement_may_be_the_last(
     tmp_path: Path, kill: bool, exchange: bool, before: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
