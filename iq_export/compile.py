@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.bundle.lock import claim_shared
-from iq_export.bundle.manifest import FileRecord, Manifest, TensorInfo, json_safe, record_files
-from iq_export.bundle.package import MODEL_NAME, PLAN_NAME, Bundle, atomic_folder
+from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
+from iq_export.bundle.package import (
+    MODEL_NAME,
+    PLAN_NAME,
+    Bundle,
+    atomic_folder,
+    disk_full_is_bundle_error,
+)
 from iq_export.calibrate.data import Window, check_windows, held_out_windows, load_text, windows
+from iq_export.checksum import sha256_file
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
@@ -74,7 +81,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     with work_folder(out, options.work, keep=keep, say=progress.note) as work:
         with atomic_folder(out, options.force, say=progress.note) as folder:
             traced = _trace(options, work, progress)
-            made = record_files(traced.folder)
+            made = traced.digests()
             checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
             options = checked.options
             done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
@@ -85,7 +92,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             manifest = _manifest(folder, options, checked, traced, done, built, timings)
             manifest.write(folder)
         if keep:
-            _remember(work, options, done, manifest.files[PLAN_NAME].sha256)
+            with disk_full_is_bundle_error(work.folder):
+                _remember(work, options, done, manifest.files[PLAN_NAME].sha256)
     bundle = Bundle(options.out, manifest)
     if built.failures:
         raise EnginesFailed(bundle)
@@ -171,7 +179,8 @@ def reference_graphs(
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
         done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
-        _remember(made, options, done, expected)
+        with disk_full_is_bundle_error(made.folder):
+            _remember(made, options, done, expected)
     found = _hold(folder, expected, progress, hold)
     if not found:
         raise BundleError(f"another run has replaced the graphs in {folder}: run it again")
@@ -287,7 +296,7 @@ def _calibrate_and_rewrite(
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
-def _fill(folder: Path, traced: Any, made: dict[str, FileRecord], done: Any) -> None:
+def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any) -> None:
     """Copy what ships: the quantized graph, the tokenizer and its kin, the plan and templates.
 
     Raises BundleError if another program wrote to the traced model, whose files were `made`, or to
@@ -300,8 +309,7 @@ def _fill(folder: Path, traced: Any, made: dict[str, FileRecord], done: Any) -> 
         shutil.copyfile(file, folder / file.name)
     from iq_export.graph import io
 
-    parts = [file.name for file in model_files(done.quantized)]
-    before = record_files(done.quantized.parent, parts)
+    before = {file.name: sha256_file(file) for file in model_files(done.quantized)}
     io.save(io.load(done.quantized), folder / MODEL_NAME)
     _check_stage(done.quantized.parent, before)
     _check_stage(traced.folder, made)
@@ -311,12 +319,15 @@ def _fill(folder: Path, traced: Any, made: dict[str, FileRecord], done: Any) -> 
     (folder / "plan.json").write_text(text, encoding="utf-8")
 
 
-def _check_stage(folder: Path, made: dict[str, FileRecord]) -> None:
-    if record_files(folder, [name for name in made if (folder / name).is_file()]) != made:
-        raise BundleError(
-            f"another program changed files in {folder} while this run used them: nothing was "
-            "written, compile again"
-        )
+def _check_stage(folder: Path, digests: dict[str, str]) -> None:
+    """BundleError unless the files of this stage are those that this run wrote or checked."""
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise BundleError(
+                f"another program changed {path} while this run used it: nothing was written, "
+                "compile again"
+            )
 
 
 def _build(

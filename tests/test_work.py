@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from iq_export.bundle.lock import MARK, Busy, claim
+from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError, GraphError, ModelError, UsageError
 from iq_export.graph.external import model_files
 from iq_export.model.load import ModelSource, fingerprint
@@ -151,36 +150,17 @@ def test_a_work_folder_inside_the_output(tmp_path: Path, inner: str) -> None:
     check_work(tmp_path / "out", None)
 
 
-@pytest.fixture
-def changed(tmp_path: Path) -> Callable[..., None]:
-    """Change a file of the traced model as another program might, and let the bundle be filled."""
-
-    def run(name: str | None) -> None:
-        from types import SimpleNamespace
-
-        from iq_export.bundle.manifest import record_files
-
-        traced = SimpleNamespace(folder=tmp_path / "traced")
-        save(traced.folder / "model.onnx", 1.0, "model.onnx.data")
-        made = record_files(traced.folder)
-        if name is not None:
-            save(traced.folder / "model.onnx", 2.0, "model.onnx.data")
-        compile_module._check_stage(traced.folder, made)
-
-    return run
-
-
-def test_a_stage_that_another_program_changed(changed: Callable[..., Any]) -> None:
-    changed(None)
-    with pytest.raises(BundleError, match=r"another program changed files in .*traced"):
-        changed("model.onnx.data")
-
-
-def test_a_lost_stage_is_refused(tmp_path: Path) -> None:
-    from iq_export.bundle.manifest import FileRecord
-
-    with pytest.raises(BundleError, match="another program changed"):
-        compile_module._check_stage(tmp_path, {"model.onnx": FileRecord(1, "a")})
+def test_a_stage_that_another_program_changed(tmp_path: Path) -> None:
+    """What this run wrote is what goes in: model A's name stood over model B's weights."""
+    path = save(tmp_path / "model.onnx", 1.0, "data")
+    digests = {file.name: sha256_file(file) for file in model_files(path)}
+    compile_module._check_stage(tmp_path, digests)
+    (tmp_path / "data").write_bytes(bytes((tmp_path / "data").stat().st_size))
+    with pytest.raises(BundleError, match=r"another program changed .*/data while"):
+        compile_module._check_stage(tmp_path, digests)
+    (tmp_path / "data").unlink()
+    with pytest.raises(BundleError, match=r"another program changed .*/data while"):
+        compile_module._check_stage(tmp_path, digests)
 
 
 @pytest.mark.parametrize("name", ["model.onnx.data", "weights.bin", "any name"])
@@ -210,3 +190,18 @@ def test_external_data_outside(tmp_path: Path) -> None:
         model_files(path)
     with pytest.raises(ModelError, match="no name of a file inside"):
         model_files(path, ModelError)
+
+
+def test_a_model_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace_module = importlib.import_module("iq_export.model.trace")
+    digests = iter(["before", "after"])
+    monkeypatch.setattr(trace_module, "materialize", lambda source, _: source)
+    monkeypatch.setattr(trace_module, "fingerprint", lambda _: next(digests))
+    monkeypatch.setattr(trace_module, "_write_tokenizer", lambda *_: [])
+    monkeypatch.setattr(trace_module, "_adopt_onnx", lambda *_: [])
+    source = ModelSource("onnx", "model", tmp_path / "model.onnx", tokenizer=tmp_path)
+    with pytest.raises(ModelError, match="changed while they were read"):
+        trace_module.trace(source, tmp_path / "traced")
+    assert not list(tmp_path.iterdir())

@@ -221,8 +221,8 @@ def repaired(folder: Path, progress: Progress) -> tuple[Bundle, list[str]]:
     the manifest does not describe. The lock is held. Raises BundleError if anything else differs.
     """
     _adopt_checksum(folder)
-    remove_leftovers(folder)
     bundle = Bundle.open(folder, verify=False)
+    remove_leftovers(folder)
     damaged = {name for name, _, _ in bundle.mismatches()}
     if not damaged:
         return bundle, []

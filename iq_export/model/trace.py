@@ -92,6 +92,11 @@ class TracedModel:
         """The folder of files that users of the graph need."""
         return self.folder / ASSETS
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by file, relative to the folder, as they were when it was traced or loaded."""
+        record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        return dict(record["sha256"])
+
     def save(self, key: str) -> None:
         """Write `trace.json`; `key` stands for everything the graph was made from."""
         record: dict[str, Any] = dataclasses.asdict(self)
@@ -133,8 +138,8 @@ def trace(
     left it.
 
     The folder is whole or absent. Nothing of the original model is in memory afterwards. Raises
-    ModelError if the model cannot be had, loaded or traced, GraphError if an `.onnx` source is
-    no causal LM with cache or the traced graph does not equal the model.
+    ModelError if the model cannot be had, loaded or traced, or changes meanwhile, GraphError if an
+    `.onnx` source is no causal LM with cache or the traced graph does not equal the model.
     """
     progress = progress or Progress(quiet=True)
     check_traced_opset(opset)
@@ -159,6 +164,10 @@ def trace(
         else:
             parity, layers, left = _trace_torch(source, folder, opset, progress)
             notes = [*notes, *left]
+        if fingerprint(source) != sha256:
+            raise ModelError(
+                f"The files of {source.name} changed while they were read; compile it again."
+            )
         traced = TracedModel(
             folder=folder,
             name=source.name,

@@ -246,6 +246,27 @@ def test_force_does_not_replace_what_others_wrote(bundle: Bundle, tmp_path: Path
         write_repository(bundle, precious)
 
 
+@pytest.mark.parametrize("name", ["2/model.plan", "labels.txt", "1/own.txt", ".git/config"])
+def test_force_is_stopped_by_a_foreign_file(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    folder = write_repository(bundle, tmp_path / "repo").folder
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    other = Bundle.open(write_bundle(tmp_path / "other", report("b200")))
+    with pytest.raises(BundleError, match="which iq-export did not write: --force would delete"):
+        write_repository(other, tmp_path / "repo", force=True)
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_copy_that_is_not_the_recorded_file(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle was replaced between its check and the copy."""
+    monkeypatch.setattr(shutil, "copyfile", lambda _, target: target.write_bytes(b"other"))
+    with pytest.raises(BundleError, match="changed while it was copied"):
+        write_repository(bundle, tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+
+
 def test_an_interrupt_leaves_nothing_and_keeps_the_older_model(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
