@@ -205,3 +205,15 @@ def test_a_model_that_changes_while_it_is_read(
     with pytest.raises(ModelError, match="changed while they were read"):
         trace_module.trace(source, tmp_path / "traced")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_licence_is_not_found_in_an_older_trace(tmp_path: Path) -> None:
+    """It is copied into the bundle, beside the weights."""
+    trace_module = importlib.import_module("iq_export.model.trace")
+    path = save(tmp_path / "model.onnx")
+    source = ModelSource("onnx", "model", path, tokenizer=tmp_path)
+    keys = {trace_module._cache_key(source, "digest", 23)}
+    for terms in ("free", "not free"):
+        (tmp_path / "LICENSE").write_text(terms)
+        keys.add(trace_module._cache_key(source, "digest", 23))
+    assert len(keys) == 3

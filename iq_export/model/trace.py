@@ -31,6 +31,7 @@ from iq_export.model.load import (
     LoadedModel,
     ModelSource,
     fingerprint,
+    license_files,
     load_model,
     materialize,
     readable,
@@ -296,8 +297,6 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from iq_export.model.load import license_files
-
     assert source.path is not None and source.tokenizer is not None
     with _heard() as said:
         graph = _read_onnx(source.path)
@@ -418,6 +417,9 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE)).hexdigest()
     parts = [_FORMAT, source.kind, sha256, opset, versions, code, source.trust_remote_code]
+    assert source.path is not None
+    beside = source.path if source.path.is_dir() else source.path.parent
+    parts += [source.license_note, {f.name: sha256_file(f) for f in license_files(beside)}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
