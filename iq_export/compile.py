@@ -32,7 +32,7 @@ from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
 from iq_export.errors import BundleError, EngineError, ModelError
-from iq_export.graph.external import model_files
+from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
 from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress

@@ -21,7 +21,7 @@ from iq_export.engine.targets import (
 )
 from iq_export.engine.trt import builder_gap, why_not_here
 from iq_export.errors import EngineError, ModelError, UsageError
-from iq_export.graph.external import model_files
+from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe

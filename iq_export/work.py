@@ -23,7 +23,7 @@ from iq_export.bundle.manifest import write_atomically
 from iq_export.bundle.package import parents_of
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError, UsageError
-from iq_export.graph.external import model_files
+from iq_export.graph.model_files import model_files
 
 REFERENCES = "references.json"
 _RUN, _TRACED = "run", "traced"

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from iq_export.bundle.lock import MARK, Busy, claim
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError, GraphError, ModelError, UsageError
-from iq_export.graph.external import model_files
+from iq_export.graph.model_files import model_files
 from iq_export.model.load import ModelSource, fingerprint
 from iq_export.work import check_work, default_work, recall_graphs, work_folder
 

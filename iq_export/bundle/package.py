@@ -37,7 +37,7 @@ from iq_export.bundle.update import (
 )
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
-from iq_export.files import flush, read_inside, sync
+from iq_export.files import flush, open_inside, read_inside, sync
 
 MODEL_NAME = "model.onnx"
 PLAN_NAME = "plan.json"
@@ -88,7 +88,7 @@ class Bundle:
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
         ahead = pending(folder)
-        path = _path(folder, ahead, MANIFEST_NAME)
+        path = _root(folder, ahead, MANIFEST_NAME) / MANIFEST_NAME
         try:
             content = _read(path)
             text = content.decode()
@@ -106,7 +106,7 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         """Where the file `name` of the manifest lies."""
-        return _path(self.folder, self.ahead, name)
+        return _root(self.folder, self.ahead, name) / name
 
     def is_current(self) -> bool:
         """Whether the bundle at `folder` still has the files that this one had when opened."""
@@ -187,12 +187,12 @@ def _generation(folder: Path) -> tuple[Any, ...]:
     return (*found, (folder / STATE / "update").exists())
 
 
-def _path(folder: Path, ahead: Path | None, name: str) -> Path:
-    if ahead is not None and (ahead / name).is_file():
-        real = os.path.realpath(ahead / name)
-        if real == os.path.join(os.path.realpath(ahead), *PurePosixPath(name).parts):  # no link
-            return ahead / name
-    return folder / name
+def _root(folder: Path, ahead: Path | None, name: str) -> Path:
+    """The folder below which the file `name` of the bundle lies."""
+    if ahead is not None:
+        with suppress(OSError, BundleError), open_inside(ahead, name):
+            return ahead
+    return folder
 
 
 def _read(path: Path) -> bytes:
@@ -211,7 +211,7 @@ def _read(path: Path) -> bytes:
 def _check_manifest(folder: Path, ahead: Path | None, content: bytes) -> None:
     """BundleError if the manifest is not the one that its checksum was written for."""
     try:
-        recorded = _read(_path(folder, ahead, CHECKSUM_NAME))
+        recorded = _read(_root(folder, ahead, CHECKSUM_NAME) / CHECKSUM_NAME)
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, "

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
-from iq_export.graph.external import model_files
+from iq_export.graph.model_files import model_files
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded

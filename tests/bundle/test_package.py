@@ -166,7 +166,7 @@ def test_an_empty_folder_is_filled_and_stays_itself(
     assert out.stat().st_ino == before
     assert Bundle.open(".").model.read_bytes() == b"graph"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", CHECKSUM_NAME, "model.onnx"]
+    assert not any(p.name.startswith(".") for p in out.iterdir())
 
 
 def test_a_foreign_folder_where_a_bundle_would_grow(tmp_path: Path) -> None:

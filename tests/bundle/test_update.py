@@ -20,7 +20,7 @@ from tests import dying
 
 pytestmark = pytest.mark.usefixtures("no_flush")
 FILES = ["engines/a.plan", "engines/old.plan", "manifest.json", CHECKSUM_NAME, "model.onnx",
-         "report.html"]  # fmt: skip
+         "model.onnx.data", "report.html", "tokenizer.json"]  # fmt: skip
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(folder: Path, content: str = "graph") -> None:
     (folder / "engines").mkdir(parents=True)
     (folder / "model.onnx").write_text(content)
+    (folder / "model.onnx.data").write_text("weights")
+    (folder / "tokenizer.json").write_text("{}")
     (folder / "report.html").write_text("old report")
     (folder / "engines" / "a.plan").write_text("old plan")
     (folder / "engines" / "old.plan").write_text("dropped plan")
@@ -197,10 +199,10 @@ def test_an_update_that_leads_outside(stopped: Path, tmp_path: Path) -> None:
 def test_two_updates_are_both_kept(bundle: Path) -> None:
     """Each changes what is there now, not what it once read."""
     first, second = Bundle.open(bundle), Bundle.open(bundle)
-    update_manifest(first, engines={"a": {}})
+    update_manifest(first, targets=["a"])
     update_manifest(second, notes=["second"])
     manifest = Bundle.open(bundle).manifest
-    assert (manifest.engines, manifest.notes) == ({"a": {}}, ["second"])
+    assert (manifest.targets, manifest.notes) == (["a"], ["second"])
 
 
 def test_what_was_measured_on_a_replaced_bundle_is_not_stored(bundle: Path) -> None:
