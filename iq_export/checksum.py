@@ -16,7 +16,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_stream(stream: BinaryIO) -> str:
-    """Hexadecimal SHA-256 of the rest of a stream."""
+    """Hexadecimal SHA-256 of what is left of `stream`, read in 1 MiB pieces."""
     digest = hashlib.sha256()
     while chunk := stream.read(_CHUNK_BYTES):
         digest.update(chunk)

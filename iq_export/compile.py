@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.bundle.lock import claim_shared
-from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
+from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, listable, record_files
 from iq_export.bundle.package import (
     MODEL_NAME,
     PLAN_NAME,
@@ -306,7 +306,7 @@ def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any) -> None:
     from iq_export.run.generate import Tokenizer
 
     for file in sorted(traced.assets.iterdir()):
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, folder / listable(file.name))
     from iq_export.graph import io
 
     before = {file.name: sha256_file(file) for file in model_files(done.quantized)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from iq_export.bundle.manifest import Manifest, TensorInfo, record_files
 from iq_export.engine.build import EngineReport
 from iq_export.engine.profile import Profile, Range
+from tests.tiny_bundle import fill
 
 PROFILE = Profile(Range(1, 1, 8), Range(1, 128, 512), Range(0, 256, 1024))
 LAYERS, HEADS, WIDTH, VOCAB = 2, 3, 64, 50
@@ -22,12 +24,13 @@ LAYERS, HEADS, WIDTH, VOCAB = 2, 3, 64, 50
 def report(target: str = "h100", **changes: Any) -> dict[str, Any]:
     """A manifest's record of an enterprise engine, which cannot be built without its GPU."""
     values: dict[str, Any] = {
-        "target": target, "plan": f"{target}.plan", "bytes": 4, "sha256": "", "seconds": 1.0,
+        "target": target, "plan": f"{target}.plan", "bytes": 0, "sha256": "", "seconds": 1.0,
         "flavour": "tensorrt", "tensorrt_version": "10.15.1.29", "compute_capabilities": (90,),
         "form": "body", "sink_nodes": 1, "plugin_layers": 0, "plugin_embedded": False,
         "layers": 9, "opset": 23, "profile": PROFILE.to_json(), "version_compatible": False,
         "strip_weights": False, "peak_rss_bytes": 1,
     }  # fmt: skip
+    values["plugin_version"] = "1" if changes.get("form") == "plugin" else ""
     return EngineReport(**{**values, **changes}).to_json()
 
 
@@ -55,6 +58,7 @@ def write_bundle(folder: Path, *engines: dict[str, Any], **changes: Any) -> Path
     (folder / "engines").mkdir(parents=True)
     for name, content in (("model.onnx", b"graph"), ("model.onnx.data", b"weights")):
         (folder / name).write_bytes(content)
+    fill(folder)
     for engine in engines:
         (folder / "engines" / engine["plan"]).write_bytes(b"plan of " + engine["target"].encode())
         if engine["form"] == "plugin":
@@ -62,9 +66,12 @@ def write_bundle(folder: Path, *engines: dict[str, Any], **changes: Any) -> Path
             (folder / "plugins" / "libiq_plugins.so").write_bytes(b"library")
     values: dict[str, Any] = {
         "name": "tiny", "recipe": "w8a8", "dtype": "fp16", "opset": 23,
-        "profile": PROFILE.to_json(), "engines": {e["target"]: e for e in engines}, **tensors(),
+        "profile": PROFILE.to_json(), **tensors(),
     }  # fmt: skip
-    Manifest(**{**values, **changes}, files=record_files(folder)).write(folder)
+    files = record_files(folder)
+    plans = {e["target"]: asdict(files[f"engines/{e['plan']}"]) for e in engines}
+    values["engines"] = {e["target"]: {**e, **plans[e["target"]]} for e in engines}
+    Manifest(**{**values, **changes}, files=files).write(folder)
     return folder
 
 

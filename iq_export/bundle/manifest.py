@@ -7,22 +7,26 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
+from iq_export.bundle import schema
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-_Record = TypeVar("_Record", "FileRecord", "TensorInfo")
 # Beside it, as `sha256sum` writes and checks it: a manifest cannot hold its own checksum.
 CHECKSUM_NAME = "manifest.json.sha256"
+# Beside it too, if `iq-export sign` was run.
+SIGNATURE_NAME = "manifest.json.sig"
+# The files of a bundle that a manifest does not list.
+UNLISTED = (MANIFEST_NAME, CHECKSUM_NAME, SIGNATURE_NAME)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
+    `manifest.schema.json` beside this module says what each may be.
 
     `check` compares the finished file with fp32 (`evaluate.final_check`; None in a bundle of an
     older version). `mixed` says what a `--budget` left in half precision (None without one).
@@ -85,52 +90,39 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`; numbers that JSON cannot hold (inf, nan) become null."""
-        text = json.dumps(json_safe(asdict(self)), indent=2, ensure_ascii=False) + "\n"
-        # A name that is not UTF-8 becomes JSON's own escape and is read back as it was.
-        return text.encode("utf-8", "backslashreplace").decode()
+        return json.dumps(json_safe(asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
         """Read `text`. Raises BundleError, naming `where`, if it is no manifest of this format."""
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            raw = schema.parse(text)
+        except ValueError as error:
             raise BundleError(f"{where} is not JSON ({error}): compile the bundle again") from error
         if not isinstance(raw, dict):
             raise BundleError(f"{where} is not a bundle manifest")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{where} has format {version!r}, this iq-export reads format {FORMAT_VERSION}: "
-                "compile the model again or use the version that wrote it"
+                f"{where} has format {version!a:.60}, this iq-export reads format "
+                f"{FORMAT_VERSION}: compile the model again or use the version that wrote it"
             )
         try:
-            return cls._from_dict(raw)
-        except (TypeError, KeyError, AttributeError) as error:
+            schema.check(raw, schema.manifest_schema())
+            read = cls._from_dict(raw)
+            _check_engines(read)
+        except ValueError as error:
             raise BundleError(f"{where} is damaged ({error}): compile the bundle again") from error
+        return read
 
     @classmethod
     def _from_dict(cls, raw: dict[str, Any]) -> Manifest:
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(raw) - known)
-        if unknown:
-            raise TypeError(f"unknown fields {', '.join(map(repr, unknown))}")
-        values = dict(raw)
+        """Of what fits the schema. Members that this version does not know are left out."""
+        values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         for key in ("inputs", "outputs"):
-            tensors = raw.get(key, [])
-            if not isinstance(tensors, list):
-                raise TypeError(f"{key} is no list")
-            values[key] = [_record(TensorInfo, tensor, key) for tensor in tensors]
-        files = raw.get("files", {})
-        if not isinstance(files, dict):
-            raise TypeError("files is no dict")
-        values["files"] = {name: _record(FileRecord, v, "files") for name, v in files.items()}
-        for name in files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise TypeError(f"files: {name!r} lies outside the bundle")
-        read = cls(**values)
-        _check_types(read, "")
-        return read
+            values[key] = [TensorInfo(**tensor) for tensor in raw[key]]
+        values["files"] = {name: FileRecord(**record) for name, record in raw["files"].items()}
+        return cls(**values)
 
     def write(self, folder: Path) -> Path:
         """Write `folder/manifest.json` and its checksum: readers see the old text or the new one.
@@ -151,42 +143,19 @@ class Manifest:
         return path
 
 
-def _record(kind: type[_Record], value: Any, place: str) -> _Record:
-    """A dataclass from its JSON object. Raises TypeError if it is none or has other keys."""
-    wanted = {f.name for f in fields(kind)}
-    if not isinstance(value, dict) or value.keys() != wanted:
-        raise TypeError(f"{place}: an entry has not the keys {', '.join(sorted(wanted))}")
-    return kind(**value)
-
-
-def _check_types(record: Any, place: str) -> None:
-    """TypeError, naming the field, if a value of this dataclass is not what its field says."""
-    for name, kind in get_type_hints(type(record)).items():
-        value = getattr(record, name)
-        if not _fits(value, kind):
-            raise TypeError(f"{place}{name} is no {getattr(kind, '__name__', kind)}")
-        values = value.values() if isinstance(value, dict) else value
-        if isinstance(value, (dict, list)):
-            for member in values:
-                if is_dataclass(member):
-                    _check_types(member, f"{name}: ")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a field's type."""
-    members = get_args(kind)
-    if kind is Any:
-        return True
-    if get_origin(kind) in (Union, UnionType):
-        return any(_fits(value, member) for member in members)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(v, members[0]) for v in value)
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_fits(v, members[1]) for v in value.values())
-    if kind in (int, float):
-        wanted = int if kind is int else (int, float)
-        return isinstance(value, wanted) and not isinstance(value, bool)
-    return isinstance(value, kind)
+def _check_engines(manifest: Manifest) -> None:
+    """ValueError for what a schema cannot say of engines."""
+    for name, engine in manifest.engines.items():
+        place = f"engines.{name:.60}"
+        for axis in ("batch", "seq", "past"):
+            sizes = engine["profile"][axis]
+            if not sizes["min"] <= sizes["opt"] <= sizes["max"]:
+                raise ValueError(f"{place}.profile.{axis} is not min <= opt <= max")
+        listed = manifest.files.get(f"engines/{engine['plan']}")
+        if listed not in (None, FileRecord(engine["bytes"], engine["sha256"])):
+            raise ValueError(
+                f"{place} and files do not tell the same size and checksum of its plan"
+            )
 
 
 @contextmanager
@@ -205,16 +174,21 @@ def reading_records(where: Path) -> Iterator[None]:
 
 
 def json_safe(value: Any) -> Any:
-    """`value` in JSON types: inf and nan become None, paths strings, tuples lists."""
+    """`value` in JSON types: inf and nan become None, paths strings, tuples lists, texts UTF-8."""
     if isinstance(value, dict):
-        return {str(k): json_safe(v) for k, v in value.items()}
+        return {_utf8(str(k)): json_safe(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_safe(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, (str, Path)):
+        return _utf8(str(value))
     return value
+
+
+def _utf8(text: str) -> str:
+    """`text`; bytes of a name that are not UTF-8, which JSON cannot hold, are written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def checksum_line(manifest: bytes) -> str:
@@ -222,20 +196,22 @@ def checksum_line(manifest: bytes) -> str:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST_NAME}\n"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) through a temporary sibling and a rename."""
-    with _staged(path, text) as temporary:
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` (a text as UTF-8) through a temporary sibling and a rename."""
+    with _staged(path, content) as temporary:
         temporary.replace(path)
 
 
 @contextmanager
-def _staged(path: Path, text: str) -> Iterator[Path]:
-    """A sibling of `path` that holds `text`, on the disk; removed unless the block renames it."""
+def _staged(path: Path, content: str | bytes) -> Iterator[Path]:
+    """A sibling of `path` that holds `content`, on the disk; removed unless the block moves it."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         # mkstemp makes the file private; a bundle is meant to be shared like any other output.
@@ -245,15 +221,22 @@ def _staged(path: Path, text: str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def listable(name: str) -> str:
+    """The name under which a file goes into a bundle: its own, what a manifest may not list
+    written out (`caf_xe9` for `café`)."""
+    ascii_ = name.encode("ascii", "backslashreplace").decode()
+    return re.sub(r"[^ -~]|[\\/]", "_", ascii_)[:255]
+
+
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
     """Size and checksum of the files of `folder` by their `/`-separated relative name.
 
-    `names` restricts it to those; default: every file below `folder` but the manifest and its
-    checksum, sorted.
+    `names` restricts it to those; default: every file below `folder` but the manifest, its
+    checksum and its signature, sorted.
     """
     if names is None:
         found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        names = sorted(name for name in found if name not in (MANIFEST_NAME, CHECKSUM_NAME))
+        names = sorted(name for name in found if name not in UNLISTED)
     return {
         name: FileRecord((folder / name).stat().st_size, sha256_file(folder / name))
         for name in names

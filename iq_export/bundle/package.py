@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,11 +18,14 @@ from iq_export.bundle.lock import Busy, Say, claim, is_marked, quiet
 from iq_export.bundle.manifest import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
+    UNLISTED,
     FileRecord,
     Manifest,
     checksum_line,
     record_files,
 )
+from iq_export.bundle.schema import parse
+from iq_export.bundle.signature import check_signature
 from iq_export.bundle.update import (
     LARGEST_MANIFEST,
     STATE,
@@ -35,12 +38,17 @@ from iq_export.bundle.update import (
     pending,
     write_update,
 )
-from iq_export.checksum import sha256_file
+from iq_export.checksum import sha256_file, sha256_stream
 from iq_export.errors import BundleError
 from iq_export.files import flush, open_inside, read_inside, sync
 
 MODEL_NAME = "model.onnx"
 PLAN_NAME = "plan.json"
+PLUGIN_NAME = "plugins/libiq_plugins.so"
+PLUGIN_VERSION = "1"  # of the plugin layers in a plan, as kPluginVersion of the C++ reader
+# As in the C++ reader; what is written is far smaller.
+_LARGEST_CHECKSUM = 4096
+_LARGEST_PLAN = 64 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_MISMATCHES = 8
 # Openings of a bundle that is replaced all the time before it is given up.
@@ -64,39 +72,41 @@ class Bundle:
     ahead: Path | None = field(default=None, compare=False)
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
+    def open(
+        cls, folder: str | Path, *, verify: bool = True, key: str | Path | None = None
+    ) -> Bundle:
         """Read a bundle, its manifest compared with its checksum, and with `verify` every file.
 
-        An update that a killed process left is finished first. A bundle that is replaced while it
-        is read is read again. Raises BundleError if it is no bundle, or with a table of the files
-        that differ.
+        With `key`, the file of a public key, the manifest is signed by that key, or nothing of it
+        is read. An update that a killed process left is finished first. A bundle that is replaced
+        while it is read is read again. Raises BundleError if it is no bundle, or with a table of
+        what differs; with `key` also what `signature.check_signature` raises.
         """
         folder = Path(folder)
         for left in reversed(range(_TRIES)):
             before = _generation(folder)
             try:
-                return cls._open(folder, verify)
+                return cls._open(folder, verify, None if key is None else Path(key))
             except (BundleError, FileNotFoundError):
                 if not left or _generation(folder) == before:
                     raise
         raise AssertionError
 
     @classmethod
-    def _open(cls, folder: Path, verify: bool) -> Bundle:
+    def _open(cls, folder: Path, verify: bool, key: Path | None) -> Bundle:
         if not folder.is_dir():
             _put_back(folder)
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
         ahead = pending(folder)
-        path = _root(folder, ahead, MANIFEST_NAME) / MANIFEST_NAME
+        path = folder / MANIFEST_NAME
+        content = read_manifest(folder, ahead)
+        if key is not None:
+            check_signature(folder, content, key)
         try:
-            content = _read(path)
             text = content.decode()
-        except FileNotFoundError as error:
-            raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
         except UnicodeDecodeError as error:
             raise BundleError(f"{path} is not UTF-8 text: compile the bundle again") from error
-        _check_manifest(folder, ahead, content)
         bundle = cls(folder, Manifest.from_json(text, str(path)), ahead)
         if verify:
             mismatches = bundle.mismatches()
@@ -132,38 +142,53 @@ class Bundle:
         """The content of `plan.json`. Raises BundleError if it is missing or no JSON object."""
         path = self.path(PLAN_NAME)
         try:
-            content = json.loads(_read(path))
+            content = parse(
+                _read(_root(self.folder, self.ahead, PLAN_NAME), PLAN_NAME, _LARGEST_PLAN).decode()
+            )
         except FileNotFoundError as error:
             raise BundleError(f"{self.folder} has no {PLAN_NAME}: compile it again") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BundleError(f"{path} is not JSON ({error}): compile it again") from error
         if not isinstance(content, dict):
             raise BundleError(f"{path} is no JSON object: compile the bundle again")
         return content
 
     def mismatches(self) -> list[tuple[str, str, str]]:
-        """Files that are not as recorded: `(name, expected, found)`; empty if all is well."""
-        rows = []
+        """What is not as recorded: `(name, expected, found)`; empty if all is well.
+
+        That are files which are not there with their size and checksum, or only through a link,
+        and what an engine needs and the manifest does not list.
+        """
+        return [*_gaps(self.manifest), *self._differing_files()]
+
+    def _differing_files(self) -> Iterator[tuple[str, str, str]]:
         for name, expected in sorted(self.manifest.files.items()):
-            path = self.path(name)
-            if not path.is_file():
-                rows.append((name, f"{expected.bytes} bytes", "missing"))
-            elif path.stat().st_size != expected.bytes:
-                rows.append((name, f"{expected.bytes} bytes", f"{path.stat().st_size} bytes"))
-            elif (found := sha256_file(path)) != expected.sha256:
-                rows.append((name, f"sha256 {expected.sha256[:16]}", f"sha256 {found[:16]}"))
-        return rows
+            try:
+                with open_inside(_root(self.folder, self.ahead, name), name) as stream:
+                    size = os.fstat(stream.fileno()).st_size
+                    if size != expected.bytes:
+                        yield name, f"{expected.bytes} bytes", f"{size} bytes"
+                    elif (found := sha256_stream(stream)) != expected.sha256:
+                        yield name, f"sha256 {expected.sha256[:16]}", f"sha256 {found[:16]}"
+            except FileNotFoundError:
+                yield name, f"{expected.bytes} bytes", "missing"
+            except BundleError as error:
+                yield name, f"{expected.bytes} bytes", str(error)
 
 
 def read_whole(
-    folder: str | Path, read: Callable[[Bundle], _Result], *, verify: bool = True
+    folder: str | Path,
+    read: Callable[[Bundle], _Result],
+    *,
+    verify: bool = True,
+    key: Path | None = None,
 ) -> _Result:
     """What `read` makes of the bundle at `folder`, all of whose files were of one generation.
 
     A bundle that is replaced meanwhile is read again. Raises as `read` does, and BundleError.
     """
     for left in reversed(range(_TRIES)):
-        bundle = Bundle.open(folder, verify=verify)
+        bundle = Bundle.open(folder, verify=verify, key=key)
         try:
             result = read(bundle)
         except Exception:
@@ -195,13 +220,39 @@ def _root(folder: Path, ahead: Path | None, name: str) -> Path:
     return folder
 
 
-def _read(path: Path) -> bytes:
-    """A file's bytes. FileNotFoundError if it is missing, BundleError if it is none: opening a
-    pipe would wait for ever."""
+def _gaps(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """What the engines need and `manifest` does not have (manifestGaps of the C++ reader)."""
+    for name, engine in manifest.engines.items():
+        needed = [f"engines/{engine['plan']}"]
+        if engine["form"] == "plugin":
+            version = engine.get("plugin_version") or "none"
+            if version != PLUGIN_VERSION:
+                yield f"engine {name}: plugin version", PLUGIN_VERSION, version
+            needed += [] if engine["plugin_embedded"] else [PLUGIN_NAME]
+        for file in needed:
+            if file not in manifest.files:
+                yield file, f"in the manifest's files, for engine {name}", "not there"
+
+
+def read_manifest(folder: Path, ahead: Path | None = None) -> bytes:
+    """The manifest's bytes, compared with its checksum, of an update that is `ahead` if there is
+    one. Raises BundleError."""
     try:
-        if path.exists() and not path.is_file():
+        content = _read(_root(folder, ahead, MANIFEST_NAME), MANIFEST_NAME, LARGEST_MANIFEST)
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} has no {MANIFEST_NAME}: it is not a bundle") from error
+    _check_manifest(folder, ahead, content)
+    return content
+
+
+def _read(folder: Path, name: str, most: int) -> bytes:
+    """A file's bytes. FileNotFoundError if it is missing, BundleError if it is none of the
+    folder's own or has more than `most` bytes."""
+    path = folder / name
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
             raise BundleError(f"cannot read {path}, which is not a file: copy the bundle again")
-        return path.read_bytes()
+        return read_inside(folder, name, most)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -210,14 +261,15 @@ def _read(path: Path) -> bytes:
 
 def _check_manifest(folder: Path, ahead: Path | None, content: bytes) -> None:
     """BundleError if the manifest is not the one that its checksum was written for."""
+    line = checksum_line(content).encode()
     try:
-        recorded = _read(_root(folder, ahead, CHECKSUM_NAME) / CHECKSUM_NAME)
+        recorded = _read(_root(folder, ahead, CHECKSUM_NAME), CHECKSUM_NAME, _LARGEST_CHECKSUM)
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder} has no {CHECKSUM_NAME}, as bundles of earlier versions: compile it again, "
             f"or if you trust it run there: sha256sum {MANIFEST_NAME} > {CHECKSUM_NAME}"
         ) from error
-    if recorded != checksum_line(content).encode():
+    if recorded != line:
         raise BundleError(
             f"{folder / MANIFEST_NAME} is not the one that {CHECKSUM_NAME} was written for: "
             "copy the bundle again or compile it again"
@@ -307,7 +359,7 @@ def check_output(out: str | Path, force: bool) -> Path:
 def _listed(out: Path) -> set[str] | None:
     """The files that the manifest of any version, damaged or not, lists; None if it is not ours."""
     try:
-        record = json.loads(read_inside(out, MANIFEST_NAME, LARGEST_MANIFEST))
+        record = parse(read_inside(out, MANIFEST_NAME, LARGEST_MANIFEST).decode())
     except (OSError, ValueError, RecursionError, BundleError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
@@ -315,7 +367,7 @@ def _listed(out: Path) -> set[str] | None:
     texts = all(isinstance(record.get(key), str) for key in ("name", "recipe", "dtype"))
     if not texts or not isinstance(record.get("format_version"), int):
         return None
-    return {*record["files"], MANIFEST_NAME, CHECKSUM_NAME}
+    return {*record["files"], *UNLISTED}
 
 
 def _foreign(out: Path, listed: set[str]) -> str | None:

@@ -159,7 +159,7 @@ def _plan(
     if backend == "tensorrt":
         engine = choose_engine(bundle, target)
         profile = Profile.from_json(engine.profile)
-        copies, options = _engine_files(bundle, engine), _engine_options(name, engine)
+        copies, options = _engine_files(engine), _engine_options(name, engine)
     elif target is not None:
         raise UsageError("--target chooses an engine, and the backend onnxruntime uses none.")
     else:
@@ -221,26 +221,17 @@ def _check_engine(engine: EngineReport) -> None:
         )
 
 
-def _engine_files(bundle: Bundle, engine: EngineReport) -> dict[str, str]:
+def _engine_files(engine: EngineReport) -> dict[str, str]:
     files = {f"{_VERSION}/model.plan": f"engines/{engine.plan}"}
     if _needs_library(engine):
         files[LIBRARY] = f"plugins/{LIBRARY}"
-    return _checked(bundle, files)
+    return files
 
 
 def _graph_files(bundle: Bundle) -> dict[str, str]:
     """model.onnx and its external data, which it finds beside itself by these names."""
     names = [MODEL_NAME, *(n for n in bundle.manifest.files if n.startswith(f"{MODEL_NAME}."))]
-    return _checked(bundle, {f"{_VERSION}/{name}": name for name in names})
-
-
-def _checked(bundle: Bundle, files: dict[str, str]) -> dict[str, str]:
-    for source in files.values():
-        if source not in bundle.manifest.files:
-            raise BundleError(
-                f"{bundle.folder} records no file {source}: build or compile it again"
-            )
-    return files
+    return {f"{_VERSION}/{name}": name for name in names}
 
 
 def _needs_library(engine: EngineReport) -> bool:

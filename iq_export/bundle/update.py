@@ -38,11 +38,11 @@ STATE = ".iq-export"
 _STAGED, _UPDATE = "staged", "update"
 # The parts of a bundle that an update may replace; all else is the compile's.
 UPDATED = ("engines/", "plugins/", "report.html", MANIFEST_NAME, CHECKSUM_NAME)
-LARGEST_MANIFEST = 64 << 20
+LARGEST_MANIFEST = 16 << 20  # as in the C++ reader; what is written is far smaller
 # What killed builds left, of this version and of earlier ones, which worked in the bundle itself.
 _LEFTOVER = re.compile(
     r"\.build-[a-z0-9_]{8}|\.model\.\d+\.fused\.onnx"
-    r"|\.(manifest\.json|manifest\.json\.sha256|report\.html)\.[a-z0-9_]{8}"
+    r"|\.(manifest\.json|manifest\.json\.sha256|manifest\.json\.sig|report\.html)\.[a-z0-9_]{8}"
 )
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 _PATIENCE_SECONDS = 30.0

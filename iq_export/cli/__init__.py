@@ -31,7 +31,8 @@ _COMPILE_PACKAGES = frozenset(
 )  # fmt: skip
 
 # In the order of a user's first day.
-_COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "package", "doctor")
+_COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "sign", "package",
+             "doctor")  # fmt: skip
 
 # Arguments that are text; `run` checks them.
 _TEXTS = ("prompt", "system")

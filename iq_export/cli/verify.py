@@ -26,6 +26,10 @@ def add_parser(subparsers: Any) -> None:
         "of its quantizers",
     )
     parser.add_argument("bundle", metavar="OUT", type=Path, help="a compiled bundle")
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE",
+        help="refuse a bundle that the owner of this Ed25519 public key (PEM) did not sign",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,11 +48,12 @@ def run(args: argparse.Namespace) -> int:
         return bundle, layers, vocab_size, tensors
 
     with progress.step("Check the files, run the graph, look for NaN"):
-        bundle, layers, vocab_size, tensors = read_whole(args.bundle, examine)
+        bundle, layers, vocab_size, tensors = read_whole(args.bundle, examine, key=args.key)
     files = bundle.manifest.files
     size = sum(record.bytes for record in files.values())
     report = {
         "bundle": bundle.folder,
+        "signed": args.key is not None,
         "files": len(files),
         "bytes": size,
         "layers": layers,
@@ -60,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         options.print_json(report)
     else:
+        signed = "" if args.key is None else f"signed by the owner of {args.key}; "
         options.say(
-            f"{bundle.folder}: {len(files)} files ({options.size(size)}) as recorded; "
+            f"{bundle.folder}: {signed}{len(files)} files ({options.size(size)}) as recorded; "
             "model.onnx loads in ONNX Runtime, prefill and decode give finite logits; on "
             f"{_TEXT_TOKENS} tokens of text {tensors} tensors are finite too, in front of "
             f"quantizers, in attention and in the residual stream{rounded}"

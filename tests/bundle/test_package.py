@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from iq_export.bundle import lock, package
-from iq_export.bundle.manifest import CHECKSUM_NAME, FileRecord, Manifest, record_files
+from iq_export.bundle.manifest import CHECKSUM_NAME, Manifest, record_files
 from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
@@ -23,10 +23,12 @@ from iq_export.bundle.package import (
     update_manifest,
 )
 from iq_export.errors import BundleError
+from tests.tiny_bundle import ABSENT, REQUIRED, fill
 
 
 def write_bundle(folder: Path, content: bytes = b"graph") -> None:
     (folder / "model.onnx").write_bytes(content)
+    fill(folder)
     Manifest("tiny", "w8a8", "float16", 23, files=record_files(folder)).write(folder)
 
 
@@ -262,9 +264,9 @@ def test_update_manifest_rehashes_what_changed(bundle: Path) -> None:
     (bundle / "report.html").write_text("<p>")
     updated = update_manifest(opened, rehash=["report.html"], accuracy={"rows": []})
     assert Bundle.open(bundle) == updated
-    assert set(updated.manifest.files) == {"model.onnx", "report.html"}
+    assert set(updated.manifest.files) == {*REQUIRED, "report.html"}
     (bundle / "report.html").unlink()
-    assert set(update_manifest(updated, rehash=["report.html"]).manifest.files) == {"model.onnx"}
+    assert set(update_manifest(updated, rehash=["report.html"]).manifest.files) == {*REQUIRED}
 
 
 @pytest.mark.parametrize("name", ["manifest.json", CHECKSUM_NAME, "plan.json"])
@@ -283,7 +285,7 @@ def test_a_plan_that_is_none(bundle: Path, text: str) -> None:
 
 
 def test_many_mismatches_are_counted(bundle: Path) -> None:
-    files = {f"f{n:02}": FileRecord(1, "ab") for n in range(30)}
+    files = {**record_files(bundle), **{f"f{n:02}": ABSENT for n in range(30)}}
     Manifest("tiny", "w8a8", "float16", 23, files=files).write(bundle)
     with pytest.raises(BundleError, match=r"f07(.|\n)*and 22 more") as error:
         Bundle.open(bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from iq_export.bundle.manifest import Manifest, TensorInfo, record_files
 from iq_export.bundle.package import atomic_folder
 from iq_export.run.ort import Step
+from tests.tiny_bundle import engine_record, fill
 
 VOCAB = 50
 
@@ -53,6 +55,10 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "model.onnx").write_bytes(b"graph")
         (folder / "plan.json").write_text("{}")
         (folder / "report.html").write_text("old")
+        (folder / "engines").mkdir()
+        with (folder / "engines" / "rtx-ampere.plan").open("wb") as plan:
+            plan.truncate(2_500_000)
+        files = record_files(fill(folder))
         Manifest(
             name="tiny",
             recipe="w8a8",
@@ -65,14 +71,14 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 TensorInfo("past_key_values.1.key", "float16", ["batch", 3, "past", 64]),
             ],
             targets=["rtx-ampere"],
-            engines={"rtx-ampere": {"bytes": 2_500_000, "form": "body", "plugin_layers": 0,
-                                    "flavour": "tensorrt_rtx", "tensorrt_version": "1.7.1.116",
-                                    "compute_capabilities": [86], "seconds": 12.3,
-                                    "form_reason": "no plugin: nvcc was not found."}},
+            engines={"rtx-ampere": engine_record(
+                **asdict(files["engines/rtx-ampere.plan"]), plugin_layers=0, seconds=12.3,
+                form_reason="no plugin: nvcc was not found.",
+            )},
             lifecycles=[{"birth": 11, "death": 29}],
             timings={"trace": 82.0},
             peak_rss_bytes=3_200_000_000,
             notes=["one note"],
-            files=record_files(folder),
+            files=files,
         ).write(folder)  # fmt: skip
     return out

@@ -14,6 +14,7 @@ from iq_export.bundle.manifest import Manifest, record_files
 from iq_export.bundle.package import Bundle, atomic_folder
 from iq_export.cli import main
 from iq_export.engine import plugin as plugin_module
+from tests.tiny_bundle import REQUIRED, fill
 
 SHAPES = ["--maxShapes", "batch:2,seq:8,past:8"]
 
@@ -48,6 +49,7 @@ def built(tmp_path: Path) -> Path:
     out = tmp_path / "bundle"
     with atomic_folder(out) as folder:
         onnx.save(model, folder / "model.onnx")
+        fill(folder)
         Manifest(
             name="tiny", recipe="w8a8", dtype="fp16", opset=23, files=record_files(folder)
         ).write(folder)
@@ -85,7 +87,7 @@ def test_engine_is_added_and_rebuilt(built: Path, capsys: pytest.CaptureFixture[
         "engines",
         "manifest.json",
         "manifest.json.sha256",
-        "model.onnx",
+        *REQUIRED,
     ]
 
 

@@ -24,10 +24,10 @@ from tests import planted
 
 def test_whole_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(bundle), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["files"] == 3
+    assert json.loads(capsys.readouterr().out)["files"] == 6
     assert main(["verify", str(bundle), "-q"]) == 0
     streams = capsys.readouterr()
-    assert "3 files" in streams.out
+    assert "6 files" in streams.out
     assert streams.err == ""
 
 

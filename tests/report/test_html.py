@@ -13,6 +13,7 @@ from iq_export.bundle.package import Bundle
 from iq_export.errors import BundleError
 from iq_export.report.chart import Series, line_chart
 from iq_export.report.html import check_report, render, update_with_report, write_report
+from tests.tiny_bundle import fill
 
 _VOID = {"meta", "line", "circle", "polyline", "br"}
 
@@ -86,7 +87,7 @@ def test_report_of_an_empty_plan() -> None:
 def test_a_plan_that_no_report_can_be_made_of_is_refused_early(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("old")
     (tmp_path / "plan.json").write_text('{"quantizers": 3}')
-    files = record_files(tmp_path)
+    files = record_files(fill(tmp_path))
     Manifest("m", "w8a8", "float16", 23, files=files).write(tmp_path)
     bundle = Bundle.open(tmp_path)
     with pytest.raises(BundleError, match="records that this version did not write"):

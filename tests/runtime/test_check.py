@@ -18,7 +18,13 @@ from typing import Any
 
 import pytest
 
-from iq_export.bundle.manifest import CHECKSUM_NAME, MANIFEST_NAME, checksum_line
+from iq_export.bundle.manifest import (
+    CHECKSUM_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    checksum_line,
+)
+from iq_export.bundle.package import PLUGIN_VERSION
 from iq_export.sinks import ops
 from tests.runtime.conftest import ORIN, RTX, Done, engine, execute, write_bundle
 
@@ -119,7 +125,7 @@ def test_another_plugin_version_is_refused(built: Path, tmp_path: Path, version:
 def test_the_compiler_writes_the_version_of_its_nodes() -> None:
     from iq_export.engine import worker
 
-    assert str(ops.VERSION) == worker._PLUGIN_VERSION == ORIN.plugin_version
+    assert str(ops.VERSION) == worker._PLUGIN_VERSION == ORIN.plugin_version == PLUGIN_VERSION
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -236,9 +242,10 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "format": (_set("format_version", 2), "format version"),
     "format as text": (_set("format_version", "1"), "format_version is not an integer"),
     "no format": (lambda c: c.pop("format_version") and None, "no 'format_version'"),
-    "unknown field": (_set("surprise", 1), "unknown field 'surprise'"),
-    "no files": (_set("files", {}), "tokenizer.json"),
+    "unknown field": (_set("files", "plan.json", "surprise", 1), "unknown field 'surprise'"),
+    "no files": (_set("files", {}), "files has no 'model.onnx'"),
     "files as list": (_set("files", []), "files is not an object"),
+    "no weights": (lambda c: c["files"].pop("model.onnx.data") and None, "model.onnx.data"),
     "no tokenizer": (lambda c: c["files"].pop("tokenizer.json") and None, "tokenizer.json"),
     "no plan": (lambda c: c["files"].pop("engines/orin.plan") and None, "plan of engine orin"),
     "no plugin": (lambda c: c["files"].pop("plugins/libiq_plugins.so") and None, "libiq_plugins"),
@@ -256,7 +263,10 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "empty name": (_name(""), "does not stay inside"),
     "slash": (_name("engines//x"), "does not stay inside"),
     "NUL": (_name("x\0y"), "NUL"),
-    "itself": (_name(MANIFEST_NAME), "which no bundle holds"),
+    "itself": (_name(MANIFEST_NAME), "one of the manifest's own"),
+    "signature": (_name(SIGNATURE_NAME), "one of the manifest's own"),
+    "notes": (_set("notes", [3]), "notes[0] is not a text"),
+    "check": (_set("check", []), "check is not an object or null"),
     "long name": (_name("x" * 5000), "too long"),
     "engine list": (_set("engines", []), "engines is not an object"),
     "plan above": (_set("engines", "orin", "plan", "../orin.plan"), "plan of engine orin"),
@@ -306,6 +316,26 @@ def test_what_is_not_json_is_refused(check: Check, bundle: Path, text: bytes) ->
     (bundle / CHECKSUM_NAME).write_text(checksum_line(text))
     done = check()
     assert done.code == 7 and re.search(r"not JSON|not an object|integer|twice|has no", done.error)
+
+
+def test_unknown_fields_of_the_top_level_are_ignored(check: Check, bundle: Path) -> None:
+    rewrite(bundle, _set("surprise", {"a": [1]}))
+    assert check().code == 0
+
+
+def test_control_characters_are_never_printed_raw(check: Check, bundle: Path) -> None:
+    evil = "\x1b[31m\x07\x7f\x9b2J\r\n\u0085é"
+
+    def change(content: Any) -> None:
+        content.update(name=evil, recipe=evil)
+        for name in list(content["engines"]):
+            content["engines"][evil + name] = content["engines"].pop(name)
+
+    rewrite(bundle, change)
+    for arguments in ((), HERE, ("--engine", "none"), ("--engine", evil), (evil,)):
+        done = check(*arguments)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.out + done.error)
+    assert "?[31m???2J???é" in check().out
 
 
 def test_fuzzed_manifests(built: Path, bundle: Path, tmp_path: Path) -> None:

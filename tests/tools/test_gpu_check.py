@@ -603,12 +603,16 @@ def test_the_table() -> None:
 
 
 def test_the_manifest_carries_the_verdict(tmp_path: Path) -> None:
-    from iq_export.bundle.manifest import Manifest
+    from iq_export.bundle.manifest import Manifest, record_files
     from iq_export.bundle.package import Bundle
+    from tests.tiny_bundle import fill
 
     folder = tmp_path / "bundle"
     folder.mkdir()
-    Manifest(name="tiny", recipe="w8a8", dtype="float16", opset=23, notes=["one"]).write(folder)
+    Manifest(
+        name="tiny", recipe="w8a8", dtype="float16", opset=23, notes=["one"],
+        files=record_files(fill(folder)),
+    ).write(folder)  # fmt: skip
     result = tmp_path / "out.json"
     verdict = ["words", "VERDICT: fine"]
     steps_ = {"device": {"result": {"name": "Pretended"}}}

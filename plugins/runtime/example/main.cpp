@@ -11,7 +11,7 @@ int main(int argc, char** argv)
     {
         return std::puts(bundle.error().text().c_str()), 7;
     }
-    std::printf("%s is whole\n", bundle.value().manifest().name.c_str());
+    std::printf("%s is whole\n", iq::printable(bundle.value().manifest().name).c_str());
     auto engine = iq::Engine::load(std::make_shared<iq::Bundle>(std::move(bundle).value()));
     auto session = engine ? iq::TextSession::create(engine.value()) : engine.error();
     if (!session)

@@ -12,7 +12,7 @@ namespace iq
 namespace
 {
 
-constexpr uint64_t kLargestManifest = uint64_t{64} << 20;
+constexpr uint64_t kLargestManifest = uint64_t{16} << 20;
 constexpr uint64_t kLargestChecksum = 4096;
 constexpr size_t kShownDigits = 16;
 
@@ -155,17 +155,21 @@ std::string pad(std::string const& text, size_t width)
     return text + std::string(width - std::min(width, text.size()) + 2, ' ');
 }
 
-// What a damaged file holds must not write to a terminal as it likes.
-std::string printable(std::string text)
-{
-    std::replace_if(
-        text.begin(), text.end(),
-        [](char letter) { return static_cast<unsigned char>(letter) < ' ' || letter == '\x7f'; },
-        '?');
-    return text;
-}
-
 } // namespace
+
+std::string printable(std::string const& text)
+{
+    std::string result;
+    for (size_t i = 0; i < text.size(); ++i)
+    {
+        auto const byte = static_cast<unsigned char>(text[i]);
+        auto const next = static_cast<unsigned char>(i + 1 < text.size() ? text[i + 1] : 0);
+        bool const c1 = byte == 0xC2U && next >= 0x80U && next < 0xA0U; // in UTF-8
+        i += c1 ? 1 : 0;
+        result += c1 || byte < ' ' || byte == 0x7FU ? '?' : text[i];
+    }
+    return result;
+}
 
 std::string Error::text() const
 {

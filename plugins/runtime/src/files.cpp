@@ -1,5 +1,6 @@
 #include "files.h"
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
@@ -17,7 +18,7 @@ namespace iq
 namespace
 {
 
-constexpr size_t kChunk = size_t{1} << 20;
+constexpr uint64_t kChunk = uint64_t{1} << 20;
 
 int openRetrying(int folder, char const* name, int flags) noexcept
 {
@@ -41,24 +42,6 @@ std::string whatIsThere(int error)
 }
 
 } // namespace
-
-std::string whyBadName(std::string const& name)
-{
-    if (name.find('\0') != std::string::npos)
-    {
-        return "it holds a NUL";
-    }
-    for (size_t start = 0, end = 0; end != std::string::npos; start = end + 1)
-    {
-        end = name.find('/', start);
-        std::string const part = name.substr(start, end == std::string::npos ? end : end - start);
-        if (part.empty() || part == "." || part == "..")
-        {
-            return "it does not stay inside the folder";
-        }
-    }
-    return "";
-}
 
 FileDescriptor openFolder(std::string const& folder)
 {
@@ -117,7 +100,7 @@ std::string hashFile(
     std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> const context(
         EVP_MD_CTX_new(), &EVP_MD_CTX_free);
     bool good = context && EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) == 1;
-    std::vector<char> chunk(kChunk);
+    std::vector<char> chunk(std::min(kChunk, limit + 1));
     uint64_t total = 0;
     while (good && total <= limit)
     {

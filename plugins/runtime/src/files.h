@@ -43,9 +43,6 @@ private:
     int mFd{-1};
 };
 
-// Why a name cannot be that of a file inside a bundle; empty if it can.
-std::string whyBadName(std::string const& name);
-
 // `folder`, for openFile. Throws Refusal if it is none.
 FileDescriptor openFolder(std::string const& folder);
 

@@ -213,9 +213,9 @@ int fail(iq::Error const& error)
     return static_cast<int>(error.code);
 }
 
-void say(char const* what, std::string const& result)
+void say(std::string const& what, std::string const& result)
 {
-    std::printf("  %-18s  %s\n", what, result.c_str());
+    std::printf("  %-18s  %s\n", iq::printable(what).c_str(), iq::printable(result).c_str());
 }
 
 std::string describe(iq::EngineInfo const& engine)
@@ -282,8 +282,8 @@ int check(Options const& options)
     {
         bytes += record.bytes;
     }
-    std::printf("%s: %s, %s\n", options.bundle.c_str(), manifest.name.c_str(),
-        manifest.recipe.c_str());
+    std::string const title = options.bundle + ": " + manifest.name + ", " + manifest.recipe;
+    std::printf("%s\n", iq::printable(title).c_str());
     say("manifest.json", "sha256 as in manifest.json.sha256, format 1");
     say("files", std::to_string(manifest.files.size()) + " files, " + std::to_string(bytes)
             + " bytes, size and sha256 as recorded, tokenizer.json among them");
@@ -294,7 +294,7 @@ int check(Options const& options)
         {
             return fail(cache.error());
         }
-        say(("engine " + name).c_str(), describe(engine));
+        say("engine " + name, describe(engine));
         say("  KV cache", std::to_string(cache.value().tensors) + " tensors, "
                 + std::to_string(cache.value().bytesPerToken) + " bytes a token, "
                 + std::to_string(cache.value().maxTokens) + " tokens at most");
@@ -376,7 +376,7 @@ int run(Options const& options)
     }
     if (!text.graphNote().empty())
     {
-        std::fprintf(stderr, "iq_run: %s\n", text.graphNote().c_str());
+        std::fprintf(stderr, "iq_run: %s\n", iq::printable(text.graphNote()).c_str());
     }
     for (auto const& result : results)
     {
@@ -406,12 +406,12 @@ int main(int argc, char** argv)
     }
     catch (std::invalid_argument const& error)
     {
-        std::fprintf(stderr, "iq_run: error: %s\n%s", error.what(), kUsage);
+        std::fprintf(stderr, "iq_run: error: %s\n%s", iq::printable(error.what()).c_str(), kUsage);
         return static_cast<int>(iq::ErrorCode::kUsage);
     }
     catch (std::exception const& error)
     {
-        std::fprintf(stderr, "iq_run: error: %s\n", error.what());
+        std::fprintf(stderr, "iq_run: error: %s\n", iq::printable(error.what()).c_str());
         return static_cast<int>(iq::ErrorCode::kOther);
     }
 }

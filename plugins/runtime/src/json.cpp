@@ -1,7 +1,8 @@
 #include "json.h"
 
-#include <algorithm>
+#include <optional>
 #include <set>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
@@ -12,8 +13,12 @@ Document::Document(std::string const& text, std::string const& where)
     : mWhere(where)
 {
     std::vector<std::set<std::string>> keys;
-    std::string twice;
-    Json::parser_callback_t const watch = [&](int, Json::parse_event_t event, Json& value) {
+    std::optional<std::string> twice;
+    bool deep = false;
+    Json::parser_callback_t const watch = [&](int depth, Json::parse_event_t event, Json& value) {
+        bool const opens = event == Json::parse_event_t::object_start
+            || event == Json::parse_event_t::array_start;
+        deep |= opens && depth >= kDeepest;
         if (event == Json::parse_event_t::object_start)
         {
             keys.emplace_back();
@@ -29,15 +34,24 @@ Document::Document(std::string const& text, std::string const& where)
         }
         return true;
     };
-    mJson = std::make_unique<Json>(Json::parse(text, watch, false));
+    // The parser skips a byte order mark, and takes a NUL for the end: neither is JSON.
+    bool const plain = text.find('\0') == std::string::npos && text.compare(0, 1, "\xef") != 0;
+    mJson = std::make_unique<Json>(
+        plain ? Json::parse(text, watch, false) : Json(Json::value_t::discarded));
     if (mJson->is_discarded())
     {
         throw Refusal(ErrorCode::kBundle, where + " is not JSON: compile the bundle again");
     }
-    if (!twice.empty())
+    if (deep)
     {
         throw Refusal(ErrorCode::kBundle,
-            where + " is damaged (it has the key '" + twice + "' twice): compile the bundle again");
+            where + " is damaged (it is more than " + std::to_string(kDeepest)
+                + " levels deep): compile the bundle again");
+    }
+    if (twice)
+    {
+        throw Refusal(ErrorCode::kBundle,
+            where + " is damaged (it has the key '" + *twice + "' twice): compile the bundle again");
     }
 }
 
@@ -83,16 +97,6 @@ std::string const& Node::text() const
         refuse("is not a text");
     }
     return mJson.get_ref<std::string const&>();
-}
-
-std::string const& Node::oneOf(std::vector<std::string> const& words) const
-{
-    std::string const& word = text();
-    if (std::find(words.begin(), words.end(), word) == words.end())
-    {
-        refuse("is '" + word + "', which is not known");
-    }
-    return word;
 }
 
 int64_t Node::integer(int64_t low, int64_t high) const

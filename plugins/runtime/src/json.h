@@ -5,7 +5,6 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include <nlohmann/json_fwd.hpp> // the whole of it takes long to compile
 
@@ -32,22 +31,32 @@ public:
     bool isList() const noexcept;
     bool isNull() const noexcept;
     std::string const& text() const;
-    std::string const& oneOf(std::vector<std::string> const& words) const;
     int64_t integer(int64_t low, int64_t high) const;
     bool boolean() const;
     void eachItem(std::function<void(Node const&)> const& visit) const;
     void eachMember(std::function<void(std::string const&, Node const&)> const& visit) const;
     [[noreturn]] void refuse(std::string const& why) const;
+    Json const& json() const noexcept
+    {
+        return mJson;
+    }
+    std::string const& where() const noexcept
+    {
+        return mWhere;
+    }
 
 private:
     Json const& mJson;
     std::string mWhere;
 };
 
+constexpr int kDeepest = 64; // DEEPEST of iq_export/bundle/schema.py
+
 class Document
 {
 public:
-    // Throws Refusal, naming `where`, if `text` is not JSON or has an object with a key twice.
+    // Throws Refusal, naming `where`, if `text` is not JSON, has an object with a key twice, or is
+    // deeper than kDeepest levels.
     Document(std::string const& text, std::string const& where);
     ~Document();
     Document(Document const&) = delete;

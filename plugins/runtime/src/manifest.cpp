@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "files.h"
 #include "json.h"
+#include "schema.h"
 
 namespace iq
 {
@@ -11,48 +11,6 @@ namespace
 {
 
 constexpr int64_t kLargestSize = INT32_MAX; // of an axis
-
-enum class Kind
-{
-    kObject,
-    kList,
-    kOther
-};
-
-// Every field of the writer's Manifest; an unknown one means another format.
-struct Field
-{
-    char const* name;
-    Kind kind;
-};
-constexpr Field kFields[] = {{"name", Kind::kOther}, {"recipe", Kind::kOther},
-    {"dtype", Kind::kOther}, {"opset", Kind::kOther}, {"format_version", Kind::kOther},
-    {"source", Kind::kObject}, {"versions", Kind::kObject}, {"options", Kind::kObject},
-    {"inputs", Kind::kList}, {"outputs", Kind::kList}, {"profile", Kind::kObject},
-    {"targets", Kind::kList}, {"engines", Kind::kObject}, {"engine_failures", Kind::kObject},
-    {"lifecycles", Kind::kList}, {"check", Kind::kOther}, {"mixed", Kind::kOther},
-    {"accuracy", Kind::kOther}, {"speed", Kind::kOther}, {"timings", Kind::kObject},
-    {"peak_rss_bytes", Kind::kOther}, {"notes", Kind::kList}, {"files", Kind::kObject}};
-
-void checkFields(Node const& root)
-{
-    root.eachMember([&root](std::string const& name, Node const& value) {
-        auto const* const field = std::find_if(std::begin(kFields), std::end(kFields),
-            [&name](Field const& known) { return name == known.name; });
-        if (field == std::end(kFields))
-        {
-            root.refuse("has the unknown field '" + name + "'");
-        }
-        if (field->kind == Kind::kObject)
-        {
-            value.eachMember([](std::string const&, Node const&) {});
-        }
-        if (field->kind == Kind::kList)
-        {
-            value.eachItem([](Node const&) {});
-        }
-    });
-}
 
 Range readRange(Node const& node, int64_t lowest)
 {
@@ -83,19 +41,9 @@ std::vector<TensorInfo> readTensors(Node const& list)
     return tensors;
 }
 
-std::string const& readSha256(Node const& node)
-{
-    std::string const& text = node.text();
-    if (text.size() != 64 || text.find_first_not_of("0123456789abcdef") != std::string::npos)
-    {
-        node.refuse("is not a SHA-256 in lower-case hexadecimal");
-    }
-    return text;
-}
-
 FileRecord readRecord(Node const& node)
 {
-    return {static_cast<uint64_t>(node["bytes"].integer(0, INT64_MAX)), readSha256(node["sha256"])};
+    return {static_cast<uint64_t>(node["bytes"].integer(0, INT64_MAX)), node["sha256"].text()};
 }
 
 EngineInfo readEngine(std::string const& name, Node const& node, Manifest const& manifest)
@@ -110,7 +58,7 @@ EngineInfo readEngine(std::string const& name, Node const& node, Manifest const&
     {
         node.refuse("and the list of files do not tell the same size and checksum of its plan");
     }
-    engine.tensorRt.flavour = node["flavour"].oneOf({"tensorrt", "tensorrt_rtx"}) == "tensorrt"
+    engine.tensorRt.flavour = node["flavour"].text() == "tensorrt"
         ? Flavour::kEnterprise
         : Flavour::kRtx;
     if (!parseVersion(node["tensorrt_version"].text(), engine.tensorRt.version))
@@ -120,7 +68,7 @@ EngineInfo readEngine(std::string const& name, Node const& node, Manifest const&
     node["compute_capabilities"].eachItem([&engine](Node const& item) {
         engine.computeCapabilities.push_back(static_cast<int32_t>(item.integer(1, 9999)));
     });
-    std::string const& form = node["form"].oneOf({"none", "body", "plugin"});
+    std::string const& form = node["form"].text();
     engine.form
         = form == "plugin" ? Form::kPlugin : (form == "body" ? Form::kBody : Form::kNone);
     // Earlier versions did not write it; manifestGaps misses it where it is needed.
@@ -197,20 +145,13 @@ Manifest parseManifest(std::string const& text, std::string const& where)
             where + " has another format: compile the model again",
             {{"format version", std::to_string(kFormatVersion), std::to_string(format)}}});
     }
-    checkFields(root);
+    checkManifest(root);
     Manifest manifest;
     manifest.name = root["name"].text();
     manifest.recipe = root["recipe"].text();
     manifest.inputs = readTensors(root["inputs"]);
     manifest.outputs = readTensors(root["outputs"]);
-    Node const files = root["files"];
-    files.eachMember([&](std::string const& name, Node const& record) {
-        std::string const why = whyBadName(name);
-        if (!why.empty() || name == kManifestName || name == kChecksumName)
-        {
-            files.refuse("names '" + name + "', which no bundle holds"
-                + (why.empty() ? why : " (" + why + ")"));
-        }
+    root["files"].eachMember([&manifest](std::string const& name, Node const& record) {
         manifest.files.emplace(name, readRecord(record));
     });
     root["engines"].eachMember([&manifest](std::string const& name, Node const& engine) {
@@ -228,8 +169,6 @@ std::vector<Mismatch> manifestGaps(Manifest const& manifest)
             rows.push_back({file, "in the manifest's files, " + why, "not there"});
         }
     };
-    need("model.onnx", "the model");
-    need("tokenizer.json", "the tokenizer");
     for (auto const& [name, engine] : manifest.engines)
     {
         need(engine.plan, "the plan of engine " + name);

@@ -22,6 +22,9 @@ enum class ErrorCode
     kBundle = 7
 };
 
+// `text` with '?' for its control characters: what a file holds must not command a terminal.
+IQ_API std::string printable(std::string const& text);
+
 // One row of a table of differences.
 struct Mismatch
 {
