@@ -92,14 +92,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, metavar="DIR",
         help="folder of the tokenizer.json to use, needed for .onnx (default: the model's own)",
     )  # fmt: skip
-    group.add_argument(
-        "--trust-remote-code", action="store_true",
-        help="run the Python code that comes with a hub model",
-    )  # fmt: skip
-    group.add_argument(
-        "--accept-terms", action="store_true",
-        help="you have read and accept the terms of a gated model (gemma3-270m)",
-    )  # fmt: skip
+    options.add_permissions(group)
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--bundle-only", action="store_true", help="only this bundle: no other graph is rebuilt"
     )
+    options.add_permissions(parser)
     parser.add_argument("--no-speed", action="store_true", help="do not time the prefill")
     options.add_device(parser)
 
@@ -108,13 +109,18 @@ def _graphs(bundle: Bundle, args: argparse.Namespace) -> dict[str, Path]:
     if not args.bundle_only:
         progress = options.progress(args, 1)
         with progress.step("Prepare the graphs to compare with"):
-            graphs.update(build_references(bundle, args.work, progress))
+            permitted = {name: getattr(args, name) for name in options.PERMISSIONS}
+            graphs.update(build_references(bundle, args.work, progress, **permitted))
     graphs[bundle_label(bundle)] = bundle.model
     return graphs
 
 
-def build_references(bundle: Bundle, work: Path | None, progress: Progress) -> dict[str, Path]:
+def build_references(
+    bundle: Bundle, work: Path | None, progress: Progress, **permitted: bool
+) -> dict[str, Path]:
     """The graphs to compare with, from the work folder or made again.
+
+    `permitted` is what this run permits (`options.PERMISSIONS`), whatever the manifest records.
 
     Raises UsageError in a light install, which cannot make them.
     """
@@ -125,7 +131,7 @@ def build_references(bundle: Bundle, work: Path | None, progress: Progress) -> d
         )
     from iq_export.compile import reference_graphs
 
-    return reference_graphs(bundle, work, progress)
+    return reference_graphs(bundle, work, progress, **permitted)
 
 
 def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None) -> None:

@@ -47,6 +47,22 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+# What one run permits. Nothing that is read from a file ever sets one of these.
+PERMISSIONS = ("trust_remote_code", "accept_terms")
+
+
+def add_permissions(parser: argparse._ActionsContainer) -> None:
+    """`--trust-remote-code` and `--accept-terms`, for what loads a model."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python code that comes with a model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accept-terms", action="store_true",
+        help="you have read and accept the terms of a gated model (gemma3-270m)",
+    )  # fmt: skip
+
+
 def providers(device: str) -> tuple[str, ...]:
     """The ONNX Runtime providers for `device`; `run.ort` refuses what is not installed."""
     return PROVIDERS[device]
