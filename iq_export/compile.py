@@ -458,11 +458,11 @@ def _options_of(
     Raises BundleError if one is of another kind than this version writes.
     """
     recorded = bundle.manifest.options
-    kinds = {field.name: field.type for field in fields(CompileOptions)}
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    wanted = {field.name: kinds.get(str(field.type), ()) for field in fields(CompileOptions)}
     values = {name: recorded[name] for name in _REPEATED if name in recorded}
     for name, value in {"model": None, **values}.items():
-        wanted = {"str": str, "int": int, "float": (int, float)}[str(kinds[name])]
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, wanted[name]) or isinstance(value, bool):
             raise BundleError(
                 f"{bundle.folder / MANIFEST_NAME} records no {name} that can be used: compile the "
                 "bundle again, or measure it alone with --bundle-only"

@@ -71,17 +71,13 @@ def open_belonging(root: Path, name: str, error: type[IqError] = BundleError) ->
     )
 
 
-def read_belonging(
-    root: Path, name: str, most: int, error: type[IqError] = BundleError
-) -> bytes:
-    """All bytes of a file as `open_belonging` opens it. Raises `error` if it has more than `most`."""
+def read_belonging(root: Path, name: str, most: int, error: type[IqError] = BundleError) -> bytes:
+    """As `read_inside`, of a file as `open_belonging` opens it."""
     with open_belonging(root, name, error) as stream:
         return _at_most(stream, root / name, most, error)
 
 
-def copy_belonging(
-    root: Path, name: str, target: Path, error: type[IqError] = BundleError
-) -> None:
+def copy_belonging(root: Path, name: str, target: Path, error: type[IqError] = BundleError) -> None:
     """Copy a file as `open_belonging` opens it to the new file `target`.
 
     Raises `error` also if something of that name is there.

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     import onnx
 
 
-def check_external(
-    model: onnx.ModelProto, folder: Path, error: type[IqError] = GraphError
-) -> None:
+def check_external(model: onnx.ModelProto, folder: Path, error: type[IqError] = GraphError) -> None:
     """Raise `error` if external data of `model`, a file in `folder`, lies elsewhere or is no file.
 
     A file that is missing is left to whoever reads it.
