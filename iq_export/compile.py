@@ -153,7 +153,9 @@ def reference_graphs(
     if found:
         return found
     progress = progress or Progress(quiet=True)
-    options = _options_of(bundle, folder, trust_remote_code, accept_terms)
+    options = _options_of(
+        bundle, folder, trust_remote_code=trust_remote_code, accept_terms=accept_terms
+    )
     progress.note(f"no graphs of this bundle in {folder}: making them again from {options.model}")
     if "alpha" in bundle.manifest.options:
         progress.note(
@@ -451,7 +453,7 @@ def _option_record(options: CompileOptions) -> dict[str, Any]:
 
 
 def _options_of(
-    bundle: Bundle, work: Path, trust_remote_code: bool, accept_terms: bool
+    bundle: Bundle, work: Path, *, trust_remote_code: bool = False, accept_terms: bool = False
 ) -> CompileOptions:
     """The options that a bundle was compiled with, as far as its references depend on them.
 

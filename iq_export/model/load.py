@@ -347,8 +347,8 @@ def _check_header(config: dict[str, Any], name: str, where: str, trust_remote_co
     kernels = [value for key, value in config.items() if key.endswith("attn_implementation")]
     if "/" in str(kernels) and not trust_remote_code:
         raise ModelError(
-            f"{name} asks for code of the Hugging Face hub: take attn_implementation out of {where}, "
-            "or allow it with --trust-remote-code."
+            f"{name} asks for code of the Hugging Face hub: take attn_implementation out of "
+            f"{where}, or allow it with --trust-remote-code."
         )
     if "auto_map" in config and not trust_remote_code and not _known_type(kind):
         raise ModelError(

@@ -150,7 +150,7 @@ def test_only_what_makes_the_references_is_read_from_a_manifest(
 ) -> None:
     def options(**recorded: object) -> CompileOptions:
         changed = update_manifest(Bundle.open(bundle), options=recorded)
-        return _options_of(changed, tmp_path / "work", False, False)
+        return _options_of(changed, tmp_path / "work")
 
     found = options(model="org/name", seed=3, force=True, out="/elsewhere", plugin="on", alpha=1)
     assert (found.model, found.seed, found.force, found.plugin) == ("org/name", 3, False, "auto")
