@@ -156,7 +156,7 @@ def reference_graphs(
     options = _options_of(
         bundle, folder, trust_remote_code=trust_remote_code, accept_terms=accept_terms
     )
-    progress.note(f"no graphs of this bundle in {folder}: making them again from {options.model}")
+    progress.note(f"no graphs of this bundle in {folder}: making them again from {options.model!r}")
     if "alpha" in bundle.manifest.options:
         progress.note(
             "this bundle is of an older version, which found sinks by --alpha: they are found "

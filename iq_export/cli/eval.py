@@ -24,6 +24,7 @@ from iq_export.evaluate.compare import (
 from iq_export.lengths import bundle_limit, window_length
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
+from iq_export.terminal import in_a_line
 
 
 def add_parser(subparsers: Any) -> None:
@@ -146,7 +147,7 @@ def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> Non
     if as_json:
         options.print_json({**comparison.to_dict(), "speed": speed and asdict(speed)})
         return
-    options.say(table(comparison.to_dict()))
+    options.say(table(in_a_line(comparison.to_dict())))
     if speed is not None:
         options.say(speed_line(asdict(speed)))
 

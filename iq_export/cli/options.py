@@ -105,7 +105,8 @@ def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     text = json.dumps(json_safe(document), indent=2, ensure_ascii=False)
     # JSON writes out the control characters of ASCII itself.
-    print(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
+    rest = r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    print(re.sub(rest, lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def size(count: float) -> str:
