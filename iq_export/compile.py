@@ -512,6 +512,8 @@ def _recall_references(work: Path, plan_sha256: str) -> dict[str, Path]:
     for file in sorted(work.glob(f"*/{REFERENCES}")):
         record = json.loads(file.read_text(encoding="utf-8"))
         graphs = {label: Path(path) for label, path in record["graphs"].items()}
-        if record["plan_sha256"] == plan_sha256 and all(p.is_file() for p in graphs.values()):
+        inside = all(work.resolve() in p.resolve().parents for p in graphs.values())
+        there = inside and all(p.is_file() for p in graphs.values())
+        if record["plan_sha256"] == plan_sha256 and there:
             return graphs
     return {}

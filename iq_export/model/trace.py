@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -440,9 +441,10 @@ def _version(tool: str) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes by file of what must be there for a folder to count as whole."""
+    """Bytes by file of what must be there for a folder to count as whole; a link is no file."""
     files = [folder / MODEL_FILE, folder / DATA_FILE, *sorted((folder / ASSETS).iterdir())]
-    return {str(f.relative_to(folder)): f.stat().st_size for f in files if f.is_file()}
+    found = ((f, f.lstat()) for f in files if f.is_file())
+    return {str(f.relative_to(folder)): s.st_size for f, s in found if stat.S_ISREG(s.st_mode)}
 
 
 @contextmanager
