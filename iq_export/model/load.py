@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import hashlib
 import json
 import operator
@@ -15,7 +14,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +49,8 @@ _HUB_FILES = [
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _CARD = "README.md"
+# What transformers reads besides, to make a tokenizer.
+_ALSO_READ = ("vocab.*", "*.tiktoken", "additional_chat_templates/*.jinja")
 _LARGEST_CARD = 1 << 24
 
 
@@ -301,14 +302,12 @@ def _check_tokenizer_code(folder: Path, trust_remote_code: bool) -> None:
 
 def _check_places(folder: Path) -> None:
     """Refuse a file that transformers would read elsewhere, through a link, or wait for."""
-    for file in sorted(folder.iterdir()):
-        read = any(fnmatch.fnmatch(file.name, p) for p in (*_HUB_FILES, *_LICENSES, _CARD))
-        if not read or file.is_dir() or not (file.exists() or file.is_symlink()):
-            continue
-        try:
-            open_belonging(folder, file.name, ModelError).close()
-        except FileNotFoundError:
-            continue  # a link to nothing
+    patterns = (*_HUB_FILES, *_LICENSES, _CARD, *_ALSO_READ)
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        if not file.is_dir():
+            with suppress(FileNotFoundError):  # a link to nothing
+                name = file.relative_to(folder).as_posix()
+                open_belonging(folder, name, ModelError).close()
 
 
 def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> None:

@@ -58,6 +58,17 @@ def test_a_link_out_of_the_folder_is_refused(llama: Path, tmp_path: Path, name: 
             resolve("smollm2-135m", tokenizer=llama)
 
 
+def test_a_folder_of_templates_elsewhere_is_refused(llama: Path, tmp_path: Path) -> None:
+    templates = llama / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ messages }}")
+    assert resolve(str(llama)).kind == "folder"
+    templates.rename(tmp_path / "elsewhere")
+    templates.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="leads out of its folder"):
+        resolve(str(llama))
+
+
 def test_a_pipe_is_not_waited_for(llama: Path) -> None:
     (llama / "generation_config.json").unlink(missing_ok=True)
     os.mkfifo(llama / "generation_config.json")
