@@ -79,14 +79,15 @@ def recall_graphs(folder: Path, plan_sha256: str) -> dict[str, Path]:
 
     Empty if there are none, or if one is not what it was then.
     """
+    home = folder.resolve()
     for file in sorted(folder.glob(f"*/{REFERENCES}")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             graphs = {label: folder / path for label, path in record["graphs"].items()}
             files = {folder / path: digest for path, digest in record.get("files", {}).items()}
-            same = record["plan_sha256"] == plan_sha256 and all(
-                p.is_file() for p in graphs.values()
-            )
+            inside = all(home in path.resolve().parents for path in (*graphs.values(), *files))
+            there = inside and all(path.is_file() for path in graphs.values())
+            same = there and record["plan_sha256"] == plan_sha256
             if same and all(sha256_file(path) == digest for path, digest in files.items()):
                 return graphs
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

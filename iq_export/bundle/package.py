@@ -114,9 +114,13 @@ class Bundle:
                 raise BundleError(_mismatch_text(folder, mismatches))
         return bundle
 
+    def root(self, name: str) -> Path:
+        """The folder below which the file `name` of the manifest lies."""
+        return _root(self.folder, self.ahead, name)
+
     def path(self, name: str) -> Path:
         """Where the file `name` of the manifest lies."""
-        return _root(self.folder, self.ahead, name) / name
+        return self.root(name) / name
 
     def is_current(self) -> bool:
         """Whether the bundle at `folder` still has the files that this one had when opened."""
@@ -142,9 +146,7 @@ class Bundle:
         """The content of `plan.json`. Raises BundleError if it is missing or no JSON object."""
         path = self.path(PLAN_NAME)
         try:
-            content = parse(
-                _read(_root(self.folder, self.ahead, PLAN_NAME), PLAN_NAME, _LARGEST_PLAN).decode()
-            )
+            content = parse(_read(self.root(PLAN_NAME), PLAN_NAME, _LARGEST_PLAN).decode())
         except FileNotFoundError as error:
             raise BundleError(f"{self.folder} has no {PLAN_NAME}: compile it again") from error
         except ValueError as error:
@@ -164,7 +166,7 @@ class Bundle:
     def _differing_files(self) -> Iterator[tuple[str, str, str]]:
         for name, expected in sorted(self.manifest.files.items()):
             try:
-                with open_inside(_root(self.folder, self.ahead, name), name) as stream:
+                with open_inside(self.root(name), name) as stream:
                     size = os.fstat(stream.fileno()).st_size
                     if size != expected.bytes:
                         yield name, f"{expected.bytes} bytes", f"{size} bytes"

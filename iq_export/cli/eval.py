@@ -26,6 +26,7 @@ from iq_export.evaluate.compare import (
 from iq_export.lengths import bundle_limit, window_length
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
+from iq_export.terminal import in_a_line
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--bundle-only", action="store_true", help="only this bundle: no other graph is rebuilt"
     )
+    options.add_permissions(parser)
     parser.add_argument("--no-speed", action="store_true", help="do not time the prefill")
     options.add_device(parser)
 
@@ -132,16 +134,23 @@ def _graphs(bundle: Bundle, args: argparse.Namespace, hold: ExitStack) -> dict[s
     if not args.bundle_only:
         progress = options.progress(args, 1)
         with progress.step("Prepare the graphs to compare with"):
-            graphs.update(build_references(bundle, args.work, progress, hold))
+            permitted = {name: getattr(args, name) for name in options.PERMISSIONS}
+            graphs.update(build_references(bundle, args.work, progress, hold, **permitted))
     graphs[bundle_label(bundle)] = bundle.model
     return graphs
 
 
 def build_references(
-    bundle: Bundle, work: Path | None, progress: Progress, hold: ExitStack | None = None
+    bundle: Bundle,
+    work: Path | None,
+    progress: Progress,
+    hold: ExitStack | None = None,
+    **permitted: bool,
 ) -> dict[str, Path]:
     """The graphs to compare with, from the work folder or made again; they stay until `hold` is
     closed.
+
+    `permitted` is what this run permits (`options.PERMISSIONS`), whatever the manifest records.
 
     Raises UsageError in a light install, which cannot make them.
     """
@@ -152,7 +161,7 @@ def build_references(
         )
     from iq_export.compile import reference_graphs
 
-    return reference_graphs(bundle, work, progress, hold)
+    return reference_graphs(bundle, work, progress, hold, **permitted)
 
 
 def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None, progress: Progress) -> None:
@@ -167,7 +176,7 @@ def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> Non
     if as_json:
         options.print_json({**comparison.to_dict(), "speed": speed and asdict(speed)})
         return
-    options.say(table(comparison.to_dict()))
+    options.say(table(in_a_line(comparison.to_dict())))
     if speed is not None:
         options.say(speed_line(asdict(speed)))
 

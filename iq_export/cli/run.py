@@ -16,6 +16,7 @@ from iq_export.cli import options
 from iq_export.errors import DataError, UsageError
 from iq_export.lengths import bundle_limit, generated
 from iq_export.memory import memory_bytes
+from iq_export.terminal import printable
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     for piece in tokenizer.stream(_noting(tokens, new_ids)):
         pieces.append(piece)
         if not args.json:
-            print(piece, end="", flush=True)
+            shown = printable(piece) if sys.stdout.isatty() else piece
+            print(shown, end="", flush=True)
     seconds = time.perf_counter() - begin
     if args.json:
         options.print_json(

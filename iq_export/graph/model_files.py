@@ -6,6 +6,7 @@ from pathlib import Path
 
 from iq_export.errors import GraphError, IqError
 from iq_export.files import parts_inside
+from iq_export.graph.external import external_tensors, place
 
 
 def model_files(path: Path, error: type[IqError] = GraphError) -> list[Path]:
@@ -15,17 +16,10 @@ def model_files(path: Path, error: type[IqError] = GraphError) -> list[Path]:
     """
     import onnx
     from google.protobuf.message import DecodeError
-    from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as problem:
         raise error(f"{path} is not a readable ONNX model: {problem}") from problem
-    names = {
-        entry.value
-        for tensor in _get_all_tensors(model)
-        if uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    names = {place(tensor, error).value for tensor in external_tensors(model)}
     return [path, *(path.parent.joinpath(*parts_inside(name, error)) for name in sorted(names))]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from iq_export.bundle import triton
 from iq_export.bundle.manifest import Manifest, TensorInfo
 from iq_export.bundle.package import Bundle
 from iq_export.bundle.triton import max_batch_size, write_repository
@@ -260,7 +261,7 @@ def test_a_copy_that_is_not_the_recorded_file(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bundle was replaced between its check and the copy."""
-    monkeypatch.setattr(shutil, "copyfile", lambda _, target: target.write_bytes(b"other"))
+    monkeypatch.setattr(triton, "copy_belonging", lambda *args: args[-1].write_bytes(b"other"))
     with pytest.raises(BundleError, match="changed while it was copied"):
         write_repository(bundle, tmp_path / "repo")
     assert not (tmp_path / "repo").exists()
@@ -269,14 +270,14 @@ def test_a_copy_that_is_not_the_recorded_file(
 def test_an_interrupt_leaves_nothing_and_keeps_the_older_model(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(source: Path, target: Path) -> None:
+    def interrupted(root: Path, name: str, target: Path) -> None:
         target.write_bytes(b"half")
         raise KeyboardInterrupt
 
     folder = write_repository(bundle, tmp_path / "repo").folder
     old = files(folder)
     other = Bundle.open(write_bundle(tmp_path / "other", report("b200")))
-    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    monkeypatch.setattr(triton, "copy_belonging", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_repository(other, tmp_path / "repo", force=True)
     assert files(tmp_path / "repo") == {f"tiny/{name}": text for name, text in old.items()}
