@@ -73,7 +73,7 @@ def test_what_a_manifest_says_is_shown_and_not_obeyed(
         Bundle.open(bundle), name=evil, recipe=evil, dtype=evil, notes=[evil], targets=[evil],
         source={evil: evil}, engine_failures={evil: evil}, timings={evil: 1.0},
         lifecycles=[{"birth": 1, "death": 2, "tokens": [evil]}],
-        engines={evil: engine_record(form_reason=evil)},
+        engines={evil: engine_record(form_reason=evil, plan="none.plan")},
         inputs=[TensorInfo(evil, evil, [evil])],
         accuracy={"text": evil, "windows": 1, "length": 1, "rows": []},
     )  # fmt: skip
