@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.lock import claim_shared
+from iq_export.bundle.lock import claim_shared, clear_dead
 from iq_export.bundle.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -29,6 +29,7 @@ from iq_export.bundle.package import (
     PLAN_NAME,
     Bundle,
     atomic_folder,
+    clear_partial,
     disk_full_is_bundle_error,
 )
 from iq_export.calibrate.data import Window, check_windows, held_out_windows, load_text, windows
@@ -78,6 +79,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     progress = progress or Progress(quiet=True)
     begin = time.perf_counter()
     check_work(options.out, options.work)
+    clear_partial(options.out)
+    clear_dead(default_work(options.out))
     checked = check(options)
     options = checked.options
     for note in checked.notes:

@@ -96,6 +96,16 @@ def claim(
         os.close(descriptor)
 
 
+def clear_dead(folder: Path, before_clear: Callable[[], None] | None = None) -> None:
+    """Remove `folder` if it is what a dead run left that kept nothing, as the next claim would."""
+    if not folder.is_symlink() and (is_marked(folder) or _is_empty(folder)):
+        with (
+            suppress(BundleError, OSError),
+            claim(folder, wait=False, before_clear=before_clear),
+        ):
+            pass
+
+
 @contextmanager
 def claim_shared(folder: Path, *, say: Say = quiet, wait: bool = True) -> Iterator[None]:
     """Keep a claimed folder as it is within the block: no other process can claim it.
@@ -213,6 +223,10 @@ def _has_content(folder: Path) -> bool:
         return any(entry.name != MARK for entry in os.scandir(folder))
     except FileNotFoundError:
         return False
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not _has_content(folder)
 
 
 def _clear(folder: Path, spare: str) -> None:

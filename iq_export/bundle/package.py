@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from iq_export.bundle.lock import Busy, Say, claim, is_marked, quiet
+from iq_export.bundle.lock import Say, claim, clear_dead, is_marked, quiet
 from iq_export.bundle.manifest import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
@@ -95,7 +95,7 @@ class Bundle:
     @classmethod
     def _open(cls, folder: Path, verify: bool, key: Path | None) -> Bundle:
         if not folder.is_dir():
-            _put_back(folder)
+            _wait_for(folder)
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder: give the output folder of a compile")
         ahead = pending(folder)
@@ -436,9 +436,8 @@ def atomic_folder(
     or the disk fills.
     """
     out = check(Path(out), force)
-    holder = _holder(out)
-    with parents_of(holder), disk_full_is_bundle_error(out):
-        with _own(holder, out, say):
+    with parents_of(out), disk_full_is_bundle_error(out):
+        with _own(out, say) as holder:
             check(out, force)  # the one that was waited for may have put something there
             folder = holder / "new"
             folder.mkdir()
@@ -448,42 +447,46 @@ def atomic_folder(
         sync(out.parent)
 
 
+def clear_partial(out: Path) -> None:
+    """Remove what a killed run left beside `out` that was to become it."""
+    out = Path(os.path.abspath(out))
+    clear_dead(_holder(out), lambda: _restore(out))
+
+
 @contextmanager
-def _own(holder: Path, out: Path, say: Say, *, wait: bool = True) -> Iterator[None]:
+def _own(out: Path, say: Say) -> Iterator[Path]:
     """Claim the folder in which what becomes `out` grows."""
-
-    def put_back() -> None:
-        if not os.path.lexists(out) and (holder / "old").is_dir():
-            os.rename(holder / "old", out)
-
+    holder = _holder(out)
     with ExitStack() as stack:
         try:
-            stack.enter_context(claim(holder, say=say, wait=wait, before_clear=put_back))
+            stack.enter_context(claim(holder, say=say, before_clear=lambda: _restore(out)))
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise
             raise BundleError(f"cannot write in {holder.parent}: {error.strerror}") from error
-        yield
+        yield holder
+
+
+def _restore(out: Path) -> None:
+    """Put the older `out` back where a replacement was killed between its two renames."""
+    old = _holder(out) / "old"
+    if not os.path.lexists(out) and old.is_dir():
+        os.rename(old, out)
 
 
 def _holder(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def _put_back(out: Path) -> None:
+def _wait_for(out: Path) -> None:
     """Where folders cannot be exchanged, a replacement passes through a moment without `out`: wait
     for its end or, if its process died, undo it."""
     out = Path(os.path.abspath(out))
     holder = _holder(out)
     end = time.monotonic() + _PATIENCE_SECONDS
     while is_marked(holder) and (holder / "old").is_dir() and time.monotonic() < end:
-        try:
-            with _own(holder, out, quiet, wait=False):
-                return
-        except Busy:
-            time.sleep(0.01)
-        except (BundleError, OSError):
-            return
+        clear_partial(out)
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -24,7 +24,13 @@ from iq_export.bundle.manifest import (
     reading_records,
     record_files,
 )
-from iq_export.bundle.package import MODEL_NAME, Bundle, atomic_folder, require_space
+from iq_export.bundle.package import (
+    MODEL_NAME,
+    Bundle,
+    atomic_folder,
+    clear_partial,
+    require_space,
+)
 from iq_export.engine.build import EngineReport
 from iq_export.engine.plugin import LIBRARY
 from iq_export.engine.profile import Profile
@@ -100,6 +106,7 @@ def write_repository(
         model = _plan(bundle, Path(os.path.abspath(repository)), target, backend, name)
         records = {file: bundle.manifest.files[source] for file, source in model.copies.items()}
         records.update({file: FileRecord.of(text.encode()) for file, text in model.texts.items()})
+    clear_partial(model.folder)
     if model.folder.is_dir() and record_files(model.folder) == records:
         return replace(model, written=False)
     check_folder(model.folder, force)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from iq_export.bundle import triton
+from iq_export.bundle.lock import MARK
 from iq_export.bundle.manifest import Manifest, TensorInfo
 from iq_export.bundle.package import Bundle
 from iq_export.bundle.triton import max_batch_size, write_repository
@@ -255,6 +256,20 @@ def test_force_is_stopped_by_a_foreign_file(bundle: Bundle, tmp_path: Path, name
     with pytest.raises(BundleError, match="which iq-export did not write: --force would delete"):
         write_repository(other, tmp_path / "repo", force=True)
     assert (folder / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["empty", "the older model"])
+def test_what_a_killed_run_left_goes_though_nothing_is_written(
+    bundle: Bundle, tmp_path: Path, left: str
+) -> None:
+    write_repository(bundle, tmp_path / "repo")
+    partial = tmp_path / "repo" / ".tiny.partial"
+    partial.mkdir()
+    if left != "empty":
+        (partial / MARK).write_text('{"keep": false}')
+        (partial / "new").mkdir()
+    assert not write_repository(bundle, tmp_path / "repo").written
+    assert [path.name for path in (tmp_path / "repo").iterdir()] == ["tiny"]
 
 
 def test_a_copy_that_is_not_the_recorded_file(
