@@ -7,16 +7,15 @@ import math
 import os
 import platform
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from iq_export.bundle.lock import claim_shared, clear_dead
 from iq_export.bundle.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -25,25 +24,34 @@ from iq_export.bundle.manifest import (
     listable,
     record_files,
 )
-from iq_export.bundle.package import Bundle, atomic_folder, parents_of
+from iq_export.bundle.package import (
+    MODEL_NAME,
+    PLAN_NAME,
+    Bundle,
+    atomic_folder,
+    clear_partial,
+    disk_full_is_bundle_error,
+)
 from iq_export.calibrate.data import Window, check_windows, held_out_windows, load_text, windows
+from iq_export.checksum import sha256_file
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
 from iq_export.errors import BundleError, EngineError, ModelError
 from iq_export.files import copy_belonging
+from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
 from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe
 from iq_export.run.ort import PROVIDERS
+from iq_export.work import Work, check_work, default_work, recall_graphs, work_folder
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
 # Windows of the same text that nothing is made from: they tell how well sinks are matched.
 HELD_OUT, HELD_OUT_LENGTH = 48, 64
-REFERENCES = "references.json"
 
 
 class EnginesFailed(EngineError):
@@ -70,25 +78,33 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     """
     progress = progress or Progress(quiet=True)
     begin = time.perf_counter()
+    check_work(options.out, options.work)
+    clear_partial(options.out)
+    clear_dead(default_work(options.out))
     checked = check(options)
     options = checked.options
     for note in checked.notes:
         progress.note(note)
     progress.total = progress.total or len(_steps(checked, options))
-    with _work_folder(options) as work:
-        traced = _trace(options, work, progress)
-        checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
-        options = checked.options
-        done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
-        with atomic_folder(options.out, options.force) as folder:
-            _fill(folder, options, traced, done)
+    out = Path(os.path.abspath(options.out))
+    keep = options.keep_work or options.work is not None
+    with work_folder(out, options.work, keep=keep, say=progress.note) as work:
+        with atomic_folder(out, options.force, say=progress.note) as folder:
+            traced = _trace(options, work, progress)
+            made = traced.digests()
+            checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
+            options = checked.options
+            done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
+            _fill(folder, traced, made, done)
             sinks = done.sink_nodes
             built = _build(folder, options, checked, sinks, progress)
             timings = {**progress.timings, "total": time.perf_counter() - begin}
             manifest = _manifest(folder, options, checked, traced, done, built, timings)
             manifest.write(folder)
-        _remember(work, options, done)
-    bundle = Bundle.open(options.out, verify=False)
+        if keep:
+            with disk_full_is_bundle_error(work.folder):
+                _remember(work, options, done, manifest.files[PLAN_NAME].sha256)
+    bundle = Bundle(options.out, manifest)
     if built.failures:
         raise EnginesFailed(bundle)
     return bundle
@@ -99,6 +115,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
 
     Raises what `compile` would raise before its first step.
     """
+    check_work(options.out, options.work)
     checked = check(options)
     options = checked.options
     size = checked.weight_bytes or 0
@@ -139,6 +156,7 @@ def reference_graphs(
     bundle: Bundle,
     work: Path | None,
     progress: Progress | None = None,
+    hold: ExitStack | None = None,
     *,
     trust_remote_code: bool = False,
     accept_terms: bool = False,
@@ -147,13 +165,16 @@ def reference_graphs(
 
     They are made by the same steps from the options in the manifest; the order is the table's.
     What permits code or terms is not taken from there, whoever wrote it: it is asked for anew.
+    Until `hold` is closed no other run changes them. Raises ModelError if the model is not what
+    the bundle was made of, and BundleError if another run replaced the graphs at once.
     """
+    check_work(bundle.folder, work)
     folder = work or default_work(bundle.folder)
-    expected = bundle.manifest.files["plan.json"].sha256
-    found = _recall_references(folder, expected)
+    expected = bundle.manifest.files[PLAN_NAME].sha256
+    progress = progress or Progress(quiet=True)
+    found = _hold(folder, expected, progress, hold)
     if found:
         return found
-    progress = progress or Progress(quiet=True)
     options = _options_of(
         bundle, folder, trust_remote_code=trust_remote_code, accept_terms=accept_terms
     )
@@ -163,19 +184,35 @@ def reference_graphs(
             "this bundle is of an older version, which found sinks by --alpha: they are found "
             "anew, so the graph with insertion alone may differ from what the bundle was made of"
         )
-    checked = check(replace(options, force=True))
+    checked = check(replace(options, out=folder / "bundle"))  # the bundle itself is only read
     recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
     if recorded != checked.calibration_sha256:
         progress.note(
             f"warning: the calibration text {options.calibration} has changed since "
             f"{bundle.folder} was made: only the fp32 graph is what it was then"
         )
-    with _work_folder(options) as made:
+    with work_folder(bundle.folder, folder, keep=True, say=progress.note) as made:
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
         done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
-        _remember(made, options, done, plan_sha256=expected)
-    return _recall_references(folder, expected)
+        with disk_full_is_bundle_error(made.folder):
+            _remember(made, options, done, expected)
+    found = _hold(folder, expected, progress, hold)
+    if not found:
+        raise BundleError(f"another run has replaced the graphs in {folder}: run it again")
+    return found
+
+
+def _hold(
+    folder: Path, plan_sha256: str, progress: Progress, hold: ExitStack | None
+) -> dict[str, Path]:
+    """The kept graphs; if there are some, no run changes them until `hold` is closed."""
+    with ExitStack() as stack:
+        stack.enter_context(claim_shared(folder, say=progress.note))
+        found = recall_graphs(folder, plan_sha256)
+        if found and hold is not None:
+            hold.push(stack.pop_all())
+    return found
 
 
 def _check_same_source(bundle: Bundle, sha256: str) -> None:
@@ -185,12 +222,6 @@ def _check_same_source(bundle: Bundle, sha256: str) -> None:
             f"{bundle.manifest.source['model']} is not what {bundle.folder} was made of: its files "
             "have changed since. Compile it again, or measure the bundle alone with --bundle-only."
         )
-
-
-def default_work(out: Path) -> Path:
-    """Where a compile keeps its intermediate graphs if no folder is named."""
-    out = Path(out).absolute()
-    return out.parent / f".{out.name}.work"
 
 
 @dataclass(frozen=True)
@@ -231,35 +262,18 @@ def _minutes(size: int, options: CompileOptions) -> float:
     return 1.5 + tokens * size / 4 * 2 / 60e9 / 60 * 2
 
 
-@contextmanager
-def _work_folder(options: CompileOptions) -> Iterator[Path]:
-    """The folder for intermediate graphs; removed afterwards unless it was asked for.
-
-    The traced graph in a folder that was named is found again by the next run: long work resumes.
-    """
-    keep = options.keep_work or options.work is not None
-    folder = options.work or default_work(options.out)
-    with parents_of(folder):
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise BundleError(f"cannot make the work folder {folder}: {error.strerror}") from error
-        try:
-            yield folder
-        finally:
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _trace(options: CompileOptions, work: Path, progress: Progress) -> Any:
+def _trace(options: CompileOptions, work: Work, progress: Progress) -> Any:
     from iq_export.model.trace import trace
 
     with progress.step("Trace"):
-        return trace(model_source(options), work / "traced", opset=options.opset, progress=progress)
+        return trace(
+            model_source(options), work.place_of_trace(), opset=options.opset, progress=progress,
+            reuse=work.traced,
+        )  # fmt: skip
 
 
 def _calibrate_and_rewrite(
-    options: CompileOptions, recipe: Recipe, traced: Any, work: Path, progress: Progress
+    options: CompileOptions, recipe: Recipe, traced: Any, work: Work, progress: Progress
 ) -> Any:
     from iq_export.calibrate.text_check import token_warnings
     from iq_export.rewrite import Calibration, rewrite
@@ -292,14 +306,18 @@ def _calibrate_and_rewrite(
     warnings = token_warnings(data.windows, tokenizer)
     for warning in warnings:
         progress.note(f"warning: {warning}")
-    stages = work / f"{options.recipe}-{options.dtype}"
-    stages.mkdir(exist_ok=True)
+    stages = work.run / f"{options.recipe}-{options.dtype}"
+    stages.mkdir()
     done = rewrite(traced.model, stages, recipe, options.dtype, data, progress)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
-def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None:
-    """Copy what ships: the quantized graph, the tokenizer and its kin, the plan and templates."""
+def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any) -> None:
+    """Copy what ships: the quantized graph, the tokenizer and its kin, the plan and templates.
+
+    Raises BundleError if another program wrote to the traced model, whose files were `made`, or to
+    the graph while this run used them.
+    """
     from iq_export.plan import plan_record, save_templates
     from iq_export.run.generate import Tokenizer
 
@@ -307,11 +325,25 @@ def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None
         copy_belonging(traced.assets, file.name, folder / listable(file.name))
     from iq_export.graph import io
 
-    io.save(io.load(done.quantized), folder / "model.onnx")
+    before = {file.name: sha256_file(file) for file in model_files(done.quantized)}
+    io.save(io.load(done.quantized), folder / MODEL_NAME)
+    _check_stage(done.quantized.parent, before)
+    _check_stage(traced.folder, made)
     save_templates(done, folder / "sinks.safetensors")
     record = plan_record(done, Tokenizer(traced.assets))
     text = json.dumps(json_safe(record), indent=1, ensure_ascii=False) + "\n"
     (folder / "plan.json").write_text(text, encoding="utf-8")
+
+
+def _check_stage(folder: Path, digests: dict[str, str]) -> None:
+    """BundleError unless the files of this stage are those that this run wrote or checked."""
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise BundleError(
+                f"another program changed {path} while this run used it: nothing was written, "
+                "compile again"
+            )
 
 
 def _build(
@@ -489,32 +521,13 @@ def _peak_rss() -> int:
     return unit * max(resource.getrusage(who).ru_maxrss for who in whose)
 
 
-def _remember(
-    work: Path, options: CompileOptions, done: Any, *, plan_sha256: str | None = None
-) -> None:
-    """Write the baselines and note which graphs belong to the bundle, if the folder is kept."""
-    if not (options.keep_work or options.work is not None):
-        return
+def _remember(work: Work, options: CompileOptions, done: Any, plan_sha256: str) -> None:
+    """Write the baselines, and keep the graphs that belong to the bundle."""
     from iq_export.references import write_baselines
 
     graphs = {"fp32": done.traced, **write_baselines(done, options)}
     if done.sinks:
         graphs["insertion only"] = done.inserted
-    if plan_sha256 is None:
-        plan_sha256 = record_files(options.out, ["plan.json"])["plan.json"].sha256
-    record = {"plan_sha256": plan_sha256, "graphs": {k: str(v) for k, v in graphs.items()}}
-    text = json.dumps(record, indent=1)
-    (done.quantized.parent / REFERENCES).write_text(text, encoding="utf-8")
     done.quantized.unlink()
     done.quantized.with_name(done.quantized.name + ".data").unlink(missing_ok=True)
-
-
-def _recall_references(work: Path, plan_sha256: str) -> dict[str, Path]:
-    for file in sorted(work.glob(f"*/{REFERENCES}")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        graphs = {label: Path(path) for label, path in record["graphs"].items()}
-        inside = all(work.resolve() in p.resolve().parents for p in graphs.values())
-        there = inside and all(p.is_file() for p in graphs.values())
-        if record["plan_sha256"] == plan_sha256 and there:
-            return graphs
-    return {}
+    work.keep_graphs(done.quantized.parent, graphs, plan_sha256)

@@ -104,6 +104,61 @@ def create_inside(root: Path, name: str, error: type[IqError] = BundleError) -> 
         return os.fdopen(_regular(root / name, parts[-1], flags, folder, error), "wb")
 
 
+def move_inside(root: Path, source: str, target: str, error: type[IqError] = BundleError) -> None:
+    """Rename the file `source` below `root` to `target` below it, in place of what is there.
+
+    Makes the folders on the way. Raises FileNotFoundError if `source` is missing, and `error` if
+    one of those folders is a link or no folder, or `target` is a folder.
+    """
+    old, new = parts_inside(source, error), parts_inside(target, error)
+    with (
+        _folder(root, old[:-1], error) as here,
+        _folder(root, new[:-1], error, make=True) as there,
+        _sentence(root / target, error),
+    ):
+        os.rename(old[-1], new[-1], src_dir_fd=here, dst_dir_fd=there)
+
+
+def make_place(root: Path, name: str, error: type[IqError] = BundleError) -> None:
+    """Make the folders on the way to `name` below `root`. Raises `error` if one is a link or no
+    folder, or `name` is a folder: no file could be moved there."""
+    parts = parts_inside(name, error)
+    with _folder(root, parts[:-1], error, make=True) as folder, suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode):
+            raise error(f"{root / name} is a folder: remove it")
+
+
+def remove_inside(root: Path, name: str, error: type[IqError] = BundleError) -> None:
+    """Remove the file or link `name` below `root`, if it is there, but never through a link."""
+    parts = parts_inside(name, error)
+    with (
+        suppress(FileNotFoundError),
+        _folder(root, parts[:-1], error) as folder,
+        _sentence(root / name, error),
+    ):
+        os.unlink(parts[-1], dir_fd=folder)
+
+
+def flush(folder: Path) -> None:
+    """Put every file and folder below `folder` on the disk."""
+    for here, _, names in os.walk(folder):
+        for path in [*(os.path.join(here, name) for name in names), here]:
+            with suppress(FileNotFoundError):
+                sync(Path(path))
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | _SAFE)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _at_most(stream: BinaryIO, path: Path, most: int, error: type[IqError]) -> bytes:
     content = stream.read(most + 1)
     if len(content) > most:

@@ -21,6 +21,7 @@ from iq_export.engine.targets import (
 )
 from iq_export.engine.trt import builder_gap, why_not_here
 from iq_export.errors import EngineError, ModelError, UsageError
+from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
@@ -253,11 +254,12 @@ def _weight_bytes(path: Path | None) -> int | None:
     """Size of the float32 graph to expect, from the files of the model; None before a download."""
     if path is None:
         return None
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    if path.suffix == ".onnx":
-        files += path.parent.glob(f"{path.name}*data")
+    if path.suffix.lower() == ".onnx":
+        files = model_files(path, ModelError)
+    else:
+        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
     factor = _GGUF_FACTOR if path.suffix == ".gguf" else 2 if path.is_dir() else 1
-    return factor * sum(file.stat().st_size for file in files)
+    return factor * sum(file.stat().st_size for file in files if file.is_file())
 
 
 def disk_need(size: int) -> int:

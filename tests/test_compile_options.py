@@ -55,7 +55,9 @@ def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         traced = SimpleNamespace(source_sha256=model)
         monkeypatch.setattr(compile_module, "_trace", lambda *args: traced)
         monkeypatch.setattr(compile_module, "_calibrate_and_rewrite", lambda *args: None)
-        monkeypatch.setattr(compile_module, "_remember", lambda *args, **options: None)
+        monkeypatch.setattr(compile_module, "_remember", lambda *args: None)
+        found = iter([{}, {"fp32": tmp_path / "model.onnx"}])
+        monkeypatch.setattr(compile_module, "_hold", lambda *args: next(found))
         said: list[str] = []
         progress = Progress(quiet=True)
         monkeypatch.setattr(progress, "note", said.append)

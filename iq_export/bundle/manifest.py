@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import math
@@ -34,6 +35,11 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, content: builtins.bytes) -> FileRecord:
+        """The record of a file that has this content."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True)

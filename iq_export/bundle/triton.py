@@ -6,7 +6,6 @@ server: names, types and shapes are those of the manifest, which the engine was 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from iq_export.bundle.lock import Say, quiet
 from iq_export.bundle.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -24,7 +24,13 @@ from iq_export.bundle.manifest import (
     reading_records,
     record_files,
 )
-from iq_export.bundle.package import MODEL_NAME, Bundle, atomic_folder, require_space
+from iq_export.bundle.package import (
+    MODEL_NAME,
+    Bundle,
+    atomic_folder,
+    clear_partial,
+    require_space,
+)
 from iq_export.engine.build import EngineReport
 from iq_export.engine.plugin import LIBRARY
 from iq_export.engine.profile import Profile
@@ -40,6 +46,11 @@ REGISTER_VARIABLE = "IQ_REGISTER_PLUGINS"  # as in plugins/src/register.cpp
 _PLATFORMS = {"tensorrt": "tensorrt_plan", "onnxruntime": "onnxruntime_onnx"}
 _MARK = "# Written by iq-export package --triton."
 _VERSION = "1"
+# Whatever a model folder of this program may hold.
+_OURS = re.compile(
+    rf"{re.escape(CONFIG_NAME)}|{README_NAME}|{re.escape(LIBRARY)}"
+    rf"|{_VERSION}(/model\.plan|/{re.escape(MODEL_NAME)}(\.[^/]+)?)?"
+)
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CACHE = ("past_key_values.", "past_sinks.")
 _CACHE_TENSORS = (*_CACHE, "present.", "present_sinks.")
@@ -82,28 +93,32 @@ def write_repository(
     backend: str = "tensorrt",
     name: str | None = None,
     force: bool = False,
+    say: Say = quiet,
 ) -> Model:
     """Write the model folder into `repository`, unless the very same one is there.
 
     `bundle` must have been opened with its files checked. Raises UsageError for a choice that the
     bundle does not have, EngineError for an engine that Triton cannot serve, and BundleError if a
     file is missing or another folder stands in the place (`force` replaces one that was written
-    here).
+    here). Waits for another process that writes there, which `say` names.
     """
     with reading_records(bundle.folder / MANIFEST_NAME):
         model = _plan(bundle, Path(os.path.abspath(repository)), target, backend, name)
         records = {file: bundle.manifest.files[source] for file, source in model.copies.items()}
-        records.update({file: _record(text) for file, text in model.texts.items()})
+        records.update({file: FileRecord.of(text.encode()) for file, text in model.texts.items()})
+    clear_partial(model.folder)
     if model.folder.is_dir() and record_files(model.folder) == records:
         return replace(model, written=False)
     check_folder(model.folder, force)
     require_space(model.folder, sum(record.bytes for record in records.values()))
-    with atomic_folder(model.folder, force, check=check_folder) as folder:
+    with atomic_folder(model.folder, force, check=check_folder, say=say) as folder:
         (folder / _VERSION).mkdir()
         for file, source in model.copies.items():
-            copy_belonging(bundle.folder, source, folder / file)
+            copy_belonging(bundle.root(source), source, folder / file)
         for file, text in model.texts.items():
             (folder / file).write_text(text, encoding="utf-8")
+        if record_files(folder) != records:
+            raise BundleError(f"{bundle.folder} changed while it was copied: run this again")
     return model
 
 
@@ -127,6 +142,13 @@ def check_folder(folder: Path, force: bool) -> Path:
         raise BundleError(
             f"{folder} holds another model: choose another repository, or give --name or --force"
         )
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not _OURS.fullmatch(name) or path.is_symlink():
+            raise BundleError(
+                f"{folder} holds {name!r}, which iq-export did not write: --force would delete it; "
+                "move it away or give another --name"
+            )
     return folder
 
 
@@ -404,8 +426,3 @@ def _shapes(manifest: Manifest, profile: Profile) -> str:
 def _bytes_per_token(tensor: TensorInfo) -> int:
     """Bytes of a tensor for one batch row and one token: its fixed sizes times its element's."""
     return math.prod(size for size in tensor.shape if isinstance(size, int)) * _type(tensor)[1]
-
-
-def _record(text: str) -> FileRecord:
-    content = text.encode()
-    return FileRecord(len(content), hashlib.sha256(content).hexdigest())

@@ -5,12 +5,24 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import MANIFEST_NAME, FileRecord, reading_records
+from iq_export.bundle.manifest import (
+    CHECKSUM_NAME,
+    MANIFEST_NAME,
+    checksum_line,
+    reading_records,
+)
 from iq_export.bundle.package import Bundle, disk_full_is_bundle_error
-from iq_export.checksum import sha256_file
+from iq_export.bundle.update import (
+    LARGEST_MANIFEST,
+    UPDATED,
+    bundle_lock,
+    leftovers,
+    remove_leftovers,
+)
 from iq_export.cli import options
 from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine
 from iq_export.engine.onnx_header import read_header
@@ -25,10 +37,11 @@ from iq_export.engine.targets import (
     resolve_target,
 )
 from iq_export.engine.trt import builder_gap, check_levers, why_not_here
-from iq_export.errors import EngineError, UsageError
+from iq_export.errors import BundleError, EngineError, UsageError
+from iq_export.files import move_inside, read_inside
 from iq_export.lengths import bundle_limit, engine_profile
 from iq_export.progress import Progress
-from iq_export.report.html import check_report, update_with_report
+from iq_export.report.html import REPORT_NAME, check_report, update_with_report
 
 _EPILOG = """examples:
   iq-export build OUT --target rtx-ada
@@ -73,10 +86,18 @@ def run(args: argparse.Namespace) -> int:
         # It is replaced after a build: a device would be gone for the whole machine.
         raise UsageError(f"--timingCacheFile {cache} is not a file: give a file or a new name")
     progress = options.progress(args)
+    if not args.bundle.is_dir():
+        Bundle.open(args.bundle)  # says what it is instead
+    with bundle_lock(args.bundle, progress.note) as scratch:
+        return _build_all(args, scratch, progress)
+
+
+def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> int:
     with progress.step("Check the files"):
-        bundle = Bundle.open(args.bundle)
+        bundle, dropped = repaired(args.bundle, progress)
         check_report(bundle)
-    targets = [resolve_target(name) for name in args.targets or bundle.manifest.targets]
+    names = [*(args.targets or bundle.manifest.targets), *_built_here(dropped)]
+    targets = [resolve_target(name) for name in dict.fromkeys(names)]
     if not targets:
         raise UsageError("the bundle names no target: give --target.")
     profile, remarks = engine_profile(
@@ -91,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     for target in targets:
         try:
             with progress.step(f"Build {target.name}"), disk_full_is_bundle_error(bundle.folder):
-                bundle, report = _build(args, bundle, target, profile, progress)
+                bundle, report = _build(args, bundle, scratch, target, profile, progress)
         except EngineError as error:
             failures[target.name] = error
         else:
@@ -132,11 +153,16 @@ def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
 
 
 def _build(
-    args: argparse.Namespace, bundle: Bundle, target: Target, profile: Profile, progress: Progress
+    args: argparse.Namespace,
+    bundle: Bundle,
+    scratch: Path,
+    target: Target,
+    profile: Profile,
+    progress: Progress,
 ) -> tuple[Bundle, EngineReport]:
     """Build in a folder inside the bundle, which is removed, and move what is finished."""
     sink_nodes = read_header(bundle.model).sink_nodes
-    with tempfile.TemporaryDirectory(dir=bundle.folder, prefix=".build-") as name:
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         architectures = plugin_architectures(bundle, target)
         plugin = provide_plugin(args.plugin, folder, architectures, sink_nodes)
@@ -171,27 +197,75 @@ def plugin_architectures(bundle: Bundle, target: Target) -> list[int]:
 
 
 def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineReport) -> Bundle:
-    """Move the plan, and the library if there is one, to their places, and write the manifest."""
-    moves = {f"engines/{plan.name}": plan}
+    """The bundle with the plan, the library if there is one, and their manifest."""
+    new: dict[str, Path | str] = {f"engines/{plan.name}": plan}
     if library is not None:
-        moves[f"plugins/{library.name}"] = library
-    files = dict(bundle.manifest.files)
-    for name, path in moves.items():
-        files[name] = FileRecord(path.stat().st_size, sha256_file(path))
-    for name, path in moves.items():
-        (bundle.folder / name).parent.mkdir(exist_ok=True)
-        path.replace(bundle.folder / name)
+        new[f"plugins/{library.name}"] = library
     engines = {**bundle.manifest.engines, report.target: report.to_json()}
     failures = {k: v for k, v in bundle.manifest.engine_failures.items() if k != report.target}
     head = engine_note(report.target)
     return update_with_report(
         bundle,
-        files=files,
+        new=new,
         engines=engines,
         engine_failures=failures,
         targets=list(dict.fromkeys([*bundle.manifest.targets, report.target])),
         notes=[note for note in bundle.manifest.notes if not note.startswith(head)],
     )
+
+
+def repaired(folder: Path, progress: Progress) -> tuple[Bundle, list[str]]:
+    """The bundle with its files checked, and the targets whose engine was damaged, now dropped.
+
+    Versions that replaced files one by one left, when they were killed, engines and a report that
+    the manifest does not describe. The lock is held. Raises BundleError if anything else differs.
+    """
+    _adopt_checksum(folder)
+    bundle = Bundle.open(folder, verify=False)
+    remove_leftovers(folder)
+    damaged = {name for name, _, _ in bundle.mismatches()}
+    if not damaged:
+        return bundle, []
+    if not all(name.startswith(UPDATED) for name in damaged):
+        return Bundle.open(folder), []  # says what differs
+    engines = bundle.manifest.engines
+    with reading_records(folder / MANIFEST_NAME):
+        library = any(name.startswith("plugins/") for name in damaged)
+        dropped = [
+            target
+            for target, engine in engines.items()
+            if f"engines/{engine.get('plan', f'{target}.plan')}" in damaged
+            or (library and engine.get("form") == "plugin" and not engine["plugin_embedded"])
+        ]
+        plans = {f"engines/{engines[t].get('plan', f'{t}.plan')}" for t in dropped}
+    for target in dropped:
+        progress.note(f"the engine of {target} is not the one that was recorded: dropped")
+    bundle = update_with_report(
+        bundle,
+        drop=[*(damaged - {REPORT_NAME}), *plans],
+        engines={t: engine for t, engine in engines.items() if t not in dropped},
+    )
+    return Bundle.open(folder), dropped
+
+
+def _adopt_checksum(folder: Path) -> None:
+    """Put the manifest's checksum in place if a version that replaced the two one after the other
+    was killed in between: it had written it already."""
+    try:
+        line = checksum_line(read_inside(folder, MANIFEST_NAME, LARGEST_MANIFEST)).encode()
+        if read_inside(folder, CHECKSUM_NAME, len(line) + 1) == line:
+            return
+        for path in leftovers(folder):
+            ours = path.name.startswith(f".{CHECKSUM_NAME}.")
+            if ours and read_inside(folder, path.name, len(line) + 1) == line:
+                move_inside(folder, path.name, CHECKSUM_NAME)
+                return
+    except (OSError, BundleError):
+        return  # opening it says what is wrong
+
+
+def _built_here(names: Sequence[str]) -> list[str]:
+    return [name for name in names if why_not_here(resolve_target(name)) is None]
 
 
 def _line(bundle: Bundle, report: EngineReport) -> str:

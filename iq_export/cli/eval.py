@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from iq_export.bundle.package import Bundle
 from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text, text_sha256
 from iq_export.cli import options
-from iq_export.errors import GraphError, UsageError
+from iq_export.errors import BundleError, GraphError, IqError, UsageError
 from iq_export.evaluate.compare import (
     REFERENCE,
     Comparison,
@@ -58,6 +60,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and store it in the manifest."""
+    with ExitStack() as hold:  # the graphs compared with stay as they are
+        return _run(args, hold)
+
+
+def _run(args: argparse.Namespace, hold: ExitStack) -> int:
     from iq_export.run.generate import Tokenizer
 
     bundle = Bundle.open(args.bundle)
@@ -70,33 +77,50 @@ def run(args: argparse.Namespace) -> int:
     length, remarks = window_length(args.length, limit)
     providers = options.providers(args.device)
     tokenizer = Tokenizer(bundle.folder)  # before graphs are made, which takes minutes
-    graphs = _graphs(bundle, args)
+    graphs = _graphs(bundle, args, hold)
     progress = options.progress(args, len(graphs) + (REFERENCE in graphs and not args.no_speed))
     for remark in remarks:
         progress.note(remark)
-    comparison = compare(
-        graphs,
-        tokenizer,
-        text,
-        count=args.windows,
-        length=length,
-        seed=args.seed,
-        # A manifest travels: it names the file, not a folder of this machine.
-        text_name=Path(name).name,
-        providers=providers,
-        progress=progress,
-    )
     speed = None
-    if REFERENCE in graphs and not args.no_speed:
-        with progress.step("Time a prefill, bundle against fp32"):
-            speed = time_prefill(
-                bundle.model, graphs[REFERENCE], length=window_length(0, limit)[0],
-                providers=providers,
-            )  # fmt: skip
-    _store(bundle, comparison, speed)
+    with _one_bundle(bundle):
+        comparison = compare(
+            graphs,
+            tokenizer,
+            text,
+            count=args.windows,
+            length=length,
+            seed=args.seed,
+            # A manifest travels: it names the file, not a folder of this machine.
+            text_name=Path(name).name,
+            providers=providers,
+            progress=progress,
+        )
+        if REFERENCE in graphs and not args.no_speed:
+            with progress.step("Time a prefill, bundle against fp32"):
+                speed = time_prefill(
+                    bundle.model, graphs[REFERENCE], length=window_length(0, limit)[0],
+                    providers=providers,
+                )  # fmt: skip
     _print(comparison, speed, as_json=args.json)
+    _store(bundle, comparison, speed, progress)
     _fail_if_broken(comparison, bundle_label(bundle))
     return 0
+
+
+@contextmanager
+def _one_bundle(bundle: Bundle) -> Iterator[None]:
+    """Raises BundleError if another compile replaced the bundle while the block measured it."""
+    try:
+        yield
+    except (IqError, OSError):
+        if _is_there(bundle):
+            raise
+    if not _is_there(bundle):
+        raise BundleError(f"{bundle.folder} was replaced while it was measured: run eval again")
+
+
+def _is_there(bundle: Bundle) -> bool:
+    return Bundle.open(bundle.folder, verify=False).same_model(bundle)
 
 
 def bundle_label(bundle: Bundle) -> str:
@@ -104,22 +128,27 @@ def bundle_label(bundle: Bundle) -> str:
     return f"bundle ({bundle.manifest.recipe})"
 
 
-def _graphs(bundle: Bundle, args: argparse.Namespace) -> dict[str, Path]:
+def _graphs(bundle: Bundle, args: argparse.Namespace, hold: ExitStack) -> dict[str, Path]:
     """Label -> graph: the references, then the file that ships."""
     graphs: dict[str, Path] = {}
     if not args.bundle_only:
         progress = options.progress(args, 1)
         with progress.step("Prepare the graphs to compare with"):
             permitted = {name: getattr(args, name) for name in options.PERMISSIONS}
-            graphs.update(build_references(bundle, args.work, progress, **permitted))
+            graphs.update(build_references(bundle, args.work, progress, hold, **permitted))
     graphs[bundle_label(bundle)] = bundle.model
     return graphs
 
 
 def build_references(
-    bundle: Bundle, work: Path | None, progress: Progress, **permitted: bool
+    bundle: Bundle,
+    work: Path | None,
+    progress: Progress,
+    hold: ExitStack | None = None,
+    **permitted: bool,
 ) -> dict[str, Path]:
-    """The graphs to compare with, from the work folder or made again.
+    """The graphs to compare with, from the work folder or made again; they stay until `hold` is
+    closed.
 
     `permitted` is what this run permits (`options.PERMISSIONS`), whatever the manifest records.
 
@@ -132,15 +161,15 @@ def build_references(
         )
     from iq_export.compile import reference_graphs
 
-    return reference_graphs(bundle, work, progress, **permitted)
+    return reference_graphs(bundle, work, progress, hold, **permitted)
 
 
-def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None) -> None:
+def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None, progress: Progress) -> None:
     """Put the measured numbers into the manifest and the report."""
     changes: dict[str, Any] = {"accuracy": comparison.to_dict()}
     if speed is not None:
         changes["speed"] = asdict(speed)
-    update_with_report(bundle, **changes)
+    update_with_report(bundle, say=progress.note, **changes)
 
 
 def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.package import Bundle
+from iq_export.bundle.package import Bundle, read_whole
 from iq_export.bundle.triton import BACKENDS, README_NAME, Model, write_repository
 from iq_export.cli import options
 
@@ -46,18 +46,21 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the files, then write the model's folder."""
-    progress = options.progress(args, 2)
-    with progress.step("Check the files"):
-        bundle = Bundle.open(args.bundle)
-    with progress.step("Write the model"):
-        model = write_repository(
+    progress = options.progress(args, 1)
+
+    def write(bundle: Bundle) -> Model:
+        return write_repository(
             bundle,
             args.repository,
             target=args.target,
             backend=args.backend,
             name=args.name,
             force=args.force,
+            say=progress.note,
         )
+
+    with progress.step("Check the files, write the model"):
+        model = read_whole(args.bundle, write)
     if args.json:
         options.print_json(
             {

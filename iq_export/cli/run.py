@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iq_export.bundle.package import Bundle
+from iq_export.bundle.package import Bundle, read_whole
 from iq_export.cli import options
 from iq_export.errors import DataError, UsageError
 from iq_export.lengths import bundle_limit, generated
@@ -55,17 +55,25 @@ def run(args: argparse.Namespace) -> int:
     from iq_export.run.ort import CausalLM
 
     _check(args)
-    bundle = Bundle.open(args.bundle)
-    tokenizer = Tokenizer(bundle.folder)
-    ids = _prompt_ids(args, tokenizer)
-    room, remarks = generated(
-        len(ids), args.max_new_tokens, bundle_limit(bundle.folder, bundle.model)
-    )
+    prompts: list[str] = []  # standard input can be read once
+
+    def load(bundle: Bundle) -> tuple[Tokenizer, list[int], int, list[str], CausalLM]:
+        tokenizer = Tokenizer(bundle.folder)
+        if not prompts:
+            prompts.append(_stdin() if args.prompt == "-" else _utf8(args.prompt, "prompt"))
+        ids = _prompt_ids(args, prompts[0], tokenizer)
+        room, remarks = generated(
+            len(ids), args.max_new_tokens, bundle_limit(bundle.folder, bundle.model)
+        )
+        model = CausalLM(
+            bundle.model, providers=options.providers(args.device),
+            unpack=_unpack(bundle.model, args),
+        )  # fmt: skip
+        return tokenizer, ids, room, remarks, model
+
+    tokenizer, ids, room, remarks, model = read_whole(args.bundle, load)
     for remark in remarks:
         options.progress(args).note(remark)
-    model = CausalLM(
-        bundle.model, providers=options.providers(args.device), unpack=_unpack(bundle.model, args)
-    )
     Vocabulary(model.embedding_rows).check(ids, tokenizer, "the prompt")
     tokens = generate(
         model,
@@ -117,8 +125,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--system needs the chat template, which --raw leaves out.")
 
 
-def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    prompt = _stdin() if args.prompt == "-" else _utf8(args.prompt, "prompt")
+def _prompt_ids(args: argparse.Namespace, prompt: str, tokenizer: Tokenizer) -> list[int]:
     if args.raw:
         return tokenizer.encode(prompt, add_bos=None)
     messages = [{"role": "user", "content": prompt}]

@@ -8,6 +8,7 @@ from typing import Any
 
 from iq_export.bundle.package import Bundle, read_manifest
 from iq_export.bundle.signature import write_signature
+from iq_export.bundle.update import bundle_lock
 from iq_export.cli import options
 
 
@@ -25,12 +26,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check every file, then sign the manifest, which has their checksums."""
-    progress = options.progress(args, 2)
-    with progress.step("Check the files"):
-        manifest = read_manifest(args.bundle)
+    progress = options.progress(args, 1)
+    Bundle.open(args.bundle, verify=False)
+    with bundle_lock(args.bundle, progress.note), progress.step("Check the files and sign"):
         Bundle.open(args.bundle)
-    with progress.step("Sign"):
-        path = write_signature(args.bundle, manifest, args.key)
+        path = write_signature(args.bundle, read_manifest(args.bundle), args.key)
     if args.json:
         options.print_json({"bundle": args.bundle, "signature": path})
     else:

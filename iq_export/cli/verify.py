@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from iq_export.bundle.package import Bundle
+from iq_export.bundle.package import Bundle, read_whole
 from iq_export.cli import options
 from iq_export.errors import DataError, GraphError
 
@@ -37,16 +37,18 @@ def run(args: argparse.Namespace) -> int:
     from iq_export.run.ort import CausalLM
 
     begin = time.perf_counter()
-    progress = options.progress(args, 3)
-    with progress.step("Check the files"):
-        bundle = Bundle.open(args.bundle, key=args.key)
-    with progress.step("Run the graph"):
+    progress = options.progress(args, 1)
+
+    def examine(bundle: Bundle) -> tuple[Bundle, int, int, int]:
         model = CausalLM(bundle.model)
         check_steps(model)
         layers, vocab_size, rows = model.num_layers, model.vocab_size, model.embedding_rows
         del model
-    with progress.step("Look for NaN"):
         tensors = check_values(bundle, rows)
+        return bundle, layers, vocab_size, tensors
+
+    with progress.step("Check the files, run the graph, look for NaN"):
+        bundle, layers, vocab_size, tensors = read_whole(args.bundle, examine, key=args.key)
     files = bundle.manifest.files
     size = sum(record.bytes for record in files.values())
     report = {

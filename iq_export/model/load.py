@@ -22,6 +22,7 @@ from typing import Any, Literal
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError, UsageError
 from iq_export.files import open_belonging, read_belonging
+from iq_export.graph.model_files import model_files
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded
@@ -389,8 +390,8 @@ def _check_safetensors(path: Path) -> None:
 def _files(root: Path) -> list[Path]:
     """The files that make up a source, in a fixed order."""
     if root.is_file():
-        data = sorted(root.parent.glob(f"{root.name}*data")) if root.suffix == ".onnx" else []
-        return [root, *data]
+        files = model_files(root, ModelError) if root.suffix.lower() == ".onnx" else [root]
+        return [file for file in files if file.is_file()]  # what is missing is named later
     wanted = {file for pattern in _HUB_FILES for file in root.glob(pattern) if file.is_file()}
     return sorted(wanted)
 

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iq_export.checksum import sha256_file
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.external import external_tensors, place
@@ -34,6 +34,7 @@ from iq_export.model.load import (
     LoadedModel,
     ModelSource,
     fingerprint,
+    license_files,
     load_model,
     materialize,
     readable,
@@ -53,7 +54,7 @@ ASSETS = "assets"
 RECORD = "trace.json"
 OPSET = 23
 
-_FORMAT = 1
+_FORMAT = 2
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
@@ -95,11 +96,16 @@ class TracedModel:
         """The folder of files that users of the graph need."""
         return self.folder / ASSETS
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by file, relative to the folder, as they were when it was traced or loaded."""
+        record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        return dict(record["sha256"])
+
     def save(self, key: str) -> None:
         """Write `trace.json`; `key` stands for everything the graph was made from."""
         record: dict[str, Any] = dataclasses.asdict(self)
         del record["folder"]
-        record |= {"format": _FORMAT, "key": key, "bytes": _sizes(self.folder)}
+        record |= {"format": _FORMAT, "key": key, "sha256": _digests(self.folder)}
         text = json.dumps(record, indent=2, sort_keys=True) + "\n"
         (self.folder / RECORD).write_text(text, encoding="utf-8")
 
@@ -115,23 +121,29 @@ class TracedModel:
             names = {field.name for field in dataclasses.fields(cls)} - {"folder"}
             traced = cls(folder, **{name: record[name] for name in names})
             traced = dataclasses.replace(traced, notes=tuple(traced.notes))
-            intact = record["bytes"] == _sizes(folder)
             same = record["format"] == _FORMAT and key in (None, record["key"])
+            intact = same and record["sha256"] == _digests(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} is no folder of a traced model.") from error
-        if not intact or not same:
+        if not intact:
             raise ModelError(f"{folder} is damaged or was traced from another model or version.")
         return traced
 
 
 def trace(
-    source: ModelSource, out_dir: Path, *, opset: int = OPSET, progress: Progress | None = None
+    source: ModelSource,
+    out_dir: Path,
+    *,
+    opset: int = OPSET,
+    progress: Progress | None = None,
+    reuse: Path | None = None,
 ) -> TracedModel:
-    """Trace `source` into `out_dir`, or find it there as an earlier trace left it.
+    """Trace `source` into `out_dir`, or find it in `reuse` (default: there) as an earlier trace
+    left it.
 
     The folder is whole or absent. Nothing of the original model is in memory afterwards. Raises
-    ModelError if the model cannot be had, loaded or traced, GraphError if an `.onnx` source is
-    no causal LM with cache or the traced graph does not equal the model.
+    ModelError if the model cannot be had, loaded or traced, or changes meanwhile, GraphError if an
+    `.onnx` source is no causal LM with cache or the traced graph does not equal the model.
     """
     progress = progress or Progress(quiet=True)
     check_traced_opset(opset)
@@ -141,7 +153,7 @@ def trace(
     sha256 = fingerprint(source)
     key = _cache_key(source, sha256, opset)
     try:
-        return TracedModel.load(out_dir, key)
+        return TracedModel.load(reuse or out_dir, key)
     except ModelError:
         pass  # not there yet, or of an older version: made anew
     with _whole_folder(Path(out_dir)) as folder:
@@ -156,6 +168,10 @@ def trace(
         else:
             parity, layers, left = _trace_torch(source, folder, opset, progress)
             notes = [*notes, *left]
+        if fingerprint(source) != sha256:
+            raise ModelError(
+                f"The files of {source.name} changed while they were read; compile it again."
+            )
         traced = TracedModel(
             folder=folder,
             name=source.name,
@@ -283,8 +299,6 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
-
-    from iq_export.model.load import license_files
 
     assert source.path is not None and source.tokenizer is not None
     with ExitStack() as held:
@@ -430,6 +444,9 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE)).hexdigest()
     parts = [_FORMAT, source.kind, sha256, opset, versions, code, source.trust_remote_code]
+    assert source.path is not None
+    beside = source.path if source.path.is_dir() else source.path.parent
+    parts += [source.license_note, {f.name: sha256_file(f) for f in license_files(beside)}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -440,11 +457,11 @@ def _version(tool: str) -> str:
         return "none"
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes by file of what must be there for a folder to count as whole; a link is no file."""
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by file of what must be there for a folder to count as whole; a link is no file."""
     files = [folder / MODEL_FILE, folder / DATA_FILE, *sorted((folder / ASSETS).iterdir())]
-    found = ((f, f.lstat()) for f in files if f.is_file())
-    return {str(f.relative_to(folder)): s.st_size for f, s in found if stat.S_ISREG(s.st_mode)}
+    found = (f for f in files if f.is_file() and not f.is_symlink())
+    return {str(f.relative_to(folder)): sha256_file(f) for f in found}
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from iq_export.bundle.lock import Say, quiet
 from iq_export.bundle.manifest import Manifest, reading_records, write_atomically
 from iq_export.bundle.package import Bundle, update_manifest
+from iq_export.bundle.update import bundle_lock
 from iq_export.report.chart import Series, line_chart
 from iq_export.report.lifecycles import describe_lifecycle
 
@@ -52,14 +54,21 @@ def check_report(bundle: Bundle) -> None:
         _render(bundle, bundle.manifest)
 
 
-def update_with_report(bundle: Bundle, *, rehash: Sequence[str] = (), **changes: Any) -> Bundle:
+def update_with_report(
+    bundle: Bundle,
+    *,
+    new: Mapping[str, Path | str] | None = None,
+    drop: Sequence[str] = (),
+    say: Say = quiet,
+    **changes: Any,
+) -> Bundle:
     """`bundle.package.update_manifest`, and the bundle's report, if it has one, made anew."""
-    renewed = list(rehash)
-    if REPORT_NAME in bundle.manifest.files:
-        page = _render(bundle, replace(bundle.manifest, **changes))
-        write_atomically(bundle.folder / REPORT_NAME, page)
-        renewed.append(REPORT_NAME)
-    return update_manifest(bundle, rehash=renewed, **changes)
+    with bundle_lock(bundle.folder, say):
+        now = Bundle.open(bundle.folder, verify=False)
+        new = dict(new or {})
+        if REPORT_NAME in now.manifest.files:
+            new[REPORT_NAME] = _render(now, replace(now.manifest, **changes))
+        return update_manifest(bundle, new=new, drop=drop, **changes)
 
 
 def _render(bundle: Bundle, manifest: Manifest) -> str:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from iq_export.bundle import lock, package
 from iq_export.bundle.manifest import CHECKSUM_NAME, Manifest, record_files
 from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
     check_output,
     parents_of,
+    read_whole,
     require_space,
     update_manifest,
 )
@@ -59,18 +64,135 @@ def test_failure_keeps_the_older_bundle(bundle: Path) -> None:
 def test_interrupt_between_the_renames_keeps_the_older_bundle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = Path.rename
+    """Where folders cannot be exchanged in one step."""
+    rename = os.rename
 
-    def interrupted(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
+    def interrupted(source: Path, target: Path, **more: Any) -> None:
+        if Path(source).name == "new":
             raise KeyboardInterrupt
-        return rename(self, target)
+        rename(source, target, **more)
 
-    monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(package, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), atomic_folder(bundle, force=True) as folder:
         write_bundle(folder, b"newer")
     assert Bundle.open(bundle).model.read_bytes() == b"graph"
     assert len(list(bundle.parent.iterdir())) == 1
+
+
+def test_force_where_folders_cannot_be_exchanged(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "_exchange", lambda *_: False)
+    with atomic_folder(bundle, force=True) as folder:
+        write_bundle(folder, b"newer")
+    assert Bundle.open(bundle).model.read_bytes() == b"newer"
+    assert len(list(bundle.parent.iterdir())) == 1
+
+
+def test_killed_between_the_renames(bundle: Path) -> None:
+    """The next reader puts the older bundle back."""
+    holder = bundle.parent / ".out.partial"
+    holder.mkdir()
+    (holder / lock.MARK).write_text(json.dumps({"keep": False}))
+    bundle.rename(holder / "old")
+    assert Bundle.open(bundle).model.read_bytes() == b"graph"
+    assert [p.name for p in bundle.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git", "engines/own.txt", "mine/deep.txt", "link"])
+def test_force_is_stopped_by_a_foreign_file(bundle: Path, name: str) -> None:
+    """It is named, and nothing is touched."""
+    path = bundle / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "link":
+        path.symlink_to("/")
+    elif name == ".git":
+        path.mkdir()
+    else:
+        path.write_text("mine")
+    shown = "mine" if name.startswith("mine") else name
+    with pytest.raises(BundleError, match=f"holds '{re.escape(shown)}'.*--force would delete"):
+        check_output(bundle, force=True)
+    assert os.path.lexists(path) and Bundle.open(bundle)
+
+
+def test_a_file_that_comes_at_the_last_moment_is_not_lost(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = package._exchange
+
+    def late(one: Path, other: Path) -> bool:
+        if not (bundle / "thesis.tex").exists():
+            (bundle / "thesis.tex").write_text("x")
+        return exchange(one, other)
+
+    monkeypatch.setattr(package, "_exchange", late)
+    refused = pytest.raises(BundleError, match=r"holds 'thesis\.tex'")
+    with refused, atomic_folder(bundle, force=True) as folder:
+        write_bundle(folder, b"newer")
+    assert (bundle / "thesis.tex").read_text() == "x"
+    assert Bundle.open(bundle).model.read_bytes() == b"graph"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"manifest_version": 3, "name": "an extension", "version": "1"}', "[" * 10_000,
+     '{"format_version": 1, "name": "n", "recipe": "r", "dtype": "d"}'],
+)  # fmt: skip
+def test_force_refuses_a_manifest_that_is_not_ours(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match="not a bundle"):
+        check_output(tmp_path, force=True)
+
+
+def test_force_replaces_a_damaged_bundle_and_one_of_another_format(bundle: Path) -> None:
+    (bundle / CHECKSUM_NAME).unlink()
+    record = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**record, "format_version": 9, "more": 1}))
+    with atomic_folder(bundle, force=True) as folder:
+        write_bundle(folder, b"newer")
+    assert Bundle.open(bundle).model.read_bytes() == b"newer"
+
+
+def test_an_empty_folder_is_filled_and_stays_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's shell may be in it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    before = out.stat().st_ino
+    monkeypatch.chdir(out)
+    with atomic_folder(".") as folder:
+        write_bundle(folder)
+    assert out.stat().st_ino == before
+    assert Bundle.open(".").model.read_bytes() == b"graph"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not any(p.name.startswith(".") for p in out.iterdir())
+
+
+def test_a_foreign_folder_where_a_bundle_would_grow(tmp_path: Path) -> None:
+    mine = tmp_path / ".out.partial"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    refused = pytest.raises(BundleError, match=r"\.out\.partial is not empty and has no mark")
+    with refused, atomic_folder(tmp_path / "out"):
+        pass
+    assert (mine / "thesis.tex").read_text() == "x"
+
+
+def test_read_whole_reads_again_what_was_replaced(bundle: Path) -> None:
+    seen = []
+
+    def read(opened: Bundle) -> bytes:
+        if not seen:  # between the opening and the reading
+            with atomic_folder(bundle, force=True) as folder:
+                write_bundle(folder, b"newer")
+        seen.append(opened.manifest)
+        return opened.model.read_bytes()
+
+    assert read_whole(bundle, read) == b"newer"
+    assert len(seen) == 2
 
 
 def test_force_replaces_a_bundle_and_nothing_else(bundle: Path, tmp_path: Path) -> None:

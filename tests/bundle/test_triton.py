@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 
+from iq_export.bundle import triton
+from iq_export.bundle.lock import MARK
 from iq_export.bundle.manifest import Manifest, TensorInfo
 from iq_export.bundle.package import Bundle
 from iq_export.bundle.triton import max_batch_size, write_repository
@@ -245,17 +247,52 @@ def test_force_does_not_replace_what_others_wrote(bundle: Bundle, tmp_path: Path
         write_repository(bundle, precious)
 
 
+@pytest.mark.parametrize("name", ["2/model.plan", "labels.txt", "1/own.txt", ".git/config"])
+def test_force_is_stopped_by_a_foreign_file(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    folder = write_repository(bundle, tmp_path / "repo").folder
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    other = Bundle.open(write_bundle(tmp_path / "other", report("b200")))
+    with pytest.raises(BundleError, match="which iq-export did not write: --force would delete"):
+        write_repository(other, tmp_path / "repo", force=True)
+    assert (folder / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["empty", "the older model"])
+def test_what_a_killed_run_left_goes_though_nothing_is_written(
+    bundle: Bundle, tmp_path: Path, left: str
+) -> None:
+    write_repository(bundle, tmp_path / "repo")
+    partial = tmp_path / "repo" / ".tiny.partial"
+    partial.mkdir()
+    if left != "empty":
+        (partial / MARK).write_text('{"keep": false}')
+        (partial / "new").mkdir()
+    assert not write_repository(bundle, tmp_path / "repo").written
+    assert [path.name for path in (tmp_path / "repo").iterdir()] == ["tiny"]
+
+
+def test_a_copy_that_is_not_the_recorded_file(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle was replaced between its check and the copy."""
+    monkeypatch.setattr(triton, "copy_belonging", lambda *args: args[-1].write_bytes(b"other"))
+    with pytest.raises(BundleError, match="changed while it was copied"):
+        write_repository(bundle, tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+
+
 def test_an_interrupt_leaves_nothing_and_keeps_the_older_model(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(source: BinaryIO, target: BinaryIO, _: int) -> None:
-        target.write(b"half")
+    def interrupted(root: Path, name: str, target: Path) -> None:
+        target.write_bytes(b"half")
         raise KeyboardInterrupt
 
     folder = write_repository(bundle, tmp_path / "repo").folder
     old = files(folder)
     other = Bundle.open(write_bundle(tmp_path / "other", report("b200")))
-    monkeypatch.setattr(shutil, "copyfileobj", interrupted)
+    monkeypatch.setattr(triton, "copy_belonging", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_repository(other, tmp_path / "repo", force=True)
     assert files(tmp_path / "repo") == {f"tiny/{name}": text for name, text in old.items()}

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from iq_export.bundle.manifest import Manifest
 from iq_export.cli import main
-from iq_export.compile import CompileOptions, _work_folder
 from iq_export.errors import BundleError
 from iq_export.run.ort import PROVIDERS
+from iq_export.work import work_folder
 
 MODEL = "smollm2-135m"
 
@@ -62,9 +63,9 @@ def test_a_device_that_onnx_runtime_lacks_is_refused_at_once(
 
 
 def test_a_work_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"cannot make the work folder .*/taken: File exists"):
+    with pytest.raises(BundleError, match=r"/taken is there and is no folder"):
         (tmp_path / "taken").write_text("")
-        with _work_folder(CompileOptions("m", tmp_path / "out", work=tmp_path / "taken")):
+        with work_folder(tmp_path / "out", tmp_path / "taken", keep=True):
             pass
 
 
@@ -97,6 +98,6 @@ def test_corrupt_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_existing_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "manifest.json").write_text("{}")
+    Manifest("m", "w8a8", "fp16", 23).write(out)
     found, error = refused(tmp_path, capsys)
     assert (found, "--force" in error) == (7, True), error

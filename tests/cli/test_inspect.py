@@ -12,6 +12,7 @@ from iq_export.bundle.manifest import Manifest, TensorInfo
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.cli import main
 from iq_export.cli.inspect import describe
+from tests.tiny_bundle import engine_record
 
 
 def test_sections_for_people(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +73,7 @@ def test_what_a_manifest_says_is_shown_and_not_obeyed(
         Bundle.open(bundle), name=evil, recipe=evil, dtype=evil, notes=[evil], targets=[evil],
         source={evil: evil}, engine_failures={evil: evil}, timings={evil: 1.0},
         lifecycles=[{"birth": 1, "death": 2, "tokens": [evil]}],
-        engines={evil: {"form": evil, "flavour": evil, "sha256": evil, "form_reason": evil}},
+        engines={evil: engine_record(form_reason=evil, plan="none.plan")},
         inputs=[TensorInfo(evil, evil, [evil])],
         accuracy={"text": evil, "windows": 1, "length": 1, "rows": []},
     )  # fmt: skip

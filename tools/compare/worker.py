@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from iq_export.bundle.lock import claim
 from iq_export.bundle.manifest import write_atomically
 from iq_export.calibrate.data import Window, windows
 from iq_export.errors import DataError, IqError
@@ -44,8 +45,10 @@ def trace(task: dict[str, Any]) -> dict[str, Any]:
     tokenizer = Path(task["tokenizer"]) if task["tokenizer"] else None
     source = resolve(task["model"], tokenizer=tokenizer, accept_terms=task["accept_terms"])
     progress = Progress()
-    with progress.step("Trace"):
-        traced = trace_model(source, Path(task["work"]) / "traced", opset=23, progress=progress)
+    work = Path(task["work"])
+    # `_ours` compiles in the same folder.
+    with claim(work, keep=True, say=progress.note), progress.step("Trace"):
+        traced = trace_model(source, work / "traced", opset=23, progress=progress)
     return {"traced": str(traced.model), "assets": str(traced.assets)}
 
 
