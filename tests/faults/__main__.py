@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import kills, mutations, processes, signals
+from tests.faults import kills, mutations, processes, run, signals
 from tests.faults.run import Case, World, make_base, warm_up
 
 SHIM = Path(__file__).with_name("shim.c")
@@ -97,13 +98,14 @@ def _try(name: str, world: World, until: float, args: argparse.Namespace) -> Tal
     cases = BARS[name].cases(world, chosen)
     tally = Tally(sum(case.weight for case in cases))
     if args.repeat:
+        run.verbose = True
         cases = [case for case in cases if case.name == args.repeat]
     elif args.sample:
         cases = cases[: BARS[name].sample]
     for case in cases:
         if time.monotonic() > until and not args.sample:
             break
-        why = case.check()
+        why = [what.replace(f"{world.scratch}{os.sep}", "") for what in case.check()]
         tally.tried += case.weight
         if why:
             tally.failures.append((case.name, why))
@@ -121,7 +123,7 @@ def _table(tallies: dict[str, Tally]) -> str:
         rows.append(f"{head}  {tally.skipped or ('' if tally.broken else 'none')}".rstrip())
         kinds: dict[str, list[str]] = {}
         for case, why in tally.failures:
-            kinds.setdefault(why[0][:60], []).append(f"{case}: {_short('; '.join(why))}")
+            kinds.setdefault(_kind(case, why), []).append(f"{case}: {_short('; '.join(why))}")
         # Of each kind the first, so that a common one does not hide the others.
         for members in list(kinds.values())[:_SHOWN]:
             more = f" (and {len(members) - 1} like it)" if len(members) > 1 else ""
@@ -131,6 +133,12 @@ def _table(tallies: dict[str, Tally]) -> str:
     if any(tally.broken for tally in tallies.values()):
         rows.append(f"repeat one: {repeat} CASE")
     return "\n".join(rows)
+
+
+def _kind(case: str, why: list[str]) -> str:
+    """Failures with the same cause, as far as the kind of case and the first words tell."""
+    where = re.sub(r"[-/\d]+(SIG\w+)?$", "", case)
+    return where + re.sub(r"\d+", "", why[0])[:40]
 
 
 def _short(text: str) -> str:

@@ -81,16 +81,16 @@ class Site:
         return why
 
 
-def code_folder(folder: Path) -> None:
-    """A model and tokenizer whose classes come with it, as `auto_map` says."""
-    folder.mkdir()
+def code_folder(model: Path, folder: Path) -> None:
+    """A copy of a model or tokenizer whose classes come with it, as `auto_map` says."""
+    inputs.copy(model, folder)
     (folder / "evil.py").write_text(_EVIL)
     auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M",
             "AutoTokenizer": ["evil.T", "evil.T"]}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "T", "auto_map": auto})
-    )
+    for name, kind in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        path = folder / name
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, kind: "evil", "auto_map": auto}))
 
 
 def cases(world: World, chosen: str | None = None) -> list[Case]:
@@ -198,7 +198,7 @@ def _options(**changes: object) -> Change:
     """Recorded options of the compile are others."""
 
     def change(site: Site) -> None:
-        code_folder(site.bundle / "evil")
+        code_folder(site.world.base / "mutated", site.bundle / "evil")
         manifest = site.manifest()
         values = {k: str(site.bundle / v) if v == "evil" else v for k, v in changes.items()}
         manifest["options"].update(values)
@@ -412,18 +412,19 @@ def _input(world: World, number: int) -> list[str]:
 
 
 def _evil_model(site: Site) -> list[str]:
-    code_folder(site.place / "m")
+    code_folder(site.world.base / "mutated", site.place / "m")
     return ["compile", str(site.place / "m")]
 
 
 def _evil_tokenizer(site: Site) -> list[str]:
-    code_folder(site.place / "t")
-    shutil.copyfile(site.world.base / "tokenizer/tokenizer.json", site.place / "t/tokenizer.json")
+    code_folder(site.world.base / "tokenizer", site.place / "t")
     return ["compile", str(site.world.base / "a/model.onnx"), "--tokenizer", str(site.place / "t")]
 
 
 def _evil_tokenizer_alone(site: Site) -> list[str]:
-    code_folder(site.place / "t")
+    """It has no tokenizer.json: its own class would have to make one."""
+    code_folder(site.world.base / "tokenizer", site.place / "t")
+    (site.place / "t" / "tokenizer.json").unlink()
     return ["compile", str(site.world.base / "a/model.onnx"), "--tokenizer", str(site.place / "t")]
 
 

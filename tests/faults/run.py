@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import importlib.metadata
 import io
 import mmap
@@ -27,6 +28,7 @@ from tests.cli import fuzz
 from tests.cli import fuzz_inputs as inputs
 
 HANGS = -99
+verbose = False  # print all commands and what they say
 SMALL = ("--samples", "1", "--length", "16", "--insertion", "norm")
 
 
@@ -102,18 +104,11 @@ class World:
 
 
 def warm_up() -> None:
-    """Import what commands import, start no thread; fake the builder of engines."""
+    """Import what commands import, and start no thread."""
     fuzz.warm_up()
-    import html.entities
-    import pydoc_data.topics
-
-    import numpy.ma
-    import safetensors.numpy
-
-    import iq_export.cli.build
-    import iq_export.engine.build
-    import iq_export.plan
-    import iq_export.report.html  # noqa: F401
+    for name in ("html.entities", "numpy.ma", "pydoc_data.topics", "safetensors.numpy",
+                 "iq_export.cli.build", "iq_export.plan", "iq_export.report.html"):  # fmt: skip
+        importlib.import_module(name)
 
     # Half a second each time, and always the same.
     cached = functools.cache(importlib.metadata.packages_distributions)
@@ -165,17 +160,19 @@ def start(
 
 def wait(box: Path, argv: Sequence[str], child: int, *, name: str = "run") -> Done:
     """The end of a started command, and of all that it started; a silent one is killed."""
-    code = _ended(child, box / f"{name}.err")
+    code = ended(child, box / f"{name}.err")
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     out, err = (
         (box / f"{name}.{kind}").read_bytes().decode("utf-8", "backslashreplace")
         for kind in ("out", "err")
     )
+    if verbose:
+        print(f"$ iq-export {fuzz._shown(argv)}\n{out}{err}-> {code}\n", flush=True)
     return Done(list(argv), code, out, err)
 
 
-def _ended(child: int, stream: Path) -> int:
+def ended(child: int, stream: Path) -> int:
     """Its exit code. What says nothing for a minute (of this machine's load) hangs."""
     silence = fuzz.TIMEOUT_SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     handle, said = os.pidfd_open(child), -1

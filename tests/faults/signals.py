@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from tests.cli import fuzz_inputs as inputs
 from tests.faults import judge
-from tests.faults.run import SMALL, Case, Done, World, run, start, wait
+from tests.faults.run import SMALL, Case, Done, World, ended, run, start, wait
 
 MOMENTS = 60
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -100,10 +101,9 @@ def cases(world: World, chosen: str | None = None) -> list[Case]:
 
 def _import_torch() -> None:
     """What a trace imports."""
-    import onnxscript
-    import torch.export
-    import torch.onnx._internal.exporter._core
-    import torch.onnx._internal.exporter._fx_passes  # noqa: F401
+    for name in ("onnxscript", "torch.export", "torch.onnx._internal.exporter._core",
+                 "torch.onnx._internal.exporter._fx_passes"):  # fmt: skip
+        importlib.import_module(name)
 
 
 def _case(world: World, command: Command, moment: float, what: signal.Signals) -> list[str]:
@@ -155,9 +155,7 @@ def _alone(world: World, command: Command) -> float:
 
 def _end(box: Path, argv: list[str], child: int) -> Done:
     """As `wait`, but what the command started is left alone."""
-    from tests.faults import run as module
-
-    code = module._ended(child, box / "run.err")
+    code = ended(child, box / "run.err")
     out, err = ((box / f"run.{kind}").read_text(errors="replace") for kind in ("out", "err"))
     return Done(argv, code, out, err)
 

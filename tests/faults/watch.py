@@ -13,7 +13,7 @@ _HEAD = struct.Struct("iIII")
 
 
 class Watch:
-    """Of the folders `root` and below, as they are now. A folder that is only listed is no event."""
+    """Of `root` and the folders below it. One that is only listed is no event."""
 
     def __init__(self, root: Path) -> None:
         library = ctypes.CDLL(None, use_errno=True)
