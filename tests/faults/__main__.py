@@ -1,4 +1,4 @@
-"""The bars on what a fault may leave: `python -m tests.faults --minutes 30`.
+"""The bars on what a fault may leave: `python -m tests.faults --minutes 60`.
 
 Kills and a full disk at every file operation, processes at once, mutated bundles and inputs,
 signals. Each bar has its share of the time, and what it does in it is spread over all that there
@@ -15,13 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults import kills, mutations, processes, run, signals
-from tests.faults.run import Case, World, make_base, warm_up
+from tests.faults.run import Case, World, in_a_fork, make_base
 
 SHIM = Path(__file__).with_name("shim.c")
 _SHOWN = 8
@@ -30,19 +29,19 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Bar:
-    """How its cases are made, its share of the time, and how many of them a sample has."""
+    """How its cases are made, its share of the time, and how many of which are the sample."""
 
     cases: Callable[[World, str | None], list[Case]]
     share: float
-    sample: int
+    sample: dict[str, int]
 
 
 BARS = {
-    "kills": Bar(kills.kills, 0.3, 16),
-    "space": Bar(kills.space, 0.2, 8),
-    "processes": Bar(processes.cases, 0.2, 3),
-    "mutations": Bar(mutations.cases, 0.2, 16),
-    "signals": Bar(signals.cases, 0.1, 1),
+    "kills": Bar(kills.kills, 0.22, {"build": 3}),
+    "space": Bar(kills.space, 0.25, {"build": 2}),
+    "processes": Bar(processes.cases, 0.18, {"builds": 1}),
+    "mutations": Bar(mutations.cases, 0.2, {"bundle-8": 3, "input-3": 1, "input-4": 1}),
+    "signals": Bar(signals.cases, 0.15, {"onnx": 1}),
 }
 _NEED_SHIM = ("kills", "space")
 
@@ -65,7 +64,7 @@ class Tally:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a bar is broken."""
     line = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    line.add_argument("--minutes", type=float, default=30, help="for all of it (default 30)")
+    line.add_argument("--minutes", type=float, default=60, help="for all of it (default 60)")
     line.add_argument("--seed", type=int, default=0)
     line.add_argument("--only", choices=BARS, help="this bar, which gets all the time")
     line.add_argument("--sample", action="store_true", help="a few cases of each, as in CI")
@@ -75,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="iq-faults-") as scratch:
         shim = _preloaded(Path(scratch), names)
         end = time.monotonic() + 60 * args.minutes
-        warm_up()
+        run.warm_up(torch=not args.sample)
         world = World(Path(scratch) / "base", Path(scratch), args.seed, shim)
-        _in_a_fork(lambda: make_base(world.base))
+        in_a_fork(lambda: make_base(world.base))
         if "mutations" in names and not args.sample:
             world.reader = _reader(Path(scratch) / "reader")
         tallies = {}
@@ -94,14 +93,19 @@ def _try(name: str, world: World, until: float, args: argparse.Namespace) -> Tal
     """All cases of a bar, or what there is time for."""
     if name in _NEED_SHIM and world.shim is None:
         return Tally(skipped="no C compiler")
-    chosen = args.repeat.split("/")[1] if args.repeat else None
-    cases = BARS[name].cases(world, chosen)
-    tally = Tally(sum(case.weight for case in cases))
+    bar = BARS[name]
     if args.repeat:
         run.verbose = True
+        cases = bar.cases(world, args.repeat.split("/")[1])
         cases = [case for case in cases if case.name == args.repeat]
     elif args.sample:
-        cases = cases[: BARS[name].sample]
+        cases = []
+        for chosen, count in bar.sample.items():
+            of_it = bar.cases(world, chosen)
+            cases += [c for c in of_it if c.name.startswith(f"{name}/{chosen}")][:count]
+    else:
+        cases = bar.cases(world, None)
+    tally = Tally(sum(case.weight for case in cases))
     for case in cases:
         if time.monotonic() > until and not args.sample:
             break
@@ -164,21 +168,6 @@ def _preloaded(scratch: Path, names: Sequence[str]) -> Path | None:
         env={**os.environ, "LD_PRELOAD": str(shim), "IQ_FAULTS_SHIM": str(shim)},
     ).returncode  # fmt: skip
     raise SystemExit(code)
-
-
-def _in_a_fork(work: Callable[[], object]) -> None:
-    """What starts threads: this process must have none, its children are forks."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    if os.waitpid(child, 0)[1]:
-        raise RuntimeError("the inputs cannot be made")
 
 
 def _reader(folder: Path) -> Path | None:

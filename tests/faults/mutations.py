@@ -95,25 +95,12 @@ def code_folder(model: Path, folder: Path) -> None:
 
 def cases(world: World, chosen: str | None = None) -> list[Case]:
     """Cases `mutations/bundle-N` and `mutations/input-N`; the first are chosen by hand."""
-    _inputs(world)
     bundles = [Case(f"mutations/bundle-{n}", partial(_bundle, world, n)) for n in range(BUNDLES)]
     others = [Case(f"mutations/input-{n}", partial(_input, world, n)) for n in range(INPUTS)]
     made = []
     for n in range(max(BUNDLES, INPUTS)):
         made += [*bundles[n : n + 1], *others[n : n + 1]]
     return made
-
-
-def _inputs(world: World) -> None:
-    """Model folder and GGUF file; in a fork, since torch starts threads."""
-    if (world.base / "m.gguf").exists():
-        return
-    child = os.fork()
-    if child == 0:
-        inputs.hugging_face(world.base / "mutated")
-        inputs.gguf_file(world.base / "m.gguf")
-        os._exit(0)
-    os.waitpid(child, 0)
 
 
 def _bundle(world: World, number: int) -> list[str]:
@@ -198,7 +185,7 @@ def _options(**changes: object) -> Change:
     """Recorded options of the compile are others."""
 
     def change(site: Site) -> None:
-        code_folder(site.world.base / "mutated", site.bundle / "evil")
+        code_folder(site.world.hugging_face(), site.bundle / "evil")
         manifest = site.manifest()
         values = {k: str(site.bundle / v) if v == "evil" else v for k, v in changes.items()}
         manifest["options"].update(values)
@@ -382,9 +369,9 @@ def _input(world: World, number: int) -> list[str]:
         argv = INPUTS_BY_HAND[number](site)
         return site.judged([*argv[:2], out, *argv[2:], *small], stdin="y\n" * 20)
     kind = rng.choice(("folder", "gguf", "onnx", "onnx", "tokenizer", "text"))
-    model = {"folder": world.base / "mutated", "gguf": world.base / "m.gguf"}.get(
-        kind, world.base / "a"
-    )
+    model = world.base / "a"
+    if kind in ("folder", "gguf"):
+        model = world.hugging_face() if kind == "folder" else world.gguf()
     copied = inputs.copy(model, site.place / model.name)
     words = [str(copied)]
     text = site.place / "text.txt"
@@ -412,7 +399,7 @@ def _input(world: World, number: int) -> list[str]:
 
 
 def _evil_model(site: Site) -> list[str]:
-    code_folder(site.world.base / "mutated", site.place / "m")
+    code_folder(site.world.hugging_face(), site.place / "m")
     return ["compile", str(site.place / "m")]
 
 
@@ -455,7 +442,7 @@ def _linked(name: str, *, tokenizer: bool = False) -> Callable[[Site], list[str]
 
 def _linked_folder(name: str) -> Callable[[Site], list[str]]:
     def change(site: Site) -> list[str]:
-        folder = inputs.copy(site.world.base / "mutated", site.place / "m")
+        folder = inputs.copy(site.world.hugging_face(), site.place / "m")
         (site.outside / "moved").write_text(_SECRET)
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(site.outside / "moved")
@@ -487,7 +474,7 @@ def _located(location: str) -> Callable[[Site], list[str]]:
 
 def _pickle(site: Site) -> list[str]:
     """Weights that run code when they are unpickled."""
-    folder = inputs.copy(site.world.base / "mutated", site.place / "m")
+    folder = inputs.copy(site.world.hugging_face(), site.place / "m")
     (folder / "model.safetensors").unlink()
     code = f"cbuiltins\nexec\n(V{_EVIL.strip()}\ntR."
     (folder / "pytorch_model.bin").write_bytes(code.encode())
@@ -510,7 +497,7 @@ def _piped(which: str) -> Callable[[Site], list[str]]:
 
 def _config(**changes: object) -> Callable[[Site], list[str]]:
     def change(site: Site) -> list[str]:
-        folder = inputs.copy(site.world.base / "mutated", site.place / "m")
+        folder = inputs.copy(site.world.hugging_face(), site.place / "m")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         return ["compile", str(folder)]

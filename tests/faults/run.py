@@ -90,6 +90,20 @@ class World:
                 "--tokenizer", str(self.base / "tokenizer"), "--calibration",
                 str(self.base / "text.txt"), *SMALL, "--quiet", *more]  # fmt: skip
 
+    def hugging_face(self) -> Path:
+        """A model folder with its tokenizer."""
+        return self._made("hf", inputs.hugging_face)
+
+    def gguf(self) -> Path:
+        """The same kind of model as a GGUF file."""
+        return self._made("m.gguf", inputs.gguf_file)
+
+    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+        path = self.base / name
+        if not path.exists():
+            in_a_fork(lambda: make(path))
+        return path
+
     def compiled(self, name: str, model: str = "a", *more: str) -> Path:
         """A folder that holds the bundle `b` (with an engine) and what was kept beside it."""
         folder = self.base / "compiled" / name
@@ -103,16 +117,35 @@ class World:
         return folder
 
 
-def warm_up() -> None:
-    """Import what commands import, and start no thread."""
-    fuzz.warm_up()
+def warm_up(*, torch: bool = True) -> None:
+    """Import what commands import, and start no thread. For an ONNX file that is no torch."""
+    if torch:
+        fuzz.warm_up()
     for name in ("html.entities", "numpy.ma", "pydoc_data.topics", "safetensors.numpy",
-                 "iq_export.cli.build", "iq_export.plan", "iq_export.report.html"):  # fmt: skip
+                 "onnxruntime", "iq_export.cli.build", "iq_export.compile", "iq_export.plan",
+                 "iq_export.model.trace", "iq_export.rewrite", "iq_export.run.generate",
+                 "iq_export.report.html"):  # fmt: skip
         importlib.import_module(name)
 
     # Half a second each time, and always the same.
     cached = functools.cache(importlib.metadata.packages_distributions)
     importlib.metadata.packages_distributions = cached
+
+
+def in_a_fork(work: Callable[[], object]) -> None:
+    """What starts threads: this process must have none, its children are forks."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.environ["TQDM_DISABLE"] = "1"
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError("the inputs cannot be made")
 
 
 def make_base(folder: Path) -> None:
@@ -152,9 +185,14 @@ def start(
     (box / f"{name}.in").write_text(stdin)
     for kind in ("out", "err"):
         (box / f"{name}.{kind}").write_bytes(b"")
+    ready, in_child = os.pipe()
     child = os.fork()
     if child == 0:
-        _become(box, list(argv), name, first, engines)
+        os.close(ready)
+        _become(box, list(argv), name, first, engines, in_child)
+    os.close(in_child)
+    with open(ready, "rb") as stream:
+        stream.read()  # to its end, which comes when the command is about to start
     return child
 
 
@@ -189,7 +227,7 @@ def ended(child: int, stream: Path) -> int:
 
 
 def _become(
-    box: Path, argv: list[str], name: str, first: Callable[[], object], engines: bool
+    box: Path, argv: list[str], name: str, first: Callable[[], object], engines: bool, ready: int
 ) -> NoReturn:
     """In the child: be the console script, and exit."""
     code = 1
@@ -221,6 +259,7 @@ def _become(
         from iq_export.cli import entry
 
         first()
+        os.close(ready)
         try:
             entry()
             code = 0

@@ -102,9 +102,14 @@ static int before(char const* name, int space, int folder, char const* path)
     return fails ? -1 : 0;
 }
 
-static int creates(int flags)
+// What opening makes or empties; a file that is there takes no space.
+static int opening(int folder, char const* path, int flags)
 {
-    return (flags & (O_CREAT | O_TRUNC)) != 0;
+    if (!shared || !(flags & (O_CREAT | O_TRUNC)))
+        return 0;
+    int kept = errno, made = (flags & O_CREAT) && faccessat(folder, path, F_OK, AT_SYMLINK_NOFOLLOW);
+    errno = kept;
+    return before("open", made, folder, path);
 }
 
 #define OPEN(function)                                                                             \
@@ -114,7 +119,7 @@ static int creates(int flags)
         va_start(rest, flags);                                                                     \
         mode_t mode = va_arg(rest, mode_t);                                                        \
         va_end(rest);                                                                              \
-        if (creates(flags) && before("open", (flags & O_CREAT) != 0, AT_FDCWD, path))              \
+        if (opening(AT_FDCWD, path, flags))                                                        \
             return -1;                                                                             \
         return REAL(function)(path, flags, mode);                                                  \
     }
@@ -128,7 +133,7 @@ OPEN(open64)
         va_start(rest, flags);                                                                     \
         mode_t mode = va_arg(rest, mode_t);                                                        \
         va_end(rest);                                                                              \
-        if (creates(flags) && before("open", (flags & O_CREAT) != 0, folder, path))                \
+        if (opening(folder, path, flags))                                                          \
             return -1;                                                                             \
         return REAL(function)(folder, path, flags, mode);                                          \
     }
