@@ -2,7 +2,8 @@
 
 Kills and a full disk at every file operation, processes at once, mutated bundles and inputs,
 signals. Each bar has its share of the time, and what it does in it is spread over all that there
-is; each failure is printed with the name that `--repeat` takes.
+is; each failure is printed with the name that `--repeat` takes. (Of processes at once the name
+gives the commands and when they start; what they make of it may be another thing the next time.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.faults import kills, mutations, processes, run, signals
 from tests.faults.run import Case, World, in_a_fork, make_base
 
 SHIM = Path(__file__).with_name("shim.c")
-_SHOWN = 8
+_SHOWN = 12
 _LONGEST = 300
 
 

@@ -338,7 +338,7 @@ def _refused(scenario: Scenario, done: Done) -> list[str]:
     if done.code not in (0, 7, HANGS):
         why.append(f"exit {done.code} for a full disk{done.sentence()}")
     if done.code != 0:
-        # A work folder that was asked for may stay, and a lock; the beginnings of an output may not.
+        # A work folder that was asked for may stay, and a lock; no beginning of an output may.
         beside = {
             name for name in scenario.allowed
             if Path(name).parts[0] not in ("b", "repo") or name.endswith("lock")

@@ -18,12 +18,21 @@ from tests.faults.watch import Watch
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_sample() -> None:
+def run(*argv: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--sample"], capture_output=True, text=True,
+        [sys.executable, "-m", "tests.faults", *argv], capture_output=True, text=True,
         check=False, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+def test_a_sample() -> None:
+    run("--sample")
+
+
+@pytest.mark.heavy
+def test_every_bar() -> None:
+    run("--minutes", "60")
 
 
 @pytest.fixture(scope="module")
