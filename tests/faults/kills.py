@@ -226,6 +226,11 @@ class Trail:
     states: list[State] = field(default_factory=list)
     operations: list[tuple[str, str, bool]] = field(default_factory=list)
 
+    def beside_rename(self, numbers: Sequence[int]) -> bool:
+        """Whether one of these states comes just before or after something is put in place."""
+        near = [self.operations[max(n - 1, 0) : n + 1] for n in numbers]
+        return any(name == "rename" for some in near for name, _, _ in some)
+
     @property
     def takers(self) -> int:
         """How many operations take space."""
@@ -260,12 +265,13 @@ def kills(world: World, chosen: str | None = None) -> list[Case]:
         positions: dict[str, list[int]] = {}
         for number, state in enumerate(trail.states):
             positions.setdefault(state.key(), []).append(number)
-        cases = []
+        cases, decisive = [], []
         for found in positions.values():
             check = partial(_killed, scenario, trail, found[0])
-            cases.append(Case(f"kills/{scenario.name}/{found[0]}", check, len(found)))
+            case = Case(f"kills/{scenario.name}/{found[0]}", check, len(found))
+            (decisive if trail.beside_rename(found) else cases).append(case)
         real = Case(f"kills/{scenario.name}/real", partial(_for_real, scenario, trail))
-        lists.append([*spread(cases), real])
+        lists.append([*spread(decisive), real, *spread(cases)])
     return list(interleaved(lists))
 
 
@@ -344,6 +350,8 @@ def _refused(scenario: Scenario, done: Done) -> list[str]:
             if Path(name).parts[0] not in ("b", "repo") or name.endswith("lock")
         }  # fmt: skip
         left = sorted(judge.names(scenario.place) - beside - set(scenario.before.entries))
+        if "--keep-work" in scenario.argv:  # the next run goes on from there
+            left = [name for name in left if Path(name).parts[0] != ".b.work"]
         if left:
             why.append(f"it leaves {', '.join(left[:4])}")
     return [*why, *scenario.next_run()]
