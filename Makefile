@@ -11,12 +11,13 @@ DEMO := build/demo/$(MODEL)
 PROMPT := What is the capital of France? Answer in one sentence.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv headers demo test test-heavy test-gated lint clean
+.PHONY: help venv headers demo test test-heavy test-faults test-gated lint clean
 
 help:
 	@echo "make demo        compile $(MODEL) to W8A8, measure it, let it speak (starts from what is there)"
 	@echo "make test        the test suite"
 	@echo "make test-heavy  what it leaves out for its time: more engines of $(MODEL), and W4A16"
+	@echo "make test-faults kills, full disks, processes at once, mutations, signals: an hour"
 	@echo "make test-gated  Gemma-3-270M in half and W8A8; you accept https://ai.google.dev/gemma/terms"
 	@echo "make lint        ruff and mypy"
 	@echo "make clean       remove $(VENV) and build/"
@@ -57,6 +58,9 @@ test: $(INSTALLED) headers
 
 test-heavy: $(INSTALLED) headers
 	$(BIN)/python -m pytest -m heavy
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults --minutes 60
 
 # 238 MB to download, 5 GB of memory. Running it accepts the model's terms.
 test-gated: $(INSTALLED)
