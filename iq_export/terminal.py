@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import sys
+from contextlib import suppress
+from typing import Any
 
 # What a terminal obeys instead of showing it; a line break and a tab are text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -30,3 +35,33 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def drop_stdout() -> None:
+    """Python flushes stdout once more at exit, and would complain where that fails."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Unfailing(io.FileIO):
+    """A stream that nobody may read: what cannot be written is lost, and raises nothing.
+
+    `iq-export compile ... 2>&1 | head` ends as it does without `head`.
+    """
+
+    @classmethod
+    def like(cls, stream: io.TextIOWrapper) -> io.TextIOWrapper:
+        """`stream` as one, of the same descriptor and encoding."""
+        return io.TextIOWrapper(
+            io.BufferedWriter(cls(stream.fileno(), "w", closefd=False)),
+            encoding=stream.encoding, line_buffering=True, write_through=True,
+        )  # fmt: skip
+
+    def write(self, content: Any) -> int:
+        """All of `content`, as far as the caller can tell."""
+        with suppress(OSError):
+            return super().write(content)
+        # From now on this holds for libraries that write to the descriptor as well.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        return memoryview(content).nbytes

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     for piece in tokenizer.stream(_noting(tokens, new_ids)):
         pieces.append(piece)
         if not args.json:
-            print(piece, end="", flush=True)
+            options.write_stdout(piece)
     seconds = time.perf_counter() - begin
     if args.json:
         options.print_json(
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print()
+        options.write_stdout("\n")
         if not args.quiet:
             rate = len(new_ids) / max(seconds, 1e-9)
             print(f"{len(new_ids)} tokens, {rate:.1f} tokens/s", file=sys.stderr)

@@ -251,7 +251,7 @@ def _worker(stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
     package_parent = str(Path(__file__).resolve().parents[2])
     paths = [package_parent, os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "iq_export.engine.worker"],
+        [sys.executable, "-m", "iq_export.engine.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,

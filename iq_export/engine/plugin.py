@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from iq_export import child
 from iq_export.errors import EngineError, UsageError
 
 LIBRARY = "libiq_plugins.so"
@@ -152,7 +152,7 @@ def cmake_build(
     jobs = str(os.cpu_count() or 1)
     compile_ = [cmake, "--build", str(folder), "--target", target, "--parallel", jobs]
     for command in (configure, compile_):
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        done = child.run(command)
         if done.returncode != 0:
             return f"the plugin does not compile: {_first_errors(done.stdout + done.stderr)}"
     return ""
@@ -203,12 +203,7 @@ def find_nvcc() -> Path | None:
 
 def nvcc_architectures(nvcc: Path) -> set[int]:
     """What `nvcc` compiles for, 86 for sm_86; none where it does not say."""
-    try:
-        done = subprocess.run(
-            [str(nvcc), "--list-gpu-arch"], check=False, capture_output=True, text=True
-        )
-    except OSError:
-        return set()
+    done = child.run([str(nvcc), "--list-gpu-arch"])
     return {int(sm) for sm in re.findall(r"compute_(\d+)\b", done.stdout)}
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from iq_export.child import end_with_parent
 from iq_export.engine.build import BuildRequest, EngineReport
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import ENTERPRISE, RTX, check_tensorrt_opset
@@ -27,7 +28,11 @@ _PLUGIN_VERSION = "1"  # the nodes carry it as well, see sinks/ops.py
 
 
 def main() -> int:
-    """Serve the one request on stdin; 0 if the plan was written, 1 with an `error` event if not."""
+    """Serve the one request on stdin; 0 if the plan was written, 1 with an `error` event if not.
+
+    The one argument is the parent's process id.
+    """
+    end_with_parent(int(sys.argv[1]))
     request = BuildRequest.from_json(sys.stdin.read())
     try:
         report = build(request)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from iq_export.child import end_with_parent
 from iq_export.errors import ModelError
 
 # A template of 20 kB takes milliseconds, and Python with jinja2 some 30 MB.
@@ -41,7 +42,7 @@ def render(
         "PYTHONSAFEPATH": "1",  # not what lies in the current folder
         "PYTHONIOENCODING": "utf-8",
     }
-    command = [sys.executable, "-m", "iq_export.run.chat_template"]
+    command = [sys.executable, "-m", "iq_export.run.chat_template", str(os.getpid())]
     try:
         done = subprocess.run(
             command, input=request, capture_output=True, env=environment, encoding="utf-8",
@@ -173,7 +174,8 @@ def _set_limits() -> None:
 
 
 def main() -> int:
-    """Serve the one request on stdin."""
+    """Serve the one request on stdin. The one argument is the parent's process id."""
+    end_with_parent(int(sys.argv[1]))
     request = json.loads(sys.stdin.read())
     _set_limits()
     json.dump(render_here(request), sys.stdout)
