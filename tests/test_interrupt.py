@@ -18,7 +18,7 @@ from iq_export.progress import Progress
 # A command whose library swallows the interrupt; `{what}` is what becomes of it.
 _SWALLOWING = """
 import argparse, os, signal, sys, time
-from iq_export import interrupt
+from iq_export import cli
 from iq_export.errors import ModelError
 from iq_export.progress import Progress
 
