@@ -49,13 +49,17 @@ class Unfailing(io.FileIO):
     `iq-export compile ... 2>&1 | head` ends as it does without `head`.
     """
 
+    stream: io.TextIOWrapper  # it would close the descriptor when nothing refers to it
+
     @classmethod
     def like(cls, stream: io.TextIOWrapper) -> io.TextIOWrapper:
         """`stream` as one, of the same descriptor and encoding."""
+        raw = cls(stream.fileno(), "w", closefd=False)
+        raw.stream = stream
+        buffer = io.BufferedWriter(raw)
         return io.TextIOWrapper(
-            io.BufferedWriter(cls(stream.fileno(), "w", closefd=False)),
-            encoding=stream.encoding, line_buffering=True, write_through=True,
-        )  # fmt: skip
+            buffer, encoding=stream.encoding, line_buffering=True, write_through=True
+        )
 
     def write(self, content: Any) -> int:
         """All of `content`, as far as the caller can tell."""

@@ -89,7 +89,7 @@ def _outcome(args: argparse.Namespace) -> int:
         return 0
     except Exception as error:
         interrupt.check()  # what a library made of it is no error
-        full = trouble(error)
+        full = trouble(error, str(vars(args).get("out") or vars(args).get("repo") or "the output"))
         if full is not None and not isinstance(error, BundleError):
             return _say(args, full, BundleError.exit_code)
         if isinstance(error, IqError):
@@ -106,6 +106,9 @@ def _outcome(args: argparse.Namespace) -> int:
             if error.errno in _BAD_NAMES:
                 return _say(args, f"{text}: give another name", UsageError.exit_code)
             return _say(args, text, BundleError.exit_code)
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
+            lack = "there is no home folder for downloads: set HOME, or IQ_EXPORT_CACHE and HF_HOME"
+            return _say(args, lack, BundleError.exit_code)
         if isinstance(error, MemoryError):
             return _say(args, "out of memory: this model or text needs more", IqError.exit_code)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from iq_export.bundle.package import Bundle
 from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text, text_sha256
 from iq_export.cli import options
-from iq_export.errors import GraphError, UsageError
+from iq_export.disk import is_read_only
+from iq_export.errors import BundleError, GraphError, UsageError
 from iq_export.evaluate.compare import (
     REFERENCE,
     Comparison,
@@ -24,6 +26,7 @@ from iq_export.evaluate.compare import (
 from iq_export.lengths import bundle_limit, window_length
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
+from iq_export.terminal import printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table and store it in the manifest."""
+    """Measure, print the table and store it in the manifest, if the bundle may be written."""
     from iq_export.run.generate import Tokenizer
 
     bundle = Bundle.open(args.bundle)
@@ -91,8 +94,15 @@ def run(args: argparse.Namespace) -> int:
                 bundle.model, graphs[REFERENCE], length=window_length(0, limit)[0],
                 providers=providers,
             )  # fmt: skip
-    _store(bundle, comparison, speed)
     _print(comparison, speed, as_json=args.json)
+    try:
+        _store(bundle, comparison, speed)
+    except (OSError, BundleError) as error:
+        if not is_read_only(error):
+            raise
+        where = printable(str(bundle.folder))
+        note = f"note: the figures could not be kept: {where} may not be written"
+        print(f"iq-export: {note}", file=sys.stderr)
     _fail_if_broken(comparison, bundle_label(bundle))
     return 0
 

@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -264,7 +265,8 @@ def _header_folders() -> Iterator[Path]:
         yield Path(folder)
     wheels = Path(sysconfig.get_path("purelib"))
     yield from sorted([*wheels.glob("tensorrt*/include"), *wheels.glob("nvidia/*/include")])
-    yield headers_cache()
+    with suppress(RuntimeError):  # there is no home folder
+        yield headers_cache()
 
 
 def _first_errors(output: str) -> str:

@@ -206,6 +206,8 @@ def test_what_the_terminal_cannot_write_is_escaped() -> None:
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), 2, "Too many levels"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 7, "x: Is a directory"),
         (MemoryError(), 1, "out of memory"),
+        (OSError("1048576 requested and 4096 written"), 7, "the disk is full, or a file"),
+        (RuntimeError("Could not determine home directory."), 7, "set HOME, or IQ_EXPORT_CACHE"),
         (BundleError("\x1b[2Jname " + "x" * 9000), 7, "\\x1b[2Jname"),
     ],
 )
