@@ -19,16 +19,21 @@ from typing import Any
 
 from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
 from iq_export.bundle.package import Bundle, atomic_folder, parents_of
-from iq_export.calibrate.data import Window, check_windows, held_out_windows, load_text, windows
+from iq_export.calibrate.data import (
+    Window,
+    check_windows,
+    held_out_windows,
+    is_pipe,
+    windows,
+)
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
-from iq_export.errors import BundleError, EngineError, ModelError
+from iq_export.errors import BundleError, DataError, EngineError, ModelError
 from iq_export.lengths import bundle_limit
 from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
-from iq_export.quant.recipe import Recipe
 from iq_export.run.ort import PROVIDERS
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
@@ -71,7 +76,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
         traced = _trace(options, work, progress)
         checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
         options = checked.options
-        done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
+        done = _calibrate_and_rewrite(options, checked, traced, work, progress)
         with atomic_folder(options.out, options.force) as folder:
             _fill(folder, options, traced, done)
             sinks = done.sink_nodes
@@ -147,6 +152,11 @@ def reference_graphs(
             "anew, so the graph with insertion alone may differ from what the bundle was made of"
         )
     options = _options_of(bundle, folder)
+    if is_pipe(options.calibration):
+        raise DataError(
+            f"the calibration text of {bundle.folder} came from a pipe and cannot be read again: "
+            "measure the bundle alone with --bundle-only, or compile it again from a file"
+        )
     checked = check(replace(options, force=True))
     recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
     if recorded != checked.calibration_sha256:
@@ -157,7 +167,7 @@ def reference_graphs(
     with _work_folder(options) as made:
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
-        done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
+        done = _calibrate_and_rewrite(options, checked, traced, made, progress)
         _remember(made, options, done, plan_sha256=expected)
     return _recall_references(folder, expected)
 
@@ -243,13 +253,13 @@ def _trace(options: CompileOptions, work: Path, progress: Progress) -> Any:
 
 
 def _calibrate_and_rewrite(
-    options: CompileOptions, recipe: Recipe, traced: Any, work: Path, progress: Progress
+    options: CompileOptions, checked: Checked, traced: Any, work: Path, progress: Progress
 ) -> Any:
     from iq_export.calibrate.text_check import token_warnings
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
-    text = load_text(options.calibration)
+    text = checked.calibration
     tokenizer = Tokenizer(traced.assets)
 
     def cut(length: int, count: int, seed: int) -> list[Window]:
@@ -278,7 +288,7 @@ def _calibrate_and_rewrite(
         progress.note(f"warning: {warning}")
     stages = work / f"{options.recipe}-{options.dtype}"
     stages.mkdir(exist_ok=True)
-    done = rewrite(traced.model, stages, recipe, options.dtype, data, progress)
+    done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 

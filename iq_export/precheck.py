@@ -83,8 +83,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Checked:
-    """`options` is what was `asked` with its defaults settled; `gaps` says of a target why it gets
-    no engine."""
+    """`options` is what was `asked` with its defaults settled; `calibration` is the text, which is
+    read once; `gaps` says of a target why it gets no engine."""
 
     asked: CompileOptions
     options: CompileOptions
@@ -93,9 +93,14 @@ class Checked:
     targets: tuple[Target, ...]
     known: Known
     weight_bytes: int | None
-    calibration_sha256: str
+    calibration: str
     gaps: dict[str, str]
     notes: list[str]
+
+    @property
+    def calibration_sha256(self) -> str:
+        """By which the text is known wherever its file lies."""
+        return text_sha256(self.calibration)
 
 
 def check(options: CompileOptions) -> Checked:
@@ -152,7 +157,7 @@ def check(options: CompileOptions) -> Checked:
         targets=targets,
         known=known,
         weight_bytes=size,
-        calibration_sha256=text_sha256(text),
+        calibration=text,
         gaps=gaps,
         notes=[*known.notes, *gaps.values(), *remarks, *_plugin_note(options, targets)],
     )
