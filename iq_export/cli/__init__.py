@@ -14,6 +14,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -73,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             top.error(f"argument {argument[:-3]}: '--' is no value")
     args = top.parse_args(argv)
     try:
-        with interrupt.never_swallowed():
+        with interrupt.never_swallowed(), warnings.catch_warnings():
+            if not args.verbose:  # what libraries say to programmers is no sentence of ours
+                warnings.simplefilter("ignore")
             return _outcome(args)
     except KeyboardInterrupt:
         return _interrupted()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Of the unpacked weights, in half and in float32, while they are made.
 _COPIES = 2
+_LONGEST_PROMPT = 16 << 20  # characters; no model has that many positions
 
 
 def add_parser(subparsers: Any) -> None:
@@ -164,11 +165,14 @@ def _stdin() -> str:
     try:
         if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-        return sys.stdin.read()
+        prompt = sys.stdin.read(_LONGEST_PROMPT + 1)
     except UnicodeDecodeError as error:
         raise DataError(f"The prompt on stdin is not UTF-8 (byte {error.start}).") from error
     except (OSError, ValueError) as error:
         raise DataError(f"The prompt cannot be read from stdin: {error}.") from error
+    if len(prompt) > _LONGEST_PROMPT:
+        raise DataError(f"The prompt on stdin has more than {_LONGEST_PROMPT} characters.")
+    return prompt
 
 
 def _noting(tokens: Any, into: list[int]) -> Any:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from iq_export import child
+from iq_export import supervise
 from iq_export.errors import EngineError, UsageError
 
 LIBRARY = "libiq_plugins.so"
@@ -153,7 +153,7 @@ def cmake_build(
     jobs = str(os.cpu_count() or 1)
     compile_ = [cmake, "--build", str(folder), "--target", target, "--parallel", jobs]
     for command in (configure, compile_):
-        done = child.run(command)
+        done = supervise.run(command)
         if done.returncode != 0:
             return f"the plugin does not compile: {_first_errors(done.stdout + done.stderr)}"
     return ""
@@ -204,7 +204,7 @@ def find_nvcc() -> Path | None:
 
 def nvcc_architectures(nvcc: Path) -> set[int]:
     """What `nvcc` compiles for, 86 for sm_86; none where it does not say."""
-    done = child.run([str(nvcc), "--list-gpu-arch"])
+    done = supervise.run([str(nvcc), "--list-gpu-arch"])
     return {int(sm) for sm in re.findall(r"compute_(\d+)\b", done.stdout)}
 
 

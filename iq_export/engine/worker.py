@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from iq_export.child import end_with_parent
 from iq_export.engine.build import BuildRequest, EngineReport
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import ENTERPRISE, RTX, check_tensorrt_opset
 from iq_export.engine.trt import BuildLog, TensorRT, load
 from iq_export.errors import EngineError, IqError
+from iq_export.supervise import end_with_parent
 
 _PLUGIN_NAMESPACE = "iq"
 _PLUGIN_VERSION = "1"  # the nodes carry it as well, see sinks/ops.py

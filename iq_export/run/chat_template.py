@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iq_export.child import end_with_parent
 from iq_export.errors import ModelError
+from iq_export.supervise import end_with_parent
 
 # A template of 20 kB takes milliseconds, and Python with jinja2 some 30 MB.
 _CPU_SECONDS = 5

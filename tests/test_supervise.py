@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from iq_export import child
+from iq_export import supervise
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="it is Linux's prctl")
 # A program that starts another one, as CMake does, and both would run for a minute.
@@ -20,10 +20,10 @@ _TREE = "sh -c 'echo $$ > {0}/inner; exec sleep 60' & echo $$ > {0}/outer; wait"
 
 
 def test_output_and_codes(tmp_path: Path) -> None:
-    done = child.run(["sh", "-c", "pwd; echo said >&2; cat; exit 3"], cwd=tmp_path)
+    done = supervise.run(["sh", "-c", "pwd; echo said >&2; cat; exit 3"], cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (3, f"{tmp_path}\n", "said\n")
-    assert child.run(["sh", "-c", "kill -9 $$"]).returncode == 128 + 9
-    missing = child.run(["/no/such/program"])
+    assert supervise.run(["sh", "-c", "kill -9 $$"]).returncode == 128 + 9
+    missing = supervise.run(["/no/such/program"])
     assert (missing.returncode, missing.stderr) == (
         127,
         "/no/such/program: No such file or directory\n",
@@ -31,7 +31,9 @@ def test_output_and_codes(tmp_path: Path) -> None:
 
 
 def _parent(tmp_path: Path) -> subprocess.Popen[bytes]:
-    program = f"from iq_export import child; child.run(['sh', '-c', {_TREE.format(tmp_path)!r}])"
+    program = (
+        f"from iq_export import supervise; supervise.run(['sh', '-c', {_TREE.format(tmp_path)!r}])"
+    )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     _until(lambda: len(_pids(tmp_path)) == 2)
     return process
@@ -90,8 +92,8 @@ time.sleep(60)
 
 
 def test_a_child_whose_parent_is_gone_stops() -> None:
+    program = "from iq_export.supervise import end_with_parent; end_with_parent(1); print('ran')"
     done = subprocess.run(
-        [sys.executable, "-c", "from iq_export.child import end_with_parent; end_with_parent(1); "
-         "print('ran')"], capture_output=True, text=True, check=False
-    )  # fmt: skip
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (128 + 9, "")
