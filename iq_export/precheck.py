@@ -111,8 +111,8 @@ def check(options: CompileOptions) -> Checked:
 
     recipe = load_recipe(options.recipe)
     check_traced_opset(options.opset)
-    names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
-    targets = tuple(resolve_target(name) for name in names)
+    names = DEFAULT_TARGETS if options.targets is None else options.targets
+    targets = tuple(dict.fromkeys(resolve_target(name) for name in names))
     for target in targets:
         check_recipe(target, recipe.weight_bits)
         check_opset(target, options.opset)
@@ -142,7 +142,9 @@ def check(options: CompileOptions) -> Checked:
     known = _known(source, recipe, options.dtype)
     built = () if recipe.simulated else targets
     gaps = _gaps(built, known.form, asked=options.targets is not None)
-    settled, remarks = _within(replace(options, targets=names), known.limit)
+    settled, remarks = _within(
+        replace(options, targets=tuple(t.name for t in targets)), known.limit
+    )
     embedded = EMBEDDED.get(source.name) if source.path is None else None
     size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
     if size is None:

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     with progress.step("Check the files"):
         bundle = Bundle.open(args.bundle)
         check_report(bundle)
-    targets = [resolve_target(name) for name in args.targets or bundle.manifest.targets]
+    names = args.targets or bundle.manifest.targets
+    targets = list(dict.fromkeys(resolve_target(name) for name in names))
     if not targets:
         raise UsageError("the bundle names no target: give --target.")
     profile, remarks = engine_profile(
