@@ -12,12 +12,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import Manifest, TensorInfo, json_safe, record_files
+from iq_export.bundle.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    TensorInfo,
+    json_safe,
+    record_files,
+)
 from iq_export.bundle.package import Bundle, atomic_folder, parents_of
 from iq_export.calibrate.data import (
     Window,
@@ -31,6 +37,7 @@ from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
 from iq_export.errors import BundleError, DataError, EngineError, ModelError
+from iq_export.files import copy_belonging
 from iq_export.lengths import bundle_limit
 from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
@@ -133,11 +140,17 @@ def _not_yet(checked: Checked) -> list[str]:
 
 
 def reference_graphs(
-    bundle: Bundle, work: Path | None, progress: Progress | None = None
+    bundle: Bundle,
+    work: Path | None,
+    progress: Progress | None = None,
+    *,
+    trust_remote_code: bool = False,
+    accept_terms: bool = False,
 ) -> dict[str, Path]:
     """Graphs to compare a bundle with, label -> file: from the work folder, or made again.
 
     They are made by the same steps from the options in the manifest; the order is the table's.
+    What permits code or terms is not taken from there, whoever wrote it: it is asked for anew.
     """
     folder = work or default_work(bundle.folder)
     expected = bundle.manifest.files["plan.json"].sha256
@@ -145,13 +158,15 @@ def reference_graphs(
     if found:
         return found
     progress = progress or Progress(quiet=True)
-    progress.note(f"no graphs of this bundle in {folder}: making them again")
+    options = _options_of(
+        bundle, folder, trust_remote_code=trust_remote_code, accept_terms=accept_terms
+    )
+    progress.note(f"no graphs of this bundle in {folder}: making them again from {options.model!r}")
     if "alpha" in bundle.manifest.options:
         progress.note(
             "this bundle is of an older version, which found sinks by --alpha: they are found "
             "anew, so the graph with insertion alone may differ from what the bundle was made of"
         )
-    options = _options_of(bundle, folder)
     if is_pipe(options.calibration):
         raise DataError(
             f"the calibration text of {bundle.folder} came from a pipe and cannot be read again: "
@@ -298,7 +313,7 @@ def _fill(folder: Path, options: CompileOptions, traced: Any, done: Any) -> None
     from iq_export.run.generate import Tokenizer
 
     for file in sorted(traced.assets.iterdir()):
-        shutil.copyfile(file, folder / file.name)
+        copy_belonging(traced.assets, file.name, folder / file.name)
     from iq_export.graph import io
 
     io.save(io.load(done.quantized), folder / "model.onnx")
@@ -434,9 +449,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-_RECORDED = ("model", "recipe", "calibration", "samples", "length", "opset", "dtype", "seed",
-             "device", "max_relative_deviation", "insertion", "budget",
-             "trust_remote_code")  # fmt: skip
+# What makes the references; what permits something is never read from a file.
+_REPEATED = ("model", "recipe", "calibration", "samples", "length", "opset", "dtype", "seed",
+             "device", "max_relative_deviation", "insertion")  # fmt: skip
+_RECORDED = (*_REPEATED, "budget", "trust_remote_code")
 
 
 def _option_record(options: CompileOptions) -> dict[str, Any]:
@@ -446,18 +462,32 @@ def _option_record(options: CompileOptions) -> dict[str, Any]:
     return record
 
 
-def _options_of(bundle: Bundle, work: Path) -> CompileOptions:
-    recorded = dict(bundle.manifest.options)
-    tokenizer = recorded.pop("tokenizer", None)
-    # No reference depends on the first two; "alpha" is an option that older versions had.
-    for name in ("budget", "calibration_sha256", "alpha"):
-        recorded.pop(name, None)
+def _options_of(
+    bundle: Bundle, work: Path, *, trust_remote_code: bool = False, accept_terms: bool = False
+) -> CompileOptions:
+    """The options that a bundle was compiled with, as far as its references depend on them.
+
+    Raises BundleError if one is of another kind than this version writes.
+    """
+    recorded = bundle.manifest.options
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    wanted = {field.name: kinds.get(str(field.type), ()) for field in fields(CompileOptions)}
+    values = {name: recorded[name] for name in _REPEATED if name in recorded}
+    for name, value in {"model": None, **values}.items():
+        if not isinstance(value, wanted[name]) or isinstance(value, bool):
+            raise BundleError(
+                f"{bundle.folder / MANIFEST_NAME} records no {name} that can be used: compile the "
+                "bundle again, or measure it alone with --bundle-only"
+            )
+    tokenizer = recorded.get("tokenizer")
     return CompileOptions(
         out=bundle.folder,
         work=work,
         targets=(),
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        **recorded,
+        tokenizer=Path(str(tokenizer)) if tokenizer else None,
+        trust_remote_code=trust_remote_code,
+        accept_terms=accept_terms,
+        **values,
     )
 
 
@@ -492,6 +522,8 @@ def _recall_references(work: Path, plan_sha256: str) -> dict[str, Path]:
     for file in sorted(work.glob(f"*/{REFERENCES}")):
         record = json.loads(file.read_text(encoding="utf-8"))
         graphs = {label: Path(path) for label, path in record["graphs"].items()}
-        if record["plan_sha256"] == plan_sha256 and all(p.is_file() for p in graphs.values()):
+        inside = all(work.resolve() in p.resolve().parents for p in graphs.values())
+        there = inside and all(p.is_file() for p in graphs.values())
+        if record["plan_sha256"] == plan_sha256 and there:
             return graphs
     return {}

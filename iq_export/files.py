@@ -2,12 +2,16 @@
 
 One rule for all: what is read or written lies inside, is a regular file and no link, and is opened
 so that it cannot be exchanged in between. The folder itself may be a link: the user named it.
+
+In a model's folder a file may be a link to another one inside, and in the cache of the Hugging Face
+hub, where every file is one, to a blob of that cache: `open_belonging`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +21,7 @@ from typing import BinaryIO
 from iq_export.errors import BundleError, IqError
 
 _LONGEST_PART = 255
+_CHUNK_BYTES = 1 << 20
 # Opening a pipe must not wait for its other end, nor a terminal become ours.
 _SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -46,10 +51,42 @@ def open_inside(root: Path, name: str, error: type[IqError] = BundleError) -> Bi
 def read_inside(root: Path, name: str, most: int, error: type[IqError] = BundleError) -> bytes:
     """All bytes of a file as `open_inside` opens it. Raises `error` if it has more than `most`."""
     with open_inside(root, name, error) as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise error(f"{root / name} has more than {most} bytes: it is not what its name says")
-    return content
+        return _at_most(stream, root / name, most, error)
+
+
+def open_belonging(root: Path, name: str, error: type[IqError] = BundleError) -> BinaryIO:
+    """As `open_inside`, and the file may be a link that stays inside, or in the hub's blobs.
+
+    Raises `error` if it leads out.
+    """
+    parts_inside(name, error)
+    whole = Path(os.path.realpath(root))
+    found = Path(os.path.realpath(whole / name))
+    for home in (whole, *_blobs(whole)):
+        if home in found.parents:
+            return open_inside(home, found.relative_to(home).as_posix(), error)
+    raise error(
+        f"{root / name} is a link that leads out of its folder: put the file itself there, "
+        "e.g. with cp -L"
+    )
+
+
+def read_belonging(root: Path, name: str, most: int, error: type[IqError] = BundleError) -> bytes:
+    """As `read_inside`, of a file as `open_belonging` opens it."""
+    with open_belonging(root, name, error) as stream:
+        return _at_most(stream, root / name, most, error)
+
+
+def copy_belonging(root: Path, name: str, target: Path, error: type[IqError] = BundleError) -> None:
+    """Copy a file as `open_belonging` opens it to the new file `target`.
+
+    Raises `error` also if something of that name is there.
+    """
+    with (
+        open_belonging(root, name, error) as source,
+        create_inside(target.parent, target.name, error) as made,
+    ):
+        shutil.copyfileobj(source, made, _CHUNK_BYTES)
 
 
 def create_inside(root: Path, name: str, error: type[IqError] = BundleError) -> BinaryIO:
@@ -65,6 +102,23 @@ def create_inside(root: Path, name: str, error: type[IqError] = BundleError) -> 
     ):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         return os.fdopen(_regular(root / name, parts[-1], flags, folder, error), "wb")
+
+
+def _at_most(stream: BinaryIO, path: Path, most: int, error: type[IqError]) -> bytes:
+    content = stream.read(most + 1)
+    if len(content) > most:
+        raise error(f"{path} has more than {most} bytes: it is not what its name says")
+    return content
+
+
+def _blobs(folder: Path) -> tuple[Path, ...]:
+    """Where the files of a snapshot in the hub's cache lie: its repository's blobs, and those that
+    all repositories share."""
+    for place in (folder, *folder.parents):
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs", repository.parent / "blobs"
+    return ()
 
 
 @contextmanager

@@ -7,17 +7,40 @@ import os
 import re
 import sys
 from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-# What a terminal obeys instead of showing it; a line break and a tab are text.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What a terminal obeys instead of showing it, changes of the direction included; a line break and a
+# tab are text.
+_OBEYED = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+_CONTROL = re.compile(f"[{_OBEYED}]")
+_IN_A_LINE = re.compile(f"[{_OBEYED}\\t\\n]")
 # An error is read, not scrolled: its head says what and where, its tail what to do.
 _HEAD, _TAIL = 600, 250
 
 
 def printable(text: str) -> str:
     """`text` with its control characters written out, as in `\\x1b`."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return _CONTROL.sub(_written_out, text)
+
+
+def in_a_line(value: Any) -> Any:
+    """Every string in a record (of dicts, lists and dataclasses) as a part of one line: what it
+    says can neither command the terminal nor look like a line of ours."""
+    if isinstance(value, str):
+        return _IN_A_LINE.sub(_written_out, value)
+    if isinstance(value, dict):
+        return {in_a_line(key): in_a_line(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(in_a_line, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: in_a_line(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def sentence(text: object) -> str:

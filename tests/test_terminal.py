@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from iq_export.terminal import is_utf8, printable, sentence
+from iq_export.bundle.manifest import TensorInfo
+from iq_export.terminal import in_a_line, is_utf8, printable, sentence
 
 
 @pytest.mark.parametrize(
@@ -15,10 +16,21 @@ from iq_export.terminal import is_utf8, printable, sentence
         ("bell\x07 back\x08 return\r", r"bell\x07 back\x08 return\x0d"),
         ("\x7f \x9b2J", r"\x7f \x9b2J"),
         ("\0", r"\x00"),
+        ("abc\u202edcba\u2069\u2028x", r"abc\u202edcba\u2069\u2028x"),
     ],
 )
 def test_control_characters_are_written_out(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_a_record_is_shown_in_its_line() -> None:
+    record = {"a\nb": ["\t", TensorInfo("x\x1b", "int64", ["batch\n", 3])], "n": 1.5, "none": None}
+    shown = {
+        r"a\x0ab": [r"\x09", TensorInfo(r"x\x1b", "int64", [r"batch\x0a", 3])],
+        "n": 1.5,
+        "none": None,
+    }
+    assert in_a_line(record) == shown
 
 
 def test_a_long_message_keeps_its_head_and_its_tail() -> None:

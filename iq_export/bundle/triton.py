@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from iq_export.engine.plugin import LIBRARY
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import RTX
 from iq_export.errors import BundleError, EngineError, UsageError
+from iq_export.files import copy_belonging
 
 BACKENDS = ("tensorrt", "onnxruntime")
 CONFIG_NAME = "config.pbtxt"
@@ -101,7 +101,7 @@ def write_repository(
     with atomic_folder(model.folder, force, check=check_folder) as folder:
         (folder / _VERSION).mkdir()
         for file, source in model.copies.items():
-            shutil.copyfile(bundle.folder / source, folder / file)
+            copy_belonging(bundle.folder, source, folder / file)
         for file, text in model.texts.items():
             (folder / file).write_text(text, encoding="utf-8")
     return model

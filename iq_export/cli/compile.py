@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iq_export.cli import options
+from iq_export.terminal import in_a_line
 
 if TYPE_CHECKING:
     from iq_export.bundle.package import Bundle
@@ -92,14 +93,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, metavar="DIR",
         help="folder of the tokenizer.json to use, needed for .onnx (default: the model's own)",
     )  # fmt: skip
-    group.add_argument(
-        "--trust-remote-code", action="store_true",
-        help="run the Python code that comes with a hub model",
-    )  # fmt: skip
-    group.add_argument(
-        "--accept-terms", action="store_true",
-        help="you have read and accept the terms of a gated model (gemma3-270m)",
-    )  # fmt: skip
+    options.add_permissions(group)
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +179,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
 
 def _closing(bundle: Bundle, seconds: float) -> str:
     """What a person wants to know at the end: where, how large, how long, what next."""
-    manifest = bundle.manifest
+    manifest = in_a_line(bundle.manifest)
     model = sum(r.bytes for name, r in manifest.files.items() if name.startswith("model.onnx"))
     lines = [f"{bundle.folder}: {manifest.recipe}, model.onnx {options.size(model)}"]
     if manifest.check is not None:

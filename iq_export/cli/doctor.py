@@ -8,9 +8,9 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from iq_export.child import find_program
 from iq_export.cli import options
 from iq_export.cli.inspect import columns
 from iq_export.memory import memory_bytes
@@ -112,9 +112,8 @@ def _tools() -> list[Check]:
     """What compiling the TensorRT plugin takes."""
     from iq_export.engine import plugin
 
-    compiler = shutil.which("c++")
     tools = (
-        ("C++ compiler", Path(compiler) if compiler else None),
+        ("C++ compiler", find_program("c++")),
         ("CMake", plugin.find_cmake()),
         ("nvcc", plugin.find_nvcc()),
         ("TensorRT headers", plugin.find_headers()),

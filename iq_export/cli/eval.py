@@ -26,7 +26,7 @@ from iq_export.evaluate.compare import (
 from iq_export.lengths import bundle_limit, window_length
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
-from iq_export.terminal import printable
+from iq_export.terminal import in_a_line, printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--bundle-only", action="store_true", help="only this bundle: no other graph is rebuilt"
     )
+    options.add_permissions(parser)
     parser.add_argument("--no-speed", action="store_true", help="do not time the prefill")
     options.add_device(parser)
 
@@ -118,13 +119,18 @@ def _graphs(bundle: Bundle, args: argparse.Namespace) -> dict[str, Path]:
     if not args.bundle_only:
         progress = options.progress(args, 1)
         with progress.step("Prepare the graphs to compare with"):
-            graphs.update(build_references(bundle, args.work, progress))
+            permitted = {name: getattr(args, name) for name in options.PERMISSIONS}
+            graphs.update(build_references(bundle, args.work, progress, **permitted))
     graphs[bundle_label(bundle)] = bundle.model
     return graphs
 
 
-def build_references(bundle: Bundle, work: Path | None, progress: Progress) -> dict[str, Path]:
+def build_references(
+    bundle: Bundle, work: Path | None, progress: Progress, **permitted: bool
+) -> dict[str, Path]:
     """The graphs to compare with, from the work folder or made again.
+
+    `permitted` is what this run permits (`options.PERMISSIONS`), whatever the manifest records.
 
     Raises UsageError in a light install, which cannot make them.
     """
@@ -135,7 +141,7 @@ def build_references(bundle: Bundle, work: Path | None, progress: Progress) -> d
         )
     from iq_export.compile import reference_graphs
 
-    return reference_graphs(bundle, work, progress)
+    return reference_graphs(bundle, work, progress, **permitted)
 
 
 def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None) -> None:
@@ -150,7 +156,7 @@ def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> Non
     if as_json:
         options.print_json({**comparison.to_dict(), "speed": speed and asdict(speed)})
         return
-    options.say(table(comparison.to_dict()))
+    options.say(table(in_a_line(comparison.to_dict())))
     if speed is not None:
         options.say(speed_line(asdict(speed)))
 

@@ -13,6 +13,7 @@ from iq_export.bundle.package import Bundle
 from iq_export.cli import options
 from iq_export.evaluate.compare import speed_line, table
 from iq_export.report.lifecycles import describe_lifecycle
+from iq_export.terminal import in_a_line
 
 _HASH_DIGITS = 16
 
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(manifest: Manifest) -> str:
     """The manifest as sections of text."""
+    manifest = in_a_line(manifest)
     sections = [
         _head(manifest),
         _section("sink lifecycles", _lifecycles(manifest)),

@@ -48,6 +48,22 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+# What one run permits. Nothing that is read from a file ever sets one of these.
+PERMISSIONS = ("trust_remote_code", "accept_terms")
+
+
+def add_permissions(parser: argparse._ActionsContainer) -> None:
+    """`--trust-remote-code` and `--accept-terms`, for what loads a model."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python code that comes with a model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accept-terms", action="store_true",
+        help="you have read and accept the terms of a gated model (gemma3-270m)",
+    )  # fmt: skip
+
+
 def providers(device: str) -> tuple[str, ...]:
     """The ONNX Runtime providers for `device`; `run.ort` refuses what is not installed."""
     return PROVIDERS[device]
@@ -90,7 +106,8 @@ def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     text = json.dumps(json_safe(document), indent=2, ensure_ascii=False)
     # JSON writes out the control characters of ASCII itself.
-    _write(re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
+    rest = r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    _write(re.sub(rest, lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def write_stdout(text: str) -> None:

@@ -16,6 +16,7 @@ from iq_export.cli import options
 from iq_export.errors import DataError, UsageError
 from iq_export.lengths import bundle_limit, generated
 from iq_export.memory import memory_bytes
+from iq_export.terminal import printable
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     for piece in tokenizer.stream(_noting(tokens, new_ids)):
         pieces.append(piece)
         if not args.json:
-            options.write_stdout(piece)
+            options.write_stdout(printable(piece) if sys.stdout.isatty() else piece)
     seconds = time.perf_counter() - begin
     if args.json:
         options.print_json(

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
+from iq_export.child import CLEAN_FOLDER, environment
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.profile import Profile, Range
 from iq_export.engine.targets import Target, check_opset
@@ -208,9 +209,13 @@ def _build_fused(onnx_path: Path, request: BuildRequest, progress: Progress) -> 
     model = io.load(onnx_path)
     fusion = fuse(model)
     model.functions.clear()
-    copy = onnx_path.with_name(f".{onnx_path.stem}.{os.getpid()}.fused.onnx").resolve()
     nodes = sum(node.domain == DOMAIN for node in model.graph)
+    handle, name = tempfile.mkstemp(
+        dir=onnx_path.parent, prefix=f".{onnx_path.stem}.", suffix=".fused.onnx"
+    )
+    copy = Path(name).resolve()
     try:
+        os.close(handle)
         io.save_skeleton(model, copy)
         report = _run_worker(replace(request, model=str(copy), plugin_nodes=nodes), progress)
     finally:
@@ -248,8 +253,6 @@ def _run_worker(request: BuildRequest, progress: Progress) -> EngineReport:
 @contextmanager
 def _worker(stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """The child process, with the sources of this package first on its path; never left behind."""
-    package_parent = str(Path(__file__).resolve().parents[2])
-    paths = [package_parent, os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [sys.executable, "-m", "iq_export.engine.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
@@ -257,11 +260,8 @@ def _worker(stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
         stderr=stderr,
         text=True,
         errors="replace",
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "PYTHONSAFEPATH": "1",  # not what lies in the current folder
-        },
+        cwd=CLEAN_FOLDER,
+        env=environment(package=True),
     )
     try:
         yield process

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iq_export.errors import EngineError
+from iq_export.graph.external import check_external
 
 _SINK_DOMAIN = "iq"
 
@@ -22,9 +23,10 @@ class OnnxHeader:
 
 
 def read_header(path: Path) -> OnnxHeader:
-    """The header of the model at `path`; its external data is not touched.
+    """The header of the model at `path`; its external data is not read.
 
-    Raises EngineError if the file is missing or is no ONNX model.
+    Raises EngineError if the file is missing or is no ONNX model, GraphError if external data leads
+    out of its folder.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -33,6 +35,7 @@ def read_header(path: Path) -> OnnxHeader:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise EngineError(f"'{path}' cannot be read as an ONNX model: {error}.") from error
+    check_external(model, path.parent)
     opset = next((entry.version for entry in model.opset_import if not entry.domain), None)
     if opset is None:
         raise EngineError(f"'{path}' is no ONNX model: it imports no standard opset.")

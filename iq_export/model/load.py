@@ -10,16 +10,18 @@ import difflib
 import hashlib
 import json
 import operator
+import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from iq_export.checksum import sha256_file
 from iq_export.errors import IqError, ModelError, UsageError
+from iq_export.files import open_belonging, read_belonging
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded
@@ -47,6 +49,10 @@ _HUB_FILES = [
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _LARGEST_HEADER = 100_000_000  # as safetensors itself has it
 _LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_CARD = "README.md"
+# What transformers reads besides, to make a tokenizer.
+_ALSO_READ = ("vocab.*", "*.tiktoken", "additional_chat_templates/*.jinja")
+_LARGEST_CARD = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def resolve(
     terms that are not accepted; UsageError if `--tokenizer` is missing or wrong.
     """
     if tokenizer is not None:
-        _check_tokenizer(tokenizer)
+        _check_tokenizer(tokenizer, trust_remote_code)
     common: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
     path = _path(model)
     if path.is_dir():
@@ -270,11 +276,39 @@ def _unknown(model: str) -> str:
     )
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
     if not folder.is_dir():
         raise UsageError(f"--tokenizer {folder} is not a folder.")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UsageError(f"--tokenizer {folder} holds no tokenizer.json.")
+    _check_places(folder)
+    _check_tokenizer_code(folder, trust_remote_code)
+
+
+def _check_tokenizer_code(folder: Path, trust_remote_code: bool) -> None:
+    """Refuse a tokenizer that only its own Python code can make: transformers would ask on stdin.
+
+    A `tokenizer.json` is used as it is, whatever stands beside it.
+    """
+    if trust_remote_code or (folder / "tokenizer.json").is_file():
+        return
+    config = read_object(folder / "config.json")
+    unknown = "auto_map" in config and not _known_type(str(config.get("model_type")))
+    if unknown or "auto_map" in read_object(folder / "tokenizer_config.json"):
+        raise ModelError(
+            f"The tokenizer in {folder} comes with its own Python code (auto_map); if you trust "
+            "its author, allow it with --trust-remote-code."
+        )
+
+
+def _check_places(folder: Path) -> None:
+    """Refuse a file that transformers would read elsewhere, through a link, or wait for."""
+    patterns = (*_HUB_FILES, *_LICENSES, _CARD, *_ALSO_READ)
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        if not file.is_dir():
+            with suppress(FileNotFoundError):  # a link to nothing
+                name = file.relative_to(folder).as_posix()
+                open_belonging(folder, name, ModelError).close()
 
 
 def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> None:
@@ -284,6 +318,7 @@ def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> 
         names = [file.name for file in folder.iterdir()]
     except OSError as error:
         raise ModelError(f"{folder} cannot be read: {error.strerror}.") from error
+    _check_places(folder)
     config, index = (
         read_object(path) if path.is_file() else None
         for path in (folder / "config.json", folder / INDEX)
@@ -291,6 +326,8 @@ def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> 
     if config is not None:
         _check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
     check_layout(names, str(folder), config, index, tokenizer=tokenizer)
+    if tokenizer:
+        _check_tokenizer_code(folder, trust_remote_code)
     for file in sorted(folder.glob("*.safetensors")):
         _check_safetensors(file)
 
@@ -306,6 +343,12 @@ def _check_header(config: dict[str, Any], name: str, where: str, trust_remote_co
         raise ModelError(
             f"{name} is already quantized ({method}): give the checkpoint in full or half "
             "precision."
+        )
+    kernels = [value for key, value in config.items() if key.endswith("attn_implementation")]
+    if "/" in str(kernels) and not trust_remote_code:
+        raise ModelError(
+            f"{name} asks for code of the Hugging Face hub: take attn_implementation out of "
+            f"{where}, or allow it with --trust-remote-code."
         )
     if "auto_map" in config and not trust_remote_code and not _known_type(kind):
         raise ModelError(
@@ -325,8 +368,8 @@ def _check_safetensors(path: Path) -> None:
     """The header must parse and the file be as long as it says."""
     if not path.is_file():
         raise ModelError(f"{path} is not a file.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_belonging(path.parent, path.name, ModelError) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         header = file.read(length) if length < min(size, _LARGEST_HEADER) else b""
@@ -355,9 +398,8 @@ def _files(root: Path) -> list[Path]:
 
 def _license_note(folder: Path) -> str:
     """What the folder itself says about its licence: the model card's field, or a file's name."""
-    card = folder / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace")
+    if (folder / _CARD).is_file():
+        text = read_belonging(folder, _CARD, _LARGEST_CARD, ModelError).decode(errors="replace")
         match = re.search(r"^license(?:_name)?:\s*(\S+)", text, re.MULTILINE)
         if match:
             return match[1]

@@ -10,12 +10,12 @@ Either way the ids of `HARD_TEXTS` are compared with the source's before anythin
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
+from iq_export.files import copy_belonging
 from iq_export.model.gguf_file import GgufHeader, read_header
 from iq_export.model.quiet import quiet
 from iq_export.run.assets import one_sentence
@@ -79,7 +79,7 @@ def _from_folder(folder: Path, source: ModelSource, assets: Path) -> list[str]:
         return _converted(folder, source, assets)
     for name in _FILES:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, assets / name)
+            copy_belonging(folder, name, assets / name, ModelError)
     original = Tokenizer(folder)
     _compare(assets, lambda text: original.encode(text, add_bos=None), f"{folder}/tokenizer.json")
     return []

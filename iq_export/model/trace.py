@@ -15,17 +15,21 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
+import stat
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import GraphError, ModelError, UsageError
+from iq_export.files import copy_belonging, open_belonging
+from iq_export.graph.external import external_tensors, place
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import (
     LoadedModel,
@@ -272,7 +276,7 @@ def _write_assets(loaded: LoadedModel, source: ModelSource, assets: Path) -> Non
 def _write_license(files: tuple[Path, ...], source: ModelSource, assets: Path) -> None:
     """The model's licence beside its weights: its own files, and a notice of where it is from."""
     for file in files:
-        shutil.copyfile(file, assets / file.name)
+        copy_belonging(file.parent, file.name, assets / file.name, ModelError)
     if not (assets / "NOTICE").exists():
         terms = source.license_note or "not stated with the model; ask its author"
         text = f"The weights in this folder are derived from {source.name}.\nLicence: {terms}\n"
@@ -290,37 +294,60 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
     from iq_export.model.load import license_files
 
     assert source.path is not None and source.tokenizer is not None
-    with _heard() as said:
-        graph = _read_onnx(source.path)
-    _check_interface(graph, source.path)
-    if said:  # a value that nothing makes
-        raise ModelError(f"{source.path} is no valid graph: {said[0]}")
-    _check_external_data(graph, source.path)
-    _check_types(graph, source.path)
-    check_finite_graph(graph, source.path.name)
-    # Later passes find nodes by name, constants among the initializers, and types at the values.
-    with _heard() as said:
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-        common.ShapeInferencePass()(graph)
-        common.NameFixPass()(graph)
-    try:
-        ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
-    except ir.serde.SerdeError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ModelError(f"{source.path} is no valid graph: {reason}") from error
+    with ExitStack() as held:
+        with _heard() as said:
+            graph, data = _read_onnx(source.path, held)
+        _check_interface(graph, source.path)
+        if said:  # a value that nothing makes
+            raise ModelError(f"{source.path} is no valid graph: {said[0]}")
+        _check_external_data(graph, source.path, data)
+        _check_types(graph, source.path)
+        check_finite_graph(graph, source.path.name)
+        # Later passes find nodes by name, constants among the initializers, types at the values.
+        with _heard() as said:
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+            common.ShapeInferencePass()(graph)
+            common.NameFixPass()(graph)
+        try:
+            ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+        except ir.serde.SerdeError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ModelError(f"{source.path} is no valid graph: {reason}") from error
     for name in ("config.json", "generation_config.json"):
         if (source.tokenizer / name).is_file():
-            shutil.copyfile(source.tokenizer / name, folder / ASSETS / name)
+            copy_belonging(source.tokenizer, name, folder / ASSETS / name, ModelError)
     _write_license(license_files(source.path.parent), source, folder / ASSETS)
     return [f"{source.path.name}: {line}" for line in said]
 
 
-def _read_onnx(path: Path) -> ir.Model:
+def _read_onnx(path: Path, held: ExitStack) -> tuple[ir.Model, dict[str, str]]:
+    """The graph at `path`, and of every path of its external data the file's name.
+
+    These files stay open in `held`, and are read by their descriptors: no link leads elsewhere, and
+    none can be exchanged.
+    """
+    import onnx
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
+    names: dict[str, str] = {}
+    paths: dict[str, str] = {}
     try:
-        return ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        for tensor in external_tensors(proto):
+            location = place(tensor, ModelError)
+            if location.value not in paths:
+                name = location.value
+                try:
+                    stream = held.enter_context(open_belonging(path.parent, name, ModelError))
+                except FileNotFoundError:
+                    raise ModelError(
+                        f"The weight '{tensor.name}' of {path} is incomplete: {name} is not there."
+                    ) from None
+                paths[name] = f"/proc/self/fd/{stream.fileno()}"
+                names[paths[name]] = name
+            location.value = paths[location.value]
+        return ir.from_proto(proto), names
     except (DecodeError, ValueError, KeyError, TypeError, ir.serde.SerdeError) as error:
         raise ModelError(f"{path} is not an ONNX file, or it is damaged.") from error
 
@@ -352,20 +379,21 @@ def _heard() -> Iterator[list[str]]:
         logger.propagate = before
 
 
-def _check_external_data(model: ir.Model, path: Path) -> None:
-    """Every weight that lies outside of the file must be there in full."""
+def _check_external_data(model: ir.Model, path: Path, data: Mapping[str, str]) -> None:
+    """Every weight that lies outside of the file must be there in full: in the files of `data`."""
     import onnx_ir as ir
 
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        file = path.parent / tensor.location
         end = (tensor.offset or 0) + tensor.nbytes
-        size = file.stat().st_size if file.is_file() else None
-        if size is None or size < end:
-            found = "is not there" if size is None else f"has {size} bytes of at least {end}"
-            raise ModelError(f"The weight '{name}' of {path} is incomplete: {file.name} {found}.")
+        size = os.stat(tensor.path).st_size
+        if size < end:
+            raise ModelError(
+                f"The weight '{name}' of {path} is incomplete: {data[tensor.path]} has {size} "
+                f"bytes of at least {end}."
+            )
 
 
 def _check_types(model: ir.Model, path: Path) -> None:
@@ -431,9 +459,10 @@ def _version(tool: str) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes by file of what must be there for a folder to count as whole."""
+    """Bytes by file of what must be there for a folder to count as whole; a link is no file."""
     files = [folder / MODEL_FILE, folder / DATA_FILE, *sorted((folder / ASSETS).iterdir())]
-    return {str(f.relative_to(folder)): f.stat().st_size for f in files if f.is_file()}
+    found = ((f, f.lstat()) for f in files if f.is_file())
+    return {str(f.relative_to(folder)): s.st_size for f, s in found if stat.S_ISREG(s.st_mode)}
 
 
 @contextmanager

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.errors import ModelError
+from iq_export.files import read_belonging
 
 _USUAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _PROBE = "The 1 é\n"
+# The largest tokenizer.json known has 35 MB.
+_LARGEST = 1 << 28
 
 
 def load_core(folder: Path) -> Any:
@@ -148,7 +151,7 @@ def chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_belonging(path.parent, path.name, _LARGEST, ModelError).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
     except OSError as error:

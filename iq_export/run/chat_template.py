@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from iq_export.child import CLEAN_FOLDER, environment
 from iq_export.errors import ModelError
 from iq_export.supervise import end_with_parent
 
@@ -35,18 +34,12 @@ def render(
     template it is, for messages. Raises ModelError if the template fails or does not end.
     """
     request = json.dumps({"template": template, "messages": list(messages), "tokens": dict(tokens)})
-    parents = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, parents)),
-        "PYTHONSAFEPATH": "1",  # not what lies in the current folder
-        "PYTHONIOENCODING": "utf-8",
-    }
     command = [sys.executable, "-m", "iq_export.run.chat_template", str(os.getpid())]
     try:
         done = subprocess.run(
-            command, input=request, capture_output=True, env=environment, encoding="utf-8",
-            errors="replace", timeout=_WALL_SECONDS, check=False,
+            command, input=request, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=_WALL_SECONDS, check=False, cwd=CLEAN_FOLDER,
+            env={**environment(package=True), "PYTHONIOENCODING": "utf-8"},
         )  # fmt: skip
         answer = json.loads(done.stdout)
         error = answer.get("error")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iq_export.errors import EngineError, GraphError
+from iq_export.graph.external import check_external
 from iq_export.graph.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ def open_session(
     threads = threads or _allowed_cores()
     if threads is not None:
         options.intra_op_num_threads = threads
+    check_external(_read(path), weights or path.parent)
     model: str | bytes = str(path)
     if round_half and providers[0] == "CPUExecutionProvider":
         model = _with_rounding(path)

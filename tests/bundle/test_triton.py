@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -249,14 +249,14 @@ def test_force_does_not_replace_what_others_wrote(bundle: Bundle, tmp_path: Path
 def test_an_interrupt_leaves_nothing_and_keeps_the_older_model(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(source: Path, target: Path) -> None:
-        target.write_bytes(b"half")
+    def interrupted(source: BinaryIO, target: BinaryIO, _: int) -> None:
+        target.write(b"half")
         raise KeyboardInterrupt
 
     folder = write_repository(bundle, tmp_path / "repo").folder
     old = files(folder)
     other = Bundle.open(write_bundle(tmp_path / "other", report("b200")))
-    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    monkeypatch.setattr(shutil, "copyfileobj", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_repository(other, tmp_path / "repo", force=True)
     assert files(tmp_path / "repo") == {f"tiny/{name}": text for name, text in old.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.calibrate.data import text_sha256
 from iq_export.cli import main
 from iq_export.cli.eval import build_references
-from iq_export.errors import UsageError
+from iq_export.compile import CompileOptions, _options_of
+from iq_export.errors import BundleError, UsageError
 from iq_export.progress import Progress
 from tests.test_disk import largest_file
 
@@ -42,7 +44,7 @@ def test_references_and_timing(
     reference = tmp_path / "fp32.onnx"
     reference.write_bytes(b"graph")
     monkeypatch.setattr(
-        "iq_export.cli.eval.build_references", lambda *_: {"fp32": reference}, raising=True
+        "iq_export.cli.eval.build_references", lambda *_, **__: {"fp32": reference}, raising=True
     )
     assert main(["eval", str(bundle), "--windows", "2", "--length", "16", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -126,3 +128,66 @@ def test_a_full_disk_is_an_error_under_the_table(
     printed = capsys.readouterr()
     assert "bundle (w8a8)" in printed.out and "larger than is allowed" in printed.err
     Bundle.open(bundle)
+
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).write_text("ran")
+"""
+
+
+@pytest.fixture
+def with_code(bundle: Path, tmp_path: Path) -> Path:
+    """The bundle as somebody else sealed it: its model is a folder in it that brings code, which
+    the recorded options permit. Where that code would leave its mark."""
+    mark, model = tmp_path / "ran", bundle / "model"
+    model.mkdir()
+    names = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (model / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": names}))
+    (model / "theirs.py").write_text(CODE.format(mark=str(mark)))
+    (model / "tokenizer.json").write_text("{}")
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    options = {"model": str(model), "trust_remote_code": True, "accept_terms": True}
+    update_manifest(Bundle.open(bundle), options=options)
+    return mark
+
+
+def test_a_manifest_permits_no_code(
+    bundle: Path, with_code: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    assert main(["eval", str(bundle), "--windows", "2", "--length", "16"]) == 3
+    assert "comes with its own Python code" in capsys.readouterr().err
+    assert not with_code.exists()
+
+
+def test_what_permits_comes_from_the_command_line(
+    bundle: Path, with_code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    asked: list[CompileOptions] = []
+
+    def check(options: CompileOptions) -> None:
+        asked.append(options)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(sys.modules["iq_export.compile"], "check", check)
+    for flags in ([], ["--trust-remote-code"], ["--accept-terms"]):
+        assert main(["eval", str(bundle), *flags]) == 2
+    permitted = [(options.trust_remote_code, options.accept_terms) for options in asked]
+    assert permitted == [(False, False), (True, False), (False, True)]
+
+
+def test_only_what_makes_the_references_is_read_from_a_manifest(
+    bundle: Path, tmp_path: Path
+) -> None:
+    def options(**recorded: object) -> CompileOptions:
+        changed = update_manifest(Bundle.open(bundle), options=recorded)
+        return _options_of(changed, tmp_path / "work")
+
+    found = options(model="org/name", seed=3, force=True, out="/elsewhere", plugin="on", alpha=1)
+    assert (found.model, found.seed, found.force, found.plugin) == ("org/name", 3, False, "auto")
+    assert found.out == bundle and found.work == tmp_path / "work"
+    for wrong in ({}, {"model": 1}, {"model": "m", "seed": "3"}, {"model": "m", "length": True}):
+        with pytest.raises(BundleError, match="--bundle-only"):
+            options(**wrong)

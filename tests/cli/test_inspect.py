@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from iq_export.bundle.manifest import Manifest
+from iq_export.bundle.manifest import Manifest, TensorInfo
+from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.cli import main
 from iq_export.cli.inspect import describe
 
@@ -57,3 +59,28 @@ def test_mixed_plan() -> None:
     assert "layers.3/down, layers.3/up  KL 0.0031 nats" in text
     assert "NOT met" in describe(Manifest("m", "w8a8", "fp16", 23, mixed={**record, "met": False}))
     assert "mixed plan" not in describe(Manifest("m", "w8a8", "fp16", 23))
+
+
+def test_what_a_manifest_says_is_shown_and_not_obeyed(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of whatever field, and no value looks like a line of ours."""
+    evil = "\x1b]0;owned\x07\x9b2J\u202e\r\nengines:\tfine"
+    written = r"\x1b]0;owned\x07\x9b2J\u202e\x0d\x0aengines:\x09fine"
+    manifest = Bundle.open(bundle).manifest
+    update_manifest(
+        Bundle.open(bundle), name=evil, recipe=evil, dtype=evil, notes=[evil], targets=[evil],
+        source={evil: evil}, engine_failures={evil: evil}, timings={evil: 1.0},
+        lifecycles=[{"birth": 1, "death": 2, "tokens": [evil]}],
+        engines={evil: {"form": evil, "flavour": evil, "sha256": evil, "form_reason": evil}},
+        inputs=[TensorInfo(evil, evil, [evil])],
+        accuracy={"text": evil, "windows": 1, "length": 1, "rows": []},
+    )  # fmt: skip
+    assert main(["inspect", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    assert text.count(written) >= 12 and text.count("\nengines:\n") == 1
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert json.loads(text)["name"] == evil != manifest.name

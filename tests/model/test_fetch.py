@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import zipfile
 from pathlib import Path
@@ -120,6 +121,35 @@ def test_a_damaged_stamp_is_not_trusted(index: Index, cache: Path) -> None:
     assert index.downloads == 2
 
 
+def test_a_damaged_file_is_fetched_again(index: Index) -> None:
+    folder = get(index)
+    path, sums = folder / "pkg/data/a.bin", folder / "SHA256SUMS"
+    for damage in (
+        lambda: path.write_bytes(b"aaab"),
+        path.unlink,
+        lambda: _link(path),
+        lambda: sums.write_text("no list"),
+    ):
+        damage()
+        assert get(index) == folder and path.read_bytes() == b"aaaa"
+    assert index.downloads == 5
+
+
+def _link(path: Path) -> None:
+    path.rename(path.parent / "elsewhere")
+    path.symlink_to("elsewhere")
+
+
+def test_what_was_not_downloaded_is_not_replaced(index: Index, cache: Path) -> None:
+    (cache / "pkg").mkdir(parents=True)
+    (cache / "pkg" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"cache/pkg is in the way .* move it away"):
+        get(index)
+    assert (cache / "pkg" / "notes.txt").read_text() == "mine"
+    (cache / "pkg" / "notes.txt").unlink()
+    assert get(index) == cache / "pkg"
+
+
 def test_a_download_that_fails_gives_pips_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +186,7 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         wheels=tuple(Wheel(r, sha256_file(w), tuple(contents[r])) for r, w in wheels.items()),
         parts=("a/data/m.part0", "b/data/m.part1"),
         gguf="m.gguf",
-        gguf_sha256=sha256_file(whole),
+        sha256={"m.gguf": sha256_file(whole), "LICENSE": hashlib.sha256(b"terms").hexdigest()},
         download_bytes=5_000_000,
         gguf_bytes=4,
         rename={"a/LICENSE": "LICENSE"},
@@ -177,7 +207,7 @@ def test_a_model_in_several_wheels_is_joined(joined: dict[str, bytes], cache: Pa
     path = embedded_model(NAME)
     assert path.read_bytes() == b"GGUF"
     names = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*") if p.is_file()}
-    assert names == {"m.gguf", "LICENSE", ".complete.json"}
+    assert names == {"m.gguf", "LICENSE", ".complete.json", "SHA256SUMS"}
 
 
 def test_a_gated_model_is_not_downloaded_unasked(
@@ -205,10 +235,45 @@ def test_a_download_is_announced_with_its_terms(
     assert "download" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["m.gguf", "LICENSE"])
+def test_a_damaged_model_is_announced_and_fetched_again(
+    joined: dict[str, bytes], cache: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    source = load.resolve(NAME, accept_terms=True)
+    load.materialize(source, Progress())
+    (cache / NAME / name).write_bytes(b"GGUX")
+    with pytest.raises(ModelError, match="--accept-terms"):  # it would be downloaded
+        load.resolve(NAME)
+    capsys.readouterr()
+    path = load.materialize(source, Progress()).path
+    assert path is not None and path.read_bytes() == b"GGUF"
+    said = f"download again, because {cache / NAME} is damaged ({name} is not the file"
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_model_that_cannot_be_fetched_names_its_folder(
+    joined: dict[str, bytes], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = embedded_model(NAME)
+
+    def offline(*_: object) -> Path:
+        raise ModelError("Cannot download a==1.0.")
+
+    monkeypatch.setattr(fetch, "_download", offline)
+    assert embedded_model(NAME) == path
+    path.write_bytes(b"GG")
+    with pytest.raises(ModelError, match="cannot be fetched again: Cannot download") as caught:
+        embedded_model(NAME)
+    assert f"The download in {cache / NAME} is damaged (m.gguf is not" in str(caught.value)
+
+
 def test_the_table_of_models_is_pinned() -> None:
     for name, model in fetch.EMBEDDED.items():
         assert model.name == name and model.license_note
         assert all("==" in wheel.requirement for wheel in model.wheels)
         assert all(len(wheel.sha256) == 64 for wheel in model.wheels)
+        kept = {model.gguf, *(name for name in model.rename.values())}
+        assert model.sha256.keys() == kept
+        assert all(len(digest) == 64 for digest in model.sha256.values())
     assert fetch.EMBEDDED["smollm2-135m"].terms is None
     assert fetch.EMBEDDED["gemma3-270m"].terms

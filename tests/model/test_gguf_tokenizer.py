@@ -206,5 +206,6 @@ def test_a_folder_serves_a_kind_that_is_refused(tmp_path: Path) -> None:
     tokens[10:20] = tokens[11:21]
     tokens[20] = "<x4>"
     build_tokenizer(header(tokens=tokens)).core.save(str(folder / "tokenizer.json"))
+    (assets / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"is not that of m\.gguf: token 10 is"):
         write_tokenizer(resolve(str(path), tokenizer=folder), assets)

@@ -149,7 +149,7 @@ def test_what_is_neither_file_nor_folder(llama: Path, tmp_path: Path) -> None:
             resolve(name)
     (llama / "model.safetensors").unlink()
     os.mkfifo(llama / "model.safetensors")
-    with pytest.raises(ModelError, match=r"model\.safetensors is not a file"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a regular file"):
         resolve(str(llama))
     with pytest.raises(ModelError, match="There is no model '~nobody-here/x'"):
         resolve("~nobody-here/x")

@@ -197,12 +197,13 @@ def test_ids_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "assets").mkdir()
     other = tmp_path / "other.json"
     KINDS["GPT-2"]().save(str(other))
-    real = module.shutil.copyfile
+    real = module.copy_belonging
 
-    def copy(a: Path, b: Path) -> Any:
-        return real(other if a.name == "tokenizer.json" else a, b)
+    def copy(folder: Path, name: str, *rest: Any) -> None:
+        place = (tmp_path, other.name) if name == "tokenizer.json" else (folder, name)
+        real(*place, *rest)
 
-    monkeypatch.setattr(module.shutil, "copyfile", copy)
+    monkeypatch.setattr(module, "copy_belonging", copy)
     with pytest.raises(ModelError, match=r"'a   1' is .* there and .* here"):
         write_tokenizer(source, tmp_path / "assets")
 

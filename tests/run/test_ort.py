@@ -109,7 +109,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
         CausalLM(tmp_path / "absent.onnx")
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(b"not an ONNX file at all")
-    with pytest.raises(GraphError, match=r"cannot load damaged\.onnx"):
+    with pytest.raises(GraphError, match=r"damaged\.onnx is not a readable ONNX"):
         CausalLM(damaged)
 
 
