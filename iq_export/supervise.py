@@ -36,7 +36,7 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def run(
-    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    command: Sequence[str], *, cwd: str | Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, with nothing on its stdin; its output as text.
 
