@@ -1,8 +1,8 @@
 """Signals that end a run: Ctrl-C, SIGTERM (a container is stopped) and SIGHUP (a terminal closes).
 
-A signal raises KeyboardInterrupt wherever the main thread is, and a library there may swallow it: a
-bare `except`, a callback of C++. So the signal is remembered, and `check` raises it again: before
-and after each step, and at the end of the run, whatever became of the first one.
+A signal raises a KeyboardInterrupt wherever the main thread is, and a library there may swallow
+it: a bare `except`, a callback of C++. So the signal is remembered, and `check` raises it again:
+before and after each step, and at the end of the run, whatever became of the first one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ from iq_export.errors import INTERRUPTED_EXIT_CODE
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 # Within it a second signal is the first one again: a closing terminal sends several.
 _SAME_SECONDS = 1.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal arrived.
+
+    KeyboardInterrupt itself, if it passes through `exec` of a text on its way, has CPython end
+    the process by SIGINT later on, with no regard to the exit code.
+    """
 
 
 class _Arrival:
@@ -46,7 +54,7 @@ def ignore() -> None:
 def check() -> None:
     """Raise KeyboardInterrupt if a signal arrived, also if something swallowed it."""
     if _Arrival.at is not None:
-        raise KeyboardInterrupt
+        raise Interrupted
 
 
 @contextmanager
@@ -68,7 +76,7 @@ def _arrive(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _Arrival.at is None:
         _Arrival.at = now
-        raise KeyboardInterrupt
+        raise Interrupted
     if now - _Arrival.at > _SAME_SECONDS:
         # What is left over is found by the next run, and child processes end with this one.
         with suppress(OSError):

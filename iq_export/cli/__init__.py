@@ -138,21 +138,13 @@ def _settle_streams() -> None:
 
 
 def entry() -> None:
-    """The console script. A fault of ours is one sentence as well, and -v shows where."""
+    """The console script."""
     try:
-        interrupt.install()
-        _settle_streams()
-        code = main()
+        code = _process()
+        interrupt.ignore()
     except KeyboardInterrupt:
+        interrupt.ignore()
         code = _interrupted()
-    except Exception as error:
-        args = parser().parse_args()
-        what = f"unexpected {type(error).__name__}: {error}"
-        hint = "" if args.verbose else "; please report it with what -v shows"
-        code = _say(args, sentence(what) + hint, IqError.exit_code)
-    except SystemExit as stop:  # argparse: --help, or wrong usage
-        code = stop.code if isinstance(stop.code, int) else 0
-    interrupt.ignore()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -162,6 +154,21 @@ def entry() -> None:
         print(f"iq-export: error: cannot write to standard output: {error}", file=sys.stderr)
         code = BundleError.exit_code
     sys.exit(code)
+
+
+def _process() -> int:
+    """`main` for a process of its own. A fault of ours is one sentence, and -v shows where."""
+    interrupt.install()
+    _settle_streams()
+    try:
+        return main()
+    except Exception as error:
+        args = parser().parse_args()
+        what = f"unexpected {type(error).__name__}: {error}"
+        hint = "" if args.verbose else "; please report it with what -v shows"
+        return _say(args, sentence(what) + hint, IqError.exit_code)
+    except SystemExit as stop:  # argparse: --help, or wrong usage
+        return stop.code if isinstance(stop.code, int) else 0
 
 
 def _interrupted() -> int:

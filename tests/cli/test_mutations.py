@@ -144,7 +144,7 @@ def test_config_edits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_config_edits_up_to_the_trace(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [each for each in _config_edits(range(400), model, tmp_path, capsys) if each[2]]
+    found = [each for each in _config_edits(range(150), model, tmp_path, capsys) if each[2]]
     assert not found, found
 
 
