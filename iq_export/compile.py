@@ -32,19 +32,24 @@ from iq_export.bundle.package import (
     clear_partial,
     disk_full_is_bundle_error,
 )
-from iq_export.calibrate.data import Window, check_windows, held_out_windows, load_text, windows
+from iq_export.calibrate.data import (
+    Window,
+    check_windows,
+    held_out_windows,
+    is_pipe,
+    windows,
+)
 from iq_export.checksum import sha256_file
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
-from iq_export.errors import BundleError, EngineError, ModelError
+from iq_export.errors import BundleError, DataError, EngineError, ModelError
 from iq_export.files import copy_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
 from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
-from iq_export.quant.recipe import Recipe
 from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, recall_graphs, work_folder
 
@@ -94,7 +99,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             made = traced.digests()
             checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
             options = checked.options
-            done = _calibrate_and_rewrite(options, checked.recipe, traced, work, progress)
+            done = _calibrate_and_rewrite(options, checked, traced, work, progress)
             _fill(folder, traced, made, done)
             sinks = done.sink_nodes
             built = _build(folder, options, checked, sinks, progress)
@@ -184,6 +189,11 @@ def reference_graphs(
             "this bundle is of an older version, which found sinks by --alpha: they are found "
             "anew, so the graph with insertion alone may differ from what the bundle was made of"
         )
+    if is_pipe(options.calibration):
+        raise DataError(
+            f"the calibration text of {bundle.folder} came from a pipe and cannot be read again: "
+            "measure the bundle alone with --bundle-only, or compile it again from a file"
+        )
     checked = check(replace(options, out=folder / "bundle"))  # the bundle itself is only read
     recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
     if recorded != checked.calibration_sha256:
@@ -194,7 +204,7 @@ def reference_graphs(
     with work_folder(bundle.folder, folder, keep=True, say=progress.note) as made:
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
-        done = _calibrate_and_rewrite(options, checked.recipe, traced, made, progress)
+        done = _calibrate_and_rewrite(options, checked, traced, made, progress)
         with disk_full_is_bundle_error(made.folder):
             _remember(made, options, done, expected)
     found = _hold(folder, expected, progress, hold)
@@ -273,13 +283,13 @@ def _trace(options: CompileOptions, work: Work, progress: Progress) -> Any:
 
 
 def _calibrate_and_rewrite(
-    options: CompileOptions, recipe: Recipe, traced: Any, work: Work, progress: Progress
+    options: CompileOptions, checked: Checked, traced: Any, work: Work, progress: Progress
 ) -> Any:
     from iq_export.calibrate.text_check import token_warnings
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
-    text = load_text(options.calibration)
+    text = checked.calibration
     tokenizer = Tokenizer(traced.assets)
 
     def cut(length: int, count: int, seed: int) -> list[Window]:
@@ -308,7 +318,7 @@ def _calibrate_and_rewrite(
         progress.note(f"warning: {warning}")
     stages = work.run / f"{options.recipe}-{options.dtype}"
     stages.mkdir()
-    done = rewrite(traced.model, stages, recipe, options.dtype, data, progress)
+    done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 

@@ -84,8 +84,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Checked:
-    """`options` is what was `asked` with its defaults settled; `gaps` says of a target why it gets
-    no engine."""
+    """`options` is what was `asked` with its defaults settled; `calibration` is the text, which is
+    read once; `gaps` says of a target why it gets no engine."""
 
     asked: CompileOptions
     options: CompileOptions
@@ -94,9 +94,14 @@ class Checked:
     targets: tuple[Target, ...]
     known: Known
     weight_bytes: int | None
-    calibration_sha256: str
+    calibration: str
     gaps: dict[str, str]
     notes: list[str]
+
+    @property
+    def calibration_sha256(self) -> str:
+        """By which the text is known wherever its file lies."""
+        return text_sha256(self.calibration)
 
 
 def check(options: CompileOptions) -> Checked:
@@ -107,8 +112,8 @@ def check(options: CompileOptions) -> Checked:
 
     recipe = load_recipe(options.recipe)
     check_traced_opset(options.opset)
-    names = DEFAULT_TARGETS if options.targets is None else tuple(dict.fromkeys(options.targets))
-    targets = tuple(resolve_target(name) for name in names)
+    names = DEFAULT_TARGETS if options.targets is None else options.targets
+    targets = tuple(dict.fromkeys(resolve_target(name) for name in names))
     for target in targets:
         check_recipe(target, recipe.weight_bits)
         check_opset(target, options.opset)
@@ -138,7 +143,9 @@ def check(options: CompileOptions) -> Checked:
     known = _known(source, recipe, options.dtype)
     built = () if recipe.simulated else targets
     gaps = _gaps(built, known.form, asked=options.targets is not None)
-    settled, remarks = _within(replace(options, targets=names), known.limit)
+    settled, remarks = _within(
+        replace(options, targets=tuple(t.name for t in targets)), known.limit
+    )
     embedded = EMBEDDED.get(source.name) if source.path is None else None
     size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
     if size is None:
@@ -153,7 +160,7 @@ def check(options: CompileOptions) -> Checked:
         targets=targets,
         known=known,
         weight_bytes=size,
-        calibration_sha256=text_sha256(text),
+        calibration=text,
         gaps=gaps,
         notes=[*known.notes, *gaps.values(), *remarks, *_plugin_note(options, targets)],
     )

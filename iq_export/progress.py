@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from iq_export.interrupt import check
 from iq_export.terminal import printable
 
 _BAR_WIDTH = 24
@@ -36,7 +37,11 @@ class Progress:
 
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:
-        """Time one step; a step that raises is closed by `failed`, and its time is not recorded."""
+        """Time one step; a step that raises is closed by `failed`, and its time is not recorded.
+
+        Raises KeyboardInterrupt before and after it if a signal was swallowed; so does `update`.
+        """
+        check()
         outer = self._depth == 0
         if outer:
             self._number += 1
@@ -47,6 +52,7 @@ class Progress:
         word = "failed"
         try:
             yield self
+            check()
             seconds = time.perf_counter() - start
             self.timings[name] = self.timings.get(name, 0.0) + seconds
             word = f"{seconds:.1f} s"
@@ -58,6 +64,7 @@ class Progress:
 
     def update(self, done: int, total: int) -> None:
         """Redraw the bar of the running step (terminals only; at most five times a second)."""
+        check()
         now = time.perf_counter()
         if not self._terminal or not self._head or now - self._drawn_at < _REDRAW_SECONDS:
             return
@@ -78,6 +85,10 @@ class Progress:
         return f"\r\x1b[K{self._head}" if self._terminal else ""
 
     def _write(self, text: str) -> None:
-        if not self.quiet:
+        if self.quiet:
+            return
+        try:
             self._stream.write(text)
             self._stream.flush()
+        except (OSError, ValueError):  # nobody reads it any more: no reason to stop the work
+            self.quiet = True

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import sys
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -54,3 +58,37 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def drop_stdout() -> None:
+    """Python flushes stdout once more at exit, and would complain where that fails."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Unfailing(io.FileIO):
+    """A stream that nobody may read: what cannot be written is lost, and raises nothing.
+
+    `iq-export compile ... 2>&1 | head` ends as it does without `head`.
+    """
+
+    stream: io.TextIOWrapper  # it would close the descriptor when nothing refers to it
+
+    @classmethod
+    def like(cls, stream: io.TextIOWrapper) -> io.TextIOWrapper:
+        """`stream` as one, of the same descriptor and encoding."""
+        raw = cls(stream.fileno(), "w", closefd=False)
+        raw.stream = stream
+        buffer = io.BufferedWriter(raw)
+        return io.TextIOWrapper(
+            buffer, encoding=stream.encoding, line_buffering=True, write_through=True
+        )
+
+    def write(self, content: Any) -> int:
+        """All of `content`, as far as the caller can tell."""
+        with suppress(OSError):
+            return super().write(content)
+        # From now on this holds for libraries that write to the descriptor as well.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        return memoryview(content).nbytes

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from iq_export.bundle.manifest import FileRecord, Manifest
-from iq_export.errors import ModelError, UsageError
+from iq_export.errors import DataError, ModelError, UsageError
 from iq_export.progress import Progress
 
 compile_module = importlib.import_module("iq_export.compile")
@@ -44,8 +44,8 @@ def test_a_seed_that_no_generator_takes(tmp_path: Path) -> None:
 def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Make the references of a bundle again, up to its quantization; returns what was said."""
 
-    def run(*, model: str = "same", text: str = "same") -> list[str]:
-        recorded = {"model": "m", "calibration": "c.txt", "calibration_sha256": "same"}
+    def run(*, model: str = "same", text: str = "same", name: str = "c.txt") -> list[str]:
+        recorded = {"model": "m", "calibration": name, "calibration_sha256": "same"}
         manifest = Manifest(
             "m", "w8a8", "float16", 23, source={"model": "m", "sha256": "same"}, options=recorded,
             files={"plan.json": FileRecord(1, "plan")},
@@ -66,6 +66,13 @@ def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         return said
 
     return run
+
+
+def test_a_text_from_a_pipe_is_not_read_from_this_runs_pipes(
+    rebuilt: Callable[..., list[str]],
+) -> None:
+    with pytest.raises(DataError, match=r"out came from a pipe and cannot be read again: .*only"):
+        rebuilt(name="/dev/fd/63")
 
 
 def test_a_bundle_is_not_compared_with_another_model(rebuilt: Callable[..., list[str]]) -> None:

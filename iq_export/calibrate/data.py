@@ -7,7 +7,11 @@ first compile needs no download. A third of it is held out (`builtin-heldout`) f
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import random
+import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -25,6 +29,7 @@ Bos = Literal["with", "without", "mixed"]
 
 # Tokenizing holds several copies of the text in memory; a calibration needs a few hundred KB.
 _MAX_BYTES = 64 << 20
+_DESCRIPTOR = re.compile(r"/dev/stdin|/dev/fd/\d+|/proc/self/fd/\d+")
 # Neighbouring paragraphs go to the same side of the split, so windows keep a running text.
 _BLOCK_PARAGRAPHS = 24
 _FIRST_TOKEN_TRIES = 8
@@ -57,27 +62,23 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def load_text(spec: str | Path) -> str:
-    """The text that `spec` names: `builtin`, `builtin-heldout` or the path of a UTF-8 file.
+def is_pipe(spec: str | Path) -> bool:
+    """Whether a text is named by a descriptor of this process, which is read only once:
+    `<(...)` of a shell, `/dev/stdin`."""
+    return _DESCRIPTOR.fullmatch(str(spec)) is not None
 
-    Raises DataError if it is missing, empty, not text or larger than 64 MiB.
+
+def load_text(spec: str | Path) -> str:
+    """The text that `spec` names: `builtin`, `builtin-heldout`, a UTF-8 file or an open pipe.
+
+    A pipe can be read only once. Raises DataError if the text is missing, empty, no text or larger
+    than 64 MiB, of which no more is read.
     """
     if spec in (BUILTIN, BUILTIN_HELDOUT):
         return _builtin_text(heldout=spec == BUILTIN_HELDOUT)
     path = Path(spec)
     try:
-        if path.is_dir():
-            raise DataError(f"text {path} is a folder: give a UTF-8 text file or '{BUILTIN}'")
-        if path.exists() and not path.is_file():
-            # It is read more than once, which a pipe is not; a device never ends.
-            raise DataError(f"text {path} is not a file: give a UTF-8 text file or '{BUILTIN}'")
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise DataError(
-                f"text {path} has {size / 2**20:.0f} MiB: give an excerpt of at most "
-                f"{_MAX_BYTES >> 20} MiB (a few hundred KB are plenty)"
-            )
-        text = path.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(_content(path)), encoding="utf-8-sig").read()
     except FileNotFoundError as error:
         raise DataError(f"text {path} does not exist: give a UTF-8 file or '{BUILTIN}'") from error
     except UnicodeDecodeError as error:
@@ -89,6 +90,27 @@ def load_text(spec: str | Path) -> str:
     if not text.strip():
         raise DataError(f"text {path} is empty")
     return text
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a regular file or of a pipe that is open already: a FIFO waits for a writer that
+    may never come, and a device never ends."""
+    if path.is_dir():
+        raise DataError(f"text {path} is a folder: give a UTF-8 text file or '{BUILTIN}'")
+    # It may have become something else since: opening must not wait.
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with os.fdopen(opened, "rb") as stream:
+        mode = os.fstat(opened).st_mode
+        if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and is_pipe(path)):
+            raise DataError(f"text {path} is not a file: give a UTF-8 text file or '{BUILTIN}'")
+        os.set_blocking(opened, True)
+        content = stream.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise DataError(
+            f"text {path} has more than {_MAX_BYTES >> 20} MiB: give an excerpt (a few hundred KB "
+            "are plenty)"
+        )
+    return content
 
 
 def _builtin_text(*, heldout: bool) -> str:

@@ -1,28 +1,27 @@
 """The command `iq-export`: one file per subcommand, one place that turns errors into exit codes.
 
 Exit codes: 0 done, 1 other, 2 usage, 3 model, 4 text, 5 graph, 6 engine, 7 bundle (errors.py),
-130 interrupted.
+130 interrupted. What imports take long stands in functions, so that a signal at the start finds
+its handler there.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import importlib
 import io
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import NoReturn
 
-from iq_export import __version__
-from iq_export.bundle.package import disk_full_is_bundle_error
-from iq_export.cli.options import add_common
+from iq_export import __version__, interrupt
+from iq_export.disk import trouble
 from iq_export.errors import INTERRUPTED_EXIT_CODE, BundleError, IqError, UsageError
-from iq_export.terminal import is_utf8, printable, sentence
+from iq_export.terminal import Unfailing, drop_stdout, is_utf8, printable, sentence
 
 # What the extra `compile` brings, by the names of its modules.
 _COMPILE_PACKAGES = frozenset(
@@ -50,6 +49,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser of all subcommands."""
+    from iq_export.cli.options import add_common
+
     top = _Parser(
         prog="iq-export",
         description="Compile LLMs with activation spikes to static W8A8 / W4A16 ONNX and "
@@ -74,61 +75,106 @@ def main(argv: Sequence[str] | None = None) -> int:
             top.error(f"argument {argument[:-3]}: '--' is no value")
     args = top.parse_args(argv)
     try:
-        _check_names(args)
-        with disk_full_is_bundle_error("the output"):
-            code = int(args.handler(args))
-        with stdout_is_bundle_error():
-            sys.stdout.flush()
-        return code
-    except IqError as error:
-        return _say(args, error, error.exit_code)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _COMPILE_PACKAGES:
-            raise
-        lack = f"'{args.command}' needs the package {package}, which a light install does not have"
-        return _say(args, f"{lack}: pip install 'iq-export[compile]'", IqError.exit_code)
+        with interrupt.never_swallowed(), warnings.catch_warnings():
+            if not args.verbose:  # what libraries say to programmers is no sentence of ours
+                warnings.simplefilter("ignore")
+            return _outcome(args)
     except KeyboardInterrupt:
-        print("\niq-export: interrupted", file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
-    except BrokenPipeError:
-        # `iq-export inspect OUT | head`: nobody reads on. Python flushes stdout once more at exit.
-        _drop_stdout()
+        return _interrupted()
+
+
+def _outcome(args: argparse.Namespace) -> int:
+    """The exit code of a command, its error said. Raises KeyboardInterrupt, and faults of ours."""
+    try:
+        _check_names(args)
+        return int(args.handler(args))
+    except BrokenPipeError:  # `iq-export run ... | head`: nobody reads on
+        drop_stdout()
         return 0
-    except OSError as error:
-        place = f"cannot use {error.filename}: " if error.filename is not None else ""
-        text = f"{place}{error.strerror or error}"
-        if error.errno in _BAD_NAMES:
-            return _say(args, f"{text}: give another name", UsageError.exit_code)
-        return _say(args, text, BundleError.exit_code)
-    except MemoryError:
-        return _say(args, "out of memory: this model or text needs more", IqError.exit_code)
+    except Exception as error:
+        interrupt.check()  # what a library made of it is no error
+        full = trouble(error, str(vars(args).get("out") or vars(args).get("repo") or "the output"))
+        if full is not None and not isinstance(error, BundleError):
+            return _say(args, full, BundleError.exit_code)
+        if isinstance(error, IqError):
+            return _say(args, error, error.exit_code)
+        if isinstance(error, ModuleNotFoundError):
+            package = (error.name or "").partition(".")[0]
+            if package not in _COMPILE_PACKAGES:
+                raise
+            lack = f"'{args.command}' needs the package {package}, which a light install lacks"
+            return _say(args, f"{lack}: pip install 'iq-export[compile]'", IqError.exit_code)
+        if isinstance(error, OSError):
+            place = f"cannot use {error.filename}: " if error.filename is not None else ""
+            text = f"{place}{error.strerror or error}"
+            if error.errno in _BAD_NAMES:
+                return _say(args, f"{text}: give another name", UsageError.exit_code)
+            return _say(args, text, BundleError.exit_code)
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
+            lack = "there is no home folder for downloads: set HOME, or IQ_EXPORT_CACHE and HF_HOME"
+            return _say(args, lack, BundleError.exit_code)
+        if isinstance(error, MemoryError):
+            return _say(args, "out of memory: this model or text needs more", IqError.exit_code)
+        raise
 
 
 def _settle_streams() -> None:
-    """A closed stream swallows, and a character that the terminal's encoding lacks is escaped."""
-    for name in ("stdout", "stderr"):
+    """Nobody need listen: what cannot be written to stderr is lost, and a closed stream swallows.
+
+    A character that a stream's encoding lacks is escaped.
+    """
+    # A file that is opened must not get the number of a closed stream: libraries write there.
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(nowhere, True)
+    os.close(nowhere)
+    for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
-            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for good)
-            setattr(sys, name, nowhere)
-        elif isinstance(stream, io.TextIOWrapper):
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (for good)
+        if isinstance(stream, io.TextIOWrapper):
+            if name == "stderr":
+                stream = Unfailing.like(stream)
             stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def entry() -> None:
-    """The console script. A fault of ours is one sentence as well, and -v shows where."""
-    # A container that is stopped sends SIGTERM: clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The console script."""
+    try:
+        code = _process()
+        interrupt.ignore()
+    except KeyboardInterrupt:
+        interrupt.ignore()
+        code = _interrupted()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_stdout()
+    except OSError as error:
+        drop_stdout()
+        print(f"iq-export: error: cannot write to standard output: {error}", file=sys.stderr)
+        code = BundleError.exit_code
+    sys.exit(code)
+
+
+def _process() -> int:
+    """`main` for a process of its own. A fault of ours is one sentence, and -v shows where."""
+    interrupt.install()
     _settle_streams()
     try:
-        code = main()
+        return main()
     except Exception as error:
         args = parser().parse_args()
         what = f"unexpected {type(error).__name__}: {error}"
         hint = "" if args.verbose else "; please report it with what -v shows"
-        code = _say(args, sentence(what) + hint, IqError.exit_code)
-    sys.exit(code)
+        return _say(args, sentence(what) + hint, IqError.exit_code)
+    except SystemExit as stop:  # argparse: --help, or wrong usage
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def _interrupted() -> int:
+    print("\niq-export: interrupted", file=sys.stderr)
+    return INTERRUPTED_EXIT_CODE
 
 
 def _say(args: argparse.Namespace, error: object, code: int) -> int:
@@ -136,28 +182,11 @@ def _say(args: argparse.Namespace, error: object, code: int) -> int:
     try:
         sys.stdout.flush()  # what was said before it
     except (OSError, ValueError):
-        _drop_stdout()
+        drop_stdout()
     if args.verbose:
         print(printable(traceback.format_exc()), file=sys.stderr, end="")
     print(f"iq-export: error: {sentence(error)}", file=sys.stderr)
     return code
-
-
-@contextlib.contextmanager
-def stdout_is_bundle_error() -> Iterator[None]:
-    """What was made is there; only the words about it are lost."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise BundleError(f"cannot write to standard output: {error.strerror}") from error
-
-
-def _drop_stdout() -> None:
-    """Python flushes stdout once more at exit, and would complain where that fails."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_names(args: argparse.Namespace) -> None:

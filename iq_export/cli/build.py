@@ -97,7 +97,7 @@ def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> i
         bundle, dropped = repaired(args.bundle, progress)
         check_report(bundle)
     names = [*(args.targets or bundle.manifest.targets), *_built_here(dropped)]
-    targets = [resolve_target(name) for name in dict.fromkeys(names)]
+    targets = list(dict.fromkeys(resolve_target(name) for name in names))
     if not targets:
         raise UsageError("the bundle names no target: give --target.")
     profile, remarks = engine_profile(

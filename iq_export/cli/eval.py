@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 from iq_export.bundle.package import Bundle
 from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text, text_sha256
 from iq_export.cli import options
+from iq_export.disk import is_read_only
 from iq_export.errors import BundleError, GraphError, IqError, UsageError
 from iq_export.evaluate.compare import (
     REFERENCE,
@@ -26,7 +28,7 @@ from iq_export.evaluate.compare import (
 from iq_export.lengths import bundle_limit, window_length
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
-from iq_export.terminal import in_a_line
+from iq_export.terminal import in_a_line, printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -59,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table and store it in the manifest."""
+    """Measure, print the table and store it in the manifest, if the bundle may be written."""
     with ExitStack() as hold:  # the graphs compared with stay as they are
         return _run(args, hold)
 
@@ -102,7 +104,14 @@ def _run(args: argparse.Namespace, hold: ExitStack) -> int:
                     providers=providers,
                 )  # fmt: skip
     _print(comparison, speed, as_json=args.json)
-    _store(bundle, comparison, speed, progress)
+    try:
+        _store(bundle, comparison, speed, progress)
+    except (OSError, BundleError) as error:
+        if not is_read_only(error):
+            raise
+        where = printable(str(bundle.folder))
+        note = f"note: the figures could not be kept: {where} may not be written"
+        print(f"iq-export: {note}", file=sys.stderr)
     _fail_if_broken(comparison, bundle_label(bundle))
     return 0
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from iq_export.bundle.manifest import json_safe
+from iq_export.errors import BundleError
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
-from iq_export.terminal import printable
+from iq_export.terminal import drop_stdout, printable
 
 # No window, count or seed is larger; a slip of the finger is.
 _LARGEST = 10**9
@@ -98,7 +99,7 @@ seed = whole(0)
 
 def say(text: str) -> None:
     """Lines for people on stdout: what files say in them cannot command the terminal."""
-    print(printable(text))
+    _write(printable(text))
 
 
 def print_json(document: Any) -> None:
@@ -106,7 +107,28 @@ def print_json(document: Any) -> None:
     text = json.dumps(json_safe(document), indent=2, ensure_ascii=False)
     # JSON writes out the control characters of ASCII itself.
     rest = r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-    print(re.sub(rest, lambda match: f"\\u{ord(match[0]):04x}", text))
+    _write(re.sub(rest, lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def write_stdout(text: str) -> None:
+    """Print now. Raises BrokenPipeError where nobody reads on, BundleError if it cannot be written.
+
+    What was made is there; only the words about it are lost.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise BundleError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def _write(text: str) -> None:
+    """Where nobody reads on (`| head`), what a command found out still decides its exit code."""
+    try:
+        write_stdout(f"{text}\n")
+    except BrokenPipeError:
+        drop_stdout()
 
 
 def size(count: float) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Of the unpacked weights, in half and in float32, while they are made.
 _COPIES = 2
+_LONGEST_PROMPT = 16 << 20  # characters; no model has that many positions
 
 
 def add_parser(subparsers: Any) -> None:
@@ -90,8 +91,7 @@ def run(args: argparse.Namespace) -> int:
     for piece in tokenizer.stream(_noting(tokens, new_ids)):
         pieces.append(piece)
         if not args.json:
-            shown = printable(piece) if sys.stdout.isatty() else piece
-            print(shown, end="", flush=True)
+            options.write_stdout(printable(piece) if sys.stdout.isatty() else piece)
     seconds = time.perf_counter() - begin
     if args.json:
         options.print_json(
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print()
+        options.write_stdout("\n")
         if not args.quiet:
             rate = len(new_ids) / max(seconds, 1e-9)
             print(f"{len(new_ids)} tokens, {rate:.1f} tokens/s", file=sys.stderr)
@@ -173,11 +173,14 @@ def _stdin() -> str:
     try:
         if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-        return sys.stdin.read()
+        prompt = sys.stdin.read(_LONGEST_PROMPT + 1)
     except UnicodeDecodeError as error:
         raise DataError(f"The prompt on stdin is not UTF-8 (byte {error.start}).") from error
     except (OSError, ValueError) as error:
         raise DataError(f"The prompt cannot be read from stdin: {error}.") from error
+    if len(prompt) > _LONGEST_PROMPT:
+        raise DataError(f"The prompt on stdin has more than {_LONGEST_PROMPT} characters.")
+    return prompt
 
 
 def _noting(tokens: Any, into: list[int]) -> Any:

@@ -254,7 +254,7 @@ def _run_worker(request: BuildRequest, progress: Progress) -> EngineReport:
 def _worker(stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """The child process, with the sources of this package first on its path; never left behind."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "iq_export.engine.worker"],
+        [sys.executable, "-m", "iq_export.engine.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -22,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from iq_export import supervise
 from iq_export.child import CLEAN_FOLDER, environment, find_program
 from iq_export.errors import EngineError, UsageError
 
@@ -154,10 +154,7 @@ def cmake_build(
     jobs = str(os.cpu_count() or 1)
     compile_ = [cmake, "--build", str(folder), "--target", target, "--parallel", jobs]
     for command in (configure, compile_):
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, errors="replace",
-            cwd=CLEAN_FOLDER, env=environment(),
-        )  # fmt: skip
+        done = supervise.run(command, cwd=CLEAN_FOLDER, env=environment())
         if done.returncode != 0:
             return f"the plugin does not compile: {_first_errors(done.stdout + done.stderr)}"
     return ""
@@ -208,13 +205,7 @@ def find_nvcc() -> Path | None:
 
 def nvcc_architectures(nvcc: Path) -> set[int]:
     """What `nvcc` compiles for, 86 for sm_86; none where it does not say."""
-    try:
-        done = subprocess.run(
-            [str(nvcc), "--list-gpu-arch"], check=False, capture_output=True, text=True,
-            errors="replace", cwd=CLEAN_FOLDER, env=environment(),
-        )  # fmt: skip
-    except OSError:
-        return set()
+    done = supervise.run([str(nvcc), "--list-gpu-arch"], cwd=CLEAN_FOLDER, env=environment())
     return {int(sm) for sm in re.findall(r"compute_(\d+)\b", done.stdout)}
 
 

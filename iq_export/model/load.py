@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iq_export.checksum import sha256_file
-from iq_export.errors import ModelError, UsageError
+from iq_export.errors import IqError, ModelError, UsageError
 from iq_export.files import open_belonging, read_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.model import hub
@@ -48,6 +48,7 @@ _HUB_FILES = [
     "*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_LARGEST_HEADER = 100_000_000  # as safetensors itself has it
 _LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _CARD = "README.md"
 # What transformers reads besides, to make a tokenizer.
@@ -372,7 +373,7 @@ def _check_safetensors(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = file.read(length) if length < size else b""
+        header = file.read(length) if length < min(size, _LARGEST_HEADER) else b""
     try:
         tensors = json.loads(header)
         if not isinstance(tensors, dict):
@@ -408,17 +409,12 @@ def _license_note(folder: Path) -> str:
 
 @contextmanager
 def readable(source: ModelSource) -> Iterator[None]:
-    """Turn what transformers and its readers raise into one ModelError."""
-    import safetensors
-
+    """Turn what transformers and its readers raise, which is anything, into one ModelError."""
     try:
         yield
-    except ModelError:
+    except IqError:
         raise
-    except (
-        OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError,
-        ImportError, MemoryError, struct.error, safetensors.SafetensorError,
-    ) as error:  # fmt: skip
+    except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(

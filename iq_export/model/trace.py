@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -207,12 +208,18 @@ def _trace_torch(
         progress.note(note)
     reference, problem = None, ""
     for short_cut in (True, False):
-        with progress.step("trace to ONNX"), quiet(), settled_rotations(loaded.model):
+        with (
+            progress.step("trace to ONNX"),
+            quiet(),
+            readable(source),  # what a configuration means shows when the model runs
+            settled_rotations(loaded.model),
+        ):
             layers = _export(loaded.model, folder, opset, short_cut)
         if layers is None:
             continue
         with progress.step("compare with the model"), quiet():
-            reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
+            with readable(source):
+                reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
             parity, problem = _compared(folder / MODEL_FILE, reference)
         if parity is not None:
             return parity, layers, list(loaded.notes)
@@ -315,7 +322,11 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
             common.ShapeInferencePass()(graph)
             common.NameFixPass()(graph)
-        ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+        try:
+            ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+        except ir.serde.SerdeError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ModelError(f"{source.path} is no valid graph: {reason}") from error
     for name in ("config.json", "generation_config.json"):
         if (source.tokenizer / name).is_file():
             copy_belonging(source.tokenizer, name, folder / ASSETS / name, ModelError)
@@ -357,7 +368,10 @@ def _read_onnx(path: Path, held: ExitStack) -> tuple[ir.Model, dict[str, str]]:
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """What onnx_ir says while it works, a line each, which it would print amid our own lines."""
+    """What onnx_ir and onnx say while they work, a line each, which they would print amid ours.
+
+    It says what of the file was left aside: an external weight's place under a misspelt key.
+    """
     said: list[str] = []
 
     class Listener(logging.Handler):
@@ -369,7 +383,11 @@ def _heard() -> Iterator[list[str]]:
     logger.addHandler(listener)
     before, logger.propagate = logger.propagate, False
     try:
-        yield said
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning)
+            warnings.showwarning = lambda message, *_: said.append(str(message).splitlines()[0])
+            yield said
     finally:
         logger.removeHandler(listener)
         logger.propagate = before

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 from iq_export.child import CLEAN_FOLDER, environment
 from iq_export.errors import ModelError
+from iq_export.supervise import end_with_parent
 
 # A template of 20 kB takes milliseconds, and Python with jinja2 some 30 MB.
 _CPU_SECONDS = 5
@@ -33,7 +35,7 @@ def render(
     template it is, for messages. Raises ModelError if the template fails or does not end.
     """
     request = json.dumps({"template": template, "messages": list(messages), "tokens": dict(tokens)})
-    command = [sys.executable, "-m", "iq_export.run.chat_template"]
+    command = [sys.executable, "-m", "iq_export.run.chat_template", str(os.getpid())]
     try:
         done = subprocess.run(
             command, input=request, capture_output=True, encoding="utf-8", errors="replace",
@@ -166,7 +168,8 @@ def _set_limits() -> None:
 
 
 def main() -> int:
-    """Serve the one request on stdin."""
+    """Serve the one request on stdin. The one argument is the parent's process id."""
+    end_with_parent(int(sys.argv[1]))
     request = json.loads(sys.stdin.read())
     _set_limits()
     json.dump(render_here(request), sys.stdout)

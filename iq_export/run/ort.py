@@ -255,6 +255,8 @@ def require_providers(providers: Sequence[str]) -> None:
 def _onnxruntime() -> Any:
     oldest = ".".join(map(str, OLDEST_RELEASE))
     try:
+        # It would send telemetry, and keep an id for that in the home folder.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
     except ImportError as error:
         raise EngineError(

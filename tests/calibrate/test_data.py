@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from iq_export.calibrate import data
 from iq_export.calibrate.data import held_out_windows, load_text, windows
 from iq_export.errors import DataError, UsageError
 
@@ -112,3 +114,31 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     for place in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(DataError, match="is not a file"):
             load_text(place)
+
+
+def _piped(content: bytes) -> str:
+    reader, writer = os.pipe()
+    sender = threading.Thread(target=lambda: (os.write(writer, content), os.close(writer)))
+    sender.start()
+    return f"/dev/fd/{reader}"
+
+
+def test_a_pipe_that_is_open_is_read_once() -> None:
+    """`--text <(zcat text.gz)`."""
+    name = _piped("\ufeffvery grün\r\n".encode())
+    assert load_text(name) == "very grün\n"
+    with pytest.raises(DataError, match="is empty"):
+        load_text(name)
+
+
+def test_no_more_is_read_than_a_text_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_MAX_BYTES", 1 << 20)
+    with (tmp_path / "sparse.txt").open("wb") as stream:
+        stream.truncate(1 << 34)
+    with pytest.raises(DataError, match="has more than 1 MiB"):
+        load_text(tmp_path / "sparse.txt")
+    monkeypatch.setattr(data, "_MAX_BYTES", 100)
+    with pytest.raises(DataError, match="has more than"):
+        load_text(_piped(b"x" * 200))

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from iq_export.bundle.manifest import Manifest, record_files
 from iq_export.bundle.package import Bundle, atomic_folder
 from iq_export.cli import main
 from iq_export.engine import plugin as plugin_module
+from iq_export.errors import EngineError
 from tests.tiny_bundle import REQUIRED, fill
 
 SHAPES = ["--maxShapes", "batch:2,seq:8,past:8"]
@@ -63,6 +65,25 @@ def _manifest(folder: Path) -> Manifest:
 @pytest.fixture
 def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin_module, "find_nvcc", lambda: None)
+
+
+@pytest.mark.usefixtures("no_nvcc")
+def test_a_target_that_is_named_twice_is_built_once(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def refuse(*args: Any, **_: Any) -> None:
+        seen.append(args[2].name)
+        raise EngineError("it does not like it.")
+
+    monkeypatch.setattr("iq_export.cli.build.why_not_here", lambda target: None)
+    monkeypatch.setattr("iq_export.cli.build.build_engine", refuse)
+    names = ("rtx-ada", "RTX-Ada", "rtx-turing", "rtx-ada")
+    argv = [word for name in names for word in ("--target", name)]
+    assert main(["build", str(built), *argv, *SHAPES, "-q"]) == 6
+    assert seen == ["rtx-ada", "rtx-turing"]
+    capsys.readouterr()
 
 
 @pytest.mark.usefixtures("no_nvcc")

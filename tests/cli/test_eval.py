@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from iq_export.cli.eval import build_references
 from iq_export.compile import CompileOptions, _options_of
 from iq_export.errors import BundleError, UsageError
 from iq_export.progress import Progress
+from tests.test_disk import largest_file
 
 SMALL = ("--windows", "2", "--length", "16", "--bundle-only")
 
@@ -95,6 +98,36 @@ def test_a_light_install_is_told_what_it_cannot_compare_with(
     )
     with pytest.raises(UsageError, match="--bundle-only"):
         build_references(Bundle.open(bundle), None, Progress(quiet=True))
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(errno.EROFS, "Read-only file system", "x"), PermissionError(13, "Denied")]
+)
+def test_a_bundle_that_may_not_be_written_is_measured_all_the_same(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    problem: OSError,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr("iq_export.cli.eval.update_with_report", fail)
+    assert main(["eval", str(bundle), *SMALL, "-q"]) == 0
+    printed = capsys.readouterr()
+    assert "bundle (w8a8)" in printed.out
+    note = f"the figures could not be kept: {bundle} may not be written"
+    assert printed.err == f"iq-export: note: {note}\n"
+
+
+def test_a_full_disk_is_an_error_under_the_table(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with largest_file(0):
+        assert main(["eval", str(bundle), *SMALL, "-q"]) == 7
+    printed = capsys.readouterr()
+    assert "bundle (w8a8)" in printed.out and "larger than is allowed" in printed.err
+    Bundle.open(bundle)
 
 
 CODE = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +129,57 @@ def test_a_reader_that_stops_is_no_error() -> None:
     assert process.returncode == 0
 
 
+def test_an_error_that_nobody_reads_keeps_its_code(tmp_path: Path) -> None:
+    """`iq-export inspect OUT 2>&1 | true`."""
+    command = [sys.executable, "-m", "iq_export.cli", "inspect", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert process.returncode == 7
+
+
+_WORK = """
+import os, sys
+import iq_export.cli.doctor
+from iq_export import cli
+from iq_export.cli import options
+from iq_export.progress import Progress
+
+def work(args):
+    with Progress(1).step("Work"):
+        print("a library says so", file=sys.stderr)
+        open(path, "w").write("done")
+    options.say("words " * 5000)
+    options.print_json({})
+    return 5
+
+path = sys.argv[1]
+sys.argv = ["iq-export", "doctor"]
+iq_export.cli.doctor.run = work
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize("where", ["2>&1 | true", "2>&1 >/dev/full | true", ">&- 2>&- <&-"])
+def test_the_work_is_done_though_nobody_reads_of_it(tmp_path: Path, where: str) -> None:
+    """A progress line, a library's warning and the result meet a closed pipe: exit code and output
+    are those of the work."""
+    command = f'"$0" -c "$1" "$2" {where}; echo ${{PIPESTATUS[0]}} >"$2.code"'
+    subprocess.run(
+        ["bash", "-c", command, sys.executable, _WORK, str(tmp_path / "out")], check=True
+    )
+    assert (tmp_path / "out").read_text() == "done"
+    expected = "7" if "full" in where else "5"
+    assert (tmp_path / "out.code").read_text().strip() == expected
+
+
+def test_no_file_gets_the_number_of_a_closed_stream() -> None:
+    program = "import os; from iq_export import cli; cli._settle_streams(); "
+    program += "os._exit(os.open('/dev/null', os.O_RDONLY) > 2)"
+    command = f'{sys.executable} -c "{program}" >&- 2>&- <&-'
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 1
+
+
 @pytest.mark.parametrize("closing", ["1", "2", "0"])
 def test_a_closed_stream_is_no_traceback(closing: str) -> None:
     """`iq-export ... 2>&-`, as a daemon may start it."""
@@ -156,6 +206,8 @@ def test_what_the_terminal_cannot_write_is_escaped() -> None:
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), 2, "Too many levels"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 7, "x: Is a directory"),
         (MemoryError(), 1, "out of memory"),
+        (OSError("1048576 requested and 4096 written"), 7, "the disk is full, or a file"),
+        (RuntimeError("Could not determine home directory."), 7, "set HOME, or IQ_EXPORT_CACHE"),
         (BundleError("\x1b[2Jname " + "x" * 9000), 7, "\\x1b[2Jname"),
     ],
 )
@@ -182,12 +234,10 @@ def test_the_script_says_a_bug_in_a_sentence(
     monkeypatch.setattr("iq_export.cli._settle_streams", lambda: None)
     monkeypatch.setattr(sys, "argv", ["iq-export", "doctor", *flags])
     monkeypatch.setattr("iq_export.cli.doctor.run", lambda args: {}["x"])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.entry()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr("iq_export.interrupt.install", lambda: None)
+    monkeypatch.setattr("iq_export.interrupt.ignore", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.entry()
     assert stop.value.code == 1
     printed = capsys.readouterr().err
     assert "iq-export: error: unexpected KeyError: 'x'" in printed

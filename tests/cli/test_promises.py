@@ -135,6 +135,12 @@ def test_a_later_tensorrt_is_tried(
     assert both.plan(folder(tmp_path / "m"), *argv)["notes"] == []
 
 
+def test_targets_are_counted_once(both: Both, tmp_path: Path) -> None:
+    argv = ("--target", "orin", "--target", "Orin", "--target", "h100", "--target", "orin")
+    plan = both.plan(folder(tmp_path / "m"), *argv)
+    assert [line.partition(":")[0] for line in plan["targets"]] == ["orin", "h100"]
+
+
 def test_lengths_beyond_a_table_of_positions(both: Both, tmp_path: Path) -> None:
     table = folder(tmp_path / "m", "gpt_bigcode", n_positions=256, max_position_embeddings=None)
     plan = both.plan(table)

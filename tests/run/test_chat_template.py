@@ -175,7 +175,7 @@ def _shorter(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(chat_template, "_CPU_SECONDS", 1)
     patch.setattr(
         chat_template.subprocess, "run",
-        lambda command, **options: run([command[0], "-c", code], **options),
+        lambda command, **options: run([command[0], "-c", code, command[-1]], **options),
     )  # fmt: skip
 
 
