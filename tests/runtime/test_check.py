@@ -323,6 +323,43 @@ def test_unknown_fields_of_the_top_level_are_ignored(check: Check, bundle: Path)
     assert check().code == 0
 
 
+def switched(bundle: Path) -> dict[str, bytes]:
+    """The bundle as a build that was killed right behind its switch leaves it; what is ahead."""
+    ahead = bundle / ".iq-export" / "update"
+    (ahead / "engines").mkdir(parents=True)
+    (ahead / "engines" / "orin.plan").write_bytes(b"a newer plan")
+
+    def newer(content: Any) -> None:
+        for record in (content["files"]["engines/orin.plan"], content["engines"]["orin"]):
+            record["bytes"] = len(b"a newer plan")
+            record["sha256"] = hashlib.sha256(b"a newer plan").hexdigest()
+
+    old = {name: (bundle / name).read_bytes() for name in (MANIFEST_NAME, CHECKSUM_NAME)}
+    rewrite(bundle, newer)
+    for name, text in old.items():
+        (bundle / name).replace(ahead / name)
+        (bundle / name).write_bytes(text)
+    return {p.relative_to(ahead).as_posix(): p.read_bytes() for p in ahead.rglob("*.*")}
+
+
+def test_an_update_is_seen_whole_from_its_switch_on(check: Check, bundle: Path) -> None:
+    """However many of its files are in their places, the manifest last."""
+    names = switched(bundle)
+    order = sorted(names, key=lambda name: (name == MANIFEST_NAME, name == CHECKSUM_NAME))
+    for name in ("", *order):
+        if name:
+            (bundle / ".iq-export" / "update" / name).replace(bundle / name)
+        done = check(*HERE)
+        assert done.code == 0, done.err
+    assert (bundle / "engines" / "orin.plan").read_bytes() == b"a newer plan"
+
+
+def test_a_damaged_update_is_refused(check: Check, bundle: Path) -> None:
+    switched(bundle)
+    (bundle / ".iq-export" / "update" / "engines" / "orin.plan").write_bytes(b"a wrong plan")
+    assert check(*HERE).code == 7
+
+
 def test_control_characters_are_never_printed_raw(check: Check, bundle: Path) -> None:
     evil = "\x1b[31m\x07\x7f\x9b2J\r\n\u0085é"
 

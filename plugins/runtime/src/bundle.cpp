@@ -15,6 +15,8 @@ namespace
 constexpr uint64_t kLargestManifest = uint64_t{16} << 20;
 constexpr uint64_t kLargestChecksum = 4096;
 constexpr size_t kShownDigits = 16;
+// Openings of a bundle that is replaced all the time before it is refused.
+constexpr int kTries = 20;
 
 // The text of a small file, and its checksum.
 std::string readText(FileDescriptor const& folder, std::string const& path, std::string const& name,
@@ -54,6 +56,17 @@ Manifest readManifest(FileDescriptor const& folder, std::string const& path)
                 "sha256 " + digest.substr(0, kShownDigits)}}});
     }
     return parseManifest(text, path + "/" + kManifestName);
+}
+
+// What tells a bundle from the one that replaced it: the checksum of its manifest, or nothing.
+std::string generation(std::string const& folder)
+{
+    Result<std::string> const digest = guarded<std::string>([&]() -> Result<std::string> {
+        std::string sha256;
+        readText(openFolder(folder), folder, kManifestName, kLargestManifest, &sha256);
+        return sha256;
+    });
+    return digest ? digest.value() : "";
 }
 
 std::vector<Mismatch> fileMismatches(FileDescriptor const& folder, Manifest const& manifest)
@@ -203,7 +216,7 @@ Bundle::Bundle(std::string folder, Manifest manifest)
 {
 }
 
-Result<Bundle> Bundle::open(std::string const& folder, Target const* target)
+Result<Bundle> Bundle::openOnce(std::string const& folder, Target const* target)
 {
     return guarded<Bundle>([&]() -> Result<Bundle> {
         FileDescriptor const descriptor = openFolder(folder);
@@ -227,6 +240,21 @@ Result<Bundle> Bundle::open(std::string const& folder, Target const* target)
         }
         return Bundle(folder, std::move(manifest));
     });
+}
+
+Result<Bundle> Bundle::open(std::string const& folder, Target const* target)
+{
+    std::string before = generation(folder);
+    for (int left = kTries;; --left)
+    {
+        Result<Bundle> result = openOnce(folder, target);
+        std::string now = result ? before : generation(folder);
+        if (result || left == 0 || now == before)
+        {
+            return result;
+        }
+        before = std::move(now); // replaced while it was read
+    }
 }
 
 Result<EngineInfo const*> Bundle::engine(std::string const& name, Machine const& machine) const
@@ -297,6 +325,12 @@ Result<std::string> Bundle::read(std::string const& name) const
         }
         return content;
     });
+}
+
+std::string Bundle::path(std::string const& name) const
+{
+    std::string const ahead = mFolder + "/" + kAhead + name;
+    return ::access(ahead.c_str(), R_OK) == 0 ? ahead : mFolder + "/" + name;
 }
 
 } // namespace iq

@@ -200,7 +200,7 @@ void Engine::State::loadPlugin()
         return;
     }
     nvinfer1::IPluginRegistry& registry = runtime->getPluginRegistry();
-    std::string const path = bundle->folder() + "/" + kPluginName;
+    std::string const path = bundle->path(kPluginName);
     if (registry.loadLibrary(path.c_str()) == nullptr
         || registry.getCreator("SinkDetect", kPluginVersion, "iq") == nullptr)
     {

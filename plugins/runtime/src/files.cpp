@@ -41,20 +41,7 @@ std::string whatIsThere(int error)
     }
 }
 
-} // namespace
-
-FileDescriptor openFolder(std::string const& folder)
-{
-    FileDescriptor result(openRetrying(AT_FDCWD, folder.c_str(), O_DIRECTORY));
-    if (result.get() < 0 || folder.find('\0') != std::string::npos)
-    {
-        throw Refusal(ErrorCode::kBundle,
-            folder + " is not a folder that can be read: give the output folder of a compile");
-    }
-    return result;
-}
-
-FileDescriptor openFile(FileDescriptor const& folder, std::string const& name, std::string& found)
+FileDescriptor openBelow(FileDescriptor const& folder, std::string const& name, std::string& found)
 {
     FileDescriptor above;
     int at = folder.get();
@@ -86,6 +73,25 @@ FileDescriptor openFile(FileDescriptor const& folder, std::string const& name, s
         return {};
     }
     return file;
+}
+
+} // namespace
+
+FileDescriptor openFolder(std::string const& folder)
+{
+    FileDescriptor result(openRetrying(AT_FDCWD, folder.c_str(), O_DIRECTORY));
+    if (result.get() < 0 || folder.find('\0') != std::string::npos)
+    {
+        throw Refusal(ErrorCode::kBundle,
+            folder + " is not a folder that can be read: give the output folder of a compile");
+    }
+    return result;
+}
+
+FileDescriptor openFile(FileDescriptor const& folder, std::string const& name, std::string& found)
+{
+    FileDescriptor ahead = openBelow(folder, kAhead + name, found);
+    return ahead.get() >= 0 ? std::move(ahead) : openBelow(folder, name, found);
 }
 
 uint64_t sizeOf(FileDescriptor const& file) noexcept

@@ -10,6 +10,10 @@
 namespace iq
 {
 
+// Where files lie that an update of the bundle (iq_export/bundle/update.py) has not moved to their
+// places yet: they count, and their places are looked at after it.
+constexpr char const* kAhead = ".iq-export/update/";
+
 class FileDescriptor
 {
 public:
@@ -46,8 +50,9 @@ private:
 // `folder`, for openFile. Throws Refusal if it is none.
 FileDescriptor openFolder(std::string const& folder);
 
-// A regular file below `folder`, reached without following any link. If there is none, the result
-// is empty (-1) and `found` says what is there instead.
+// A regular file below `folder`, reached without following any link: the newer one while an update
+// moves it to its place. If there is none, the result is empty (-1) and `found` says what is there
+// instead.
 FileDescriptor openFile(FileDescriptor const& folder, std::string const& name, std::string& found);
 
 uint64_t sizeOf(FileDescriptor const& file) noexcept;

@@ -110,7 +110,8 @@ class IQ_API Bundle
 {
 public:
     // Checks the manifest against its checksum, then every file that it names and every engine, and
-    // the engine for `target` if one is given. The Error has a row for everything that differs.
+    // the engine for `target` if one is given. The Error has a row for everything that differs. A
+    // bundle that is replaced or updated meanwhile is read again: it is one or the other, whole.
     static Result<Bundle> open(std::string const& folder, Target const* target = nullptr);
 
     std::string const& folder() const noexcept
@@ -136,8 +137,12 @@ public:
     // deserialised is what was checked.
     Result<std::string> read(std::string const& name) const;
 
+    // Where a file of the manifest lies, for those that only take a path.
+    std::string path(std::string const& name) const;
+
 private:
     Bundle(std::string folder, Manifest manifest);
+    static Result<Bundle> openOnce(std::string const& folder, Target const* target);
 
     std::string mFolder;
     Manifest mManifest;
