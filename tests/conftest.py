@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -10,6 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests import planted
+
+# A shell that starts us in the background, or nohup, has us and all our children ignore these; what
+# is tested answers to them.
+for _number, _default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 MODEL = "smollm2-135m"
 # Of its compile; what it does by default takes twice as long.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,20 +54,3 @@ def test_baseline_is_quantized_and_runs(baseline: tuple[str, Path, Path]) -> Non
     rows = [window.ids for window in planted.windows(planted.NO_SPIKES, count=2)]
     exact, found = (logits(CausalLM(p), rows) for p in (traced, path))
     assert np.corrcoef(exact.ravel(), found.ravel())[0, 1] > 0.95
-
-
-def test_graphs_outside_of_the_work_folder_are_not_recalled(tmp_path: Path) -> None:
-    """Whoever wrote what says where they are."""
-    recall = sys.modules["iq_export.compile"]._recall_references
-    work = tmp_path / "work"
-    (work / "w8a8").mkdir(parents=True)
-    for place in (work / "w8a8" / "traced.onnx", tmp_path / "secret.onnx"):
-        place.write_bytes(b"graph")
-        record = {"plan_sha256": "0", "graphs": {"fp32": str(place)}}
-        (work / "w8a8" / "references.json").write_text(json.dumps(record))
-        assert recall(work, "0") == ({"fp32": place} if work in place.parents else {})
-    link = work / "w8a8" / "linked.onnx"
-    link.symlink_to(place)
-    record = {"plan_sha256": "0", "graphs": {"fp32": str(link)}}
-    (work / "w8a8" / "references.json").write_text(json.dumps(record))
-    assert recall(work, "0") == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from pathlib import Path
 
@@ -217,3 +218,22 @@ def test_a_changed_licence_is_not_found_in_an_older_trace(tmp_path: Path) -> Non
         (tmp_path / "LICENSE").write_text(terms)
         keys.add(trace_module._cache_key(source, "digest", 23))
     assert len(keys) == 3
+
+
+def test_graphs_outside_of_the_work_folder_are_not_recalled(tmp_path: Path) -> None:
+    """Whoever wrote what says where they are."""
+    work = tmp_path / "work"
+    (work / "w8a8").mkdir(parents=True)
+    inside, outside = work / "w8a8" / "traced.onnx", tmp_path / "secret.onnx"
+    link = work / "w8a8" / "linked.onnx"
+    link.symlink_to(outside)
+    for place, name in (
+        (inside, "w8a8/traced.onnx"),
+        (outside, "../secret.onnx"),
+        (outside, str(outside)),
+        (outside, "w8a8/linked.onnx"),
+    ):
+        place.write_bytes(b"graph")
+        record = {"plan_sha256": "0", "graphs": {"fp32": name}}
+        (work / "w8a8" / "references.json").write_text(json.dumps(record))
+        assert recall_graphs(work, "0") == ({"fp32": inside} if place == inside else {})

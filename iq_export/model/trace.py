@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iq_export.checksum import sha256_file
+from iq_export.checksum import sha256_file, sha256_stream
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.external import external_tensors, place
@@ -464,7 +464,11 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     parts = [_FORMAT, source.kind, sha256, opset, versions, code, source.trust_remote_code]
     assert source.path is not None
     beside = source.path if source.path.is_dir() else source.path.parent
-    parts += [source.license_note, {f.name: sha256_file(f) for f in license_files(beside)}]
+    licenses = {}
+    for file in license_files(beside):
+        with open_belonging(beside, file.name, ModelError) as stream:
+            licenses[file.name] = sha256_stream(stream)
+    parts += [source.license_note, licenses]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
