@@ -37,11 +37,11 @@ def boolq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(
     smollm2_bundle: Path, boolq: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    """A copy of the bundle after `iq-export eval` on 8 windows of 512 tokens."""
+    """A copy of the bundle after `iq-export eval` on 4 windows of 512 tokens."""
     folder = tmp_path_factory.mktemp("evaluated") / "bundle"
     shutil.copytree(smollm2_bundle, folder)
     work = str(smollm2_bundle.parent / "work")
-    argv = ["eval", str(folder), "--text", str(boolq), "--work", work, "--windows", "8"]
+    argv = ["eval", str(folder), "--text", str(boolq), "--work", work, "--windows", "4"]
     assert main(argv) == 0
     return Bundle.open(folder)
 
@@ -126,7 +126,7 @@ def test_it_speaks(smollm2_bundle: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_it_is_inspected(evaluated: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(evaluated.folder)]) == 0
     text = capsys.readouterr().out
-    assert "8 windows x 512 tokens of boolq.txt" in text
+    assert "4 windows x 512 tokens of boolq.txt" in text
     assert "rtx-ampere" in text
 
 

@@ -26,7 +26,7 @@ def run(folder: Path, *argv: str) -> None:
 
 
 def test_a_sample(tmp_path: Path) -> None:
-    run(tmp_path, "--calls", "60", "--light")
+    run(tmp_path, "--calls", "30", "--light")
 
 
 @pytest.mark.heavy

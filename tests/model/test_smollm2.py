@@ -26,8 +26,11 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> TracedModel:
-    return trace(resolve("smollm2-135m"), tmp_path_factory.mktemp("smollm2") / "traced")
+def traced(smollm2_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> TracedModel:
+    """That of the session's compile."""
+    kept = smollm2_bundle.parent / "work" / "traced"
+    place = tmp_path_factory.mktemp("smollm2") / "traced"
+    return trace(resolve("smollm2-135m"), place, reuse=kept)
 
 
 @pytest.fixture(scope="module")
