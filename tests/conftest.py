@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,12 +15,20 @@ from tests import planted
 
 # A shell that starts us in the background, or nohup, has us and all our children ignore these; what
 # is tested answers to them.
-for _number, _default in (
+for _signal, _default in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
 ):
-    if signal.getsignal(_number) is signal.SIG_IGN:
-        signal.signal(_number, _default)
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _default)
+
+# Of several worker processes each has cores of its own: libraries start a thread per core that they
+# may use, and these spin while they wait for one that another worker keeps from running.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1 and hasattr(os, "sched_setaffinity"):
+    _number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, _cores[_number::_workers] or _cores)
 
 MODEL = "smollm2-135m"
 # Of its compile; what it does by default takes twice as long.
