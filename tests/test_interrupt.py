@@ -77,9 +77,12 @@ _STUBBORN = """
 import time
 from iq_export import interrupt
 interrupt.install()
-print("ready", flush=True)
+said = False
 while True:
     try:
+        if not said:  # only here is a signal caught
+            said = True
+            print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("swallowed", flush=True)
