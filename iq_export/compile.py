@@ -40,6 +40,7 @@ from iq_export.calibrate.data import (
     windows,
 )
 from iq_export.checksum import sha256_file
+from iq_export.disk import trouble
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
@@ -107,8 +108,14 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             manifest = _manifest(folder, options, checked, traced, done, built, timings)
             manifest.write(folder)
         if keep:
-            with disk_full_is_bundle_error(work.folder):
+            try:
                 _remember(work, options, done, manifest.files[PLAN_NAME].sha256)
+            except Exception as error:
+                if (full := trouble(error, str(work.folder))) is None:
+                    raise
+                raise BundleError(
+                    f"{out} is complete, but the graphs to compare it with were not kept: {full}"
+                ) from error
     bundle = Bundle(options.out, manifest)
     if built.failures:
         raise EnginesFailed(bundle)

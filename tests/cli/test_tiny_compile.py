@@ -5,6 +5,7 @@ The model has no spikes, so these runs also show that such a model gets no sink 
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.cli import main
+from iq_export.work import Work
 
 SMALL = ("--samples", "4", "--length", "64", "--quiet")
 SHAPES = ("--maxShapes", "batch:2,seq:64,past:64", "--optShapes", "seq:32,past:32")
@@ -72,6 +74,24 @@ def test_same_input_same_files(compiled: Path, tiny_model: Path, tmp_path: Path)
         assert ours.files[name] == again.files[name]
     for target, engine in again.engines.items():
         assert engine["sha256"] == again.files[f"engines/{target}.plan"].sha256
+
+
+def test_a_full_disk_behind_the_bundle_keeps_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Only the graphs that were to be kept are lost, and that is said."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Work, "keep_graphs", full)
+    argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--recipe", "fp16", "--target",
+            "h100", "--samples", "1", "--length", "32", "--insertion", "norm",
+            "--keep-work"]  # fmt: skip
+    assert main(argv) == 7
+    assert "is complete, but the graphs to compare it with were not kept" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_int8_cache_through_every_command(
