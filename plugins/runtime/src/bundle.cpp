@@ -329,8 +329,7 @@ Result<std::string> Bundle::read(std::string const& name) const
 
 std::string Bundle::path(std::string const& name) const
 {
-    std::string const ahead = mFolder + "/" + kAhead + name;
-    return ::access(ahead.c_str(), R_OK) == 0 ? ahead : mFolder + "/" + name;
+    return mFolder + "/" + (liesAhead(openFolder(mFolder), name) ? kAhead : "") + name;
 }
 
 } // namespace iq

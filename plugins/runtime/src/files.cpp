@@ -94,6 +94,12 @@ FileDescriptor openFile(FileDescriptor const& folder, std::string const& name, s
     return ahead.get() >= 0 ? std::move(ahead) : openBelow(folder, name, found);
 }
 
+bool liesAhead(FileDescriptor const& folder, std::string const& name)
+{
+    std::string found;
+    return openBelow(folder, kAhead + name, found).get() >= 0;
+}
+
 uint64_t sizeOf(FileDescriptor const& file) noexcept
 {
     struct stat facts = {};

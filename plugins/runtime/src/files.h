@@ -55,6 +55,9 @@ FileDescriptor openFolder(std::string const& folder);
 // instead.
 FileDescriptor openFile(FileDescriptor const& folder, std::string const& name, std::string& found);
 
+// Whether that is the newer one, which an update has not moved to its place yet.
+bool liesAhead(FileDescriptor const& folder, std::string const& name);
+
 uint64_t sizeOf(FileDescriptor const& file) noexcept;
 
 // The SHA-256 in hexadecimal of what was read: all, or a little more than `limit` bytes if there is
