@@ -13,17 +13,32 @@ namespace
 {
 
 constexpr int kWarp = 32;
-constexpr int kMostThreads = 256;
-constexpr int kMostWarps = kMostThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffU;
 // Blocks walk over the rows, so the grid need not hold them all.
 constexpr int64_t kMaxBlocks = 1 << 20;
+
+// The CUDA programming guide, "Technical Specifications per Compute Capability"; at least so many.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+constexpr int kThreadsOfMultiprocessor = 1024;
+#elif __CUDA_ARCH__ == 800 || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ <= 1030)
+constexpr int kThreadsOfMultiprocessor = 2048;
+#else
+constexpr int kThreadsOfMultiprocessor = 1536;
+#endif
+// Of a block, and blocks that share a multiprocessor, which bound the registers of a thread: loads
+// of many rows must wait together.
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kNormBlocks = 4, kDetectBlocks = kThreadsOfMultiprocessor / kThreads;
+// A norm keeps a row of up to 4 packs a thread in registers; of a long row in more threads.
+constexpr int kMostChunks = 4, kLongThreads = 512;
+constexpr int kGatedThreads = 128;
+constexpr unsigned kMostParts = 65535; // a grid's second dimension has no more
 
 struct Maximum
 {
     __device__ float operator()(float a, float b) const
     {
-        return larger(a, b);
+        return fmaxf(a, b);
     }
 };
 
@@ -35,65 +50,123 @@ struct Sum
     }
 };
 
-// Every thread of the block, which is whole warps, gets the combination of all threads' values.
 template <typename Combine>
-__device__ float reduceBlock(float value, Combine combine)
+__device__ float reduceWarp(float value, Combine combine)
 {
-    __shared__ float perWarp[kMostWarps];
+    IQ_UNROLL
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
     {
         value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
     }
+    return value;
+}
+
+// Every thread of the block, which is at most `kWarps` whole warps, gets the sum of all threads'
+// values.
+template <int kWarps>
+__device__ float sumOverBlock(float value)
+{
+    __shared__ float perWarp[kWarps];
+    unsigned const warps = blockDim.x / kWarp;
+    value = reduceWarp(value, Sum{});
     if (threadIdx.x % kWarp == 0)
     {
         perWarp[threadIdx.x / kWarp] = value;
     }
-    __syncthreads();
-    float total = perWarp[0];
-    for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp)
+    if (threadIdx.x + warps < kWarps)
     {
-        total = combine(total, perWarp[warp]);
+        perWarp[threadIdx.x + warps] = 0.0F;
+    }
+    __syncthreads();
+    float total = 0.0F;
+    IQ_UNROLL
+    for (float const part : perWarp)
+    {
+        total += part;
     }
     __syncthreads(); // perWarp is written again by the next call
     return total;
 }
 
-// One block per row. All branches depend on the row alone, so the block stays together.
-template <typename T, int kWidth>
-__global__ void __launch_bounds__(kMostThreads) detectKernel(T const* x, bool const* first,
-    bool const* valid, float const* table, float threshold, Shape shape, int32_t* index)
+// The template that a sink is nearest to, plus one.
+template <int kWidth, typename T>
+__device__ int32_t nearest(T const* row, float const* table, Shape const& shape)
 {
-    for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x)
+    auto const hidden = static_cast<int32_t>(shape.hidden);
+    float best = 0.0F;
+    int32_t matched = 0;
+    for (int64_t k = 0; k < shape.templates; ++k)
     {
-        T const* const values = x + row * shape.hidden;
-        float const peak = reduceBlock(
-            partialPeak<kWidth>(values, shape.hidden, threadIdx.x, blockDim.x), Maximum{});
-        int32_t matched = 0;
-        if (isSink(peak, threshold, first[row], valid[row]))
+        float const distance = sumOverBlock<kWarps>(partialDistance<kWidth>(
+            row, table + k * hidden, hidden, threadIdx.x, blockDim.x));
+        if (k == 0 || distance < best)
         {
-            float best = 0.0F;
-            for (int64_t k = 0; k < shape.templates; ++k)
+            best = distance;
+            matched = static_cast<int32_t>(k) + 1;
+        }
+    }
+    return matched;
+}
+
+// A block takes `rows` rows, each read by `warps` of its warps, both powers of two; a sink, which is
+// rare, is matched by all.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads, kDetectBlocks)
+    detectKernel(T const* x, bool const* first, bool const* valid, float const* table,
+        float threshold, Shape shape, int32_t* index, int rows, int warps)
+{
+    __shared__ float peaks[kWarps];
+    int const warp = static_cast<int>(threadIdx.x) / kWarp;
+    int const lane = static_cast<int>(threadIdx.x) % kWarp;
+    auto const hidden = static_cast<int32_t>(shape.hidden);
+    int64_t const step = static_cast<int64_t>(gridDim.x) * rows;
+    for (int64_t from = static_cast<int64_t>(blockIdx.x) * rows; from < shape.rows; from += step)
+    {
+        // In every warp a lane decides on a row; what it needs is read before anything waits.
+        bool const decides = lane < rows && from + lane < shape.rows;
+        bool const isFirst = decides && first[from + lane];
+        bool const isValid = decides && valid[from + lane];
+        int64_t const row = from + warp * rows / kWarps;
+        float const peak = row < shape.rows
+            ? partialPeak<kWidth>(x + row * hidden, hidden,
+                static_cast<int>(threadIdx.x) & (warps * kWarp - 1), warps * kWarp)
+            : 0.0F;
+        float const largest = reduceWarp(peak, Maximum{});
+        if (lane == 0)
+        {
+            peaks[warp] = largest;
+        }
+        __syncthreads();
+        float peakOfRow = 0.0F;
+        IQ_UNROLL
+        for (int other = 0; other < kWarps; ++other)
+        {
+            bool const own = other >= lane * warps && other < (lane + 1) * warps;
+            peakOfRow = own ? fmaxf(peakOfRow, peaks[other]) : peakOfRow;
+        }
+        bool const sink = isSink(peakOfRow, threshold, isFirst, isValid);
+        if (warp == 0 && decides && !sink)
+        {
+            index[from + lane] = 0;
+        }
+        for (unsigned sinks = __ballot_sync(kAllLanes, sink); sinks != 0; sinks &= sinks - 1)
+        {
+            int64_t const at = from + __ffs(static_cast<int>(sinks)) - 1;
+            int32_t const matched = nearest<kWidth>(x + at * hidden, table, shape);
+            if (threadIdx.x == 0)
             {
-                float const* const entry = table + k * shape.hidden;
-                float const distance = reduceBlock(
-                    partialDistance<kWidth>(values, entry, shape.hidden, threadIdx.x, blockDim.x),
-                    Sum{});
-                if (k == 0 || distance < best)
-                {
-                    best = distance;
-                    matched = static_cast<int32_t>(k) + 1;
-                }
+                index[at] = matched;
             }
         }
-        if (threadIdx.x == 0)
+        if (from + step < shape.rows)
         {
-            index[row] = matched;
+            __syncthreads(); // peaks is written again
         }
     }
 }
 
 template <Change kChange, typename T, int kWidth>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kThreads)
     changeKernel(T const* x, int32_t const* index, float const* table, Shape shape, T* y)
 {
     for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x)
@@ -101,58 +174,76 @@ __global__ void __launch_bounds__(kMostThreads)
         int64_t const entry = templateRow(index[row], shape.templates);
         int64_t const at = row * shape.hidden;
         changeRow<kChange, kWidth>(x + at, entry < 0 ? nullptr : table + entry * shape.hidden,
-            y + at, shape.hidden, threadIdx.x, blockDim.x);
+            y + at, static_cast<int32_t>(shape.hidden), threadIdx.x, blockDim.x);
     }
 }
 
+template <int kChunks>
+constexpr int kNormThreads = kChunks == kMostChunks ? kLongThreads : kThreads;
+
 template <typename T, int kWidth, int kChunks>
-__global__ void __launch_bounds__(kMostThreads) addNormKernel(AddNorm op)
+__global__ void __launch_bounds__(
+    kNormThreads<kChunks>, kChunks == kMostChunks ? 1 : kNormBlocks) addNormKernel(AddNorm op)
 {
+    constexpr int kNormWarps = kNormThreads<kChunks> / kWarp;
     int64_t const hidden = op.shape.hidden;
     for (int64_t row = blockIdx.x; row < op.shape.rows; row += gridDim.x)
     {
-        NormRow<T> const what = normRow<T>(op, row);
-        RowSlice<T, kWidth, kChunks> const slice(what, threadIdx.x, blockDim.x);
+        // Read here and used last, so that nothing waits for it.
+        int32_t const index = op.index == nullptr ? 0 : op.index[row];
+        RowSlice<T, kWidth, kChunks> const slice(normRow<T>(op, row), threadIdx.x, blockDim.x);
         float middle = 0.0F;
-        if (what.bias != nullptr)
+        if (op.bias != nullptr)
         {
-            middle = reduceBlock(slice.partialSum(), Sum{}) / static_cast<float>(hidden);
+            middle
+                = sumOverBlock<kNormWarps>(slice.partialSum()) / static_cast<float>(hidden);
         }
-        float const power = reduceBlock(slice.partialPower(middle), Sum{});
-        slice.write(middle, inverseSize(power, hidden, op.epsilon));
+        float const power = sumOverBlock<kNormWarps>(slice.partialPower(middle));
+        slice.write(
+            middle, inverseSize(power, hidden, op.epsilon), insertedCodes(op, index));
     }
 }
 
-template <typename T, int kWidth, int kPer>
-__global__ void __launch_bounds__(kMostThreads) siluMulKernel(SiluMul op)
+// The rounds of the transform between the threads of a warp.
+template <int kPer>
+__device__ void turnAcross(Pack<float, kPer>& values, int32_t block)
 {
-    int64_t const workers = (op.features + kPer - 1) / kPer;
+    for (int apart = 1; apart * kPer < block; apart *= 2)
+    {
+        float const sign = (threadIdx.x & apart) != 0 ? -1.0F : 1.0F;
+        IQ_UNROLL
+        for (float& value : values.at)
+        {
+            value = turnBetween(value, __shfl_xor_sync(kAllLanes, value, apart), sign);
+        }
+    }
+}
+
+// A row goes to gridDim.y blocks.
+template <typename T, int kWidth, int kPer>
+__global__ void __launch_bounds__(kGatedThreads) siluMulKernel(SiluMul op)
+{
+    int const workers = static_cast<int>((op.features + kPer - 1) / kPer);
     // Whole warps go round, since they exchange values.
-    int64_t const rounded = (workers + kWarp - 1) / kWarp * kWarp;
+    int const whole = (workers + kWarp - 1) / kWarp * kWarp;
+    int const stride = static_cast<int>(gridDim.y * blockDim.x);
     for (int64_t row = blockIdx.x; row < op.rows; row += gridDim.x)
     {
         GatedRow<T> const what = gatedRow<T>(op, row);
         bool const sink = op.index != nullptr && op.index[row] > 0;
-        for (int64_t worker = threadIdx.x; worker < rounded; worker += blockDim.x)
+        for (int worker = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+             worker < whole; worker += stride)
         {
-            int64_t const at = worker * kPer;
-            Turned<kPer> values{};
+            int const at = worker * kPer;
+            GatedPacks<T, kWidth, kPer> packs{};
             if (!sink)
             {
-                loadProducts<kWidth>(what, at, values);
+                loadGated(what, at, packs);
             }
+            auto values = products(packs, what.unit);
             takeSide(what, at, values);
             turnWithin(values, op.block);
-            for (int step = kPer; step < op.block; step *= 2)
-            {
-                int const apart = step / kPer;
-                IQ_UNROLL
-                for (float& value : values.at)
-                {
-                    float const other = __shfl_xor_sync(kAllLanes, value, apart);
-                    value = turnBetween(value, other, (threadIdx.x & apart) != 0);
-                }
-            }
+            turnAcross(values, op.block);
             storeCodes<kWidth>(what, at, values);
         }
     }
@@ -164,10 +255,10 @@ unsigned blocks(int64_t rows)
 }
 
 // Whole warps, no more than there is work for.
-unsigned threads(int64_t workers)
+unsigned threads(int64_t workers, int most = kThreads)
 {
     int64_t const warps = (workers + kWarp - 1) / kWarp;
-    return static_cast<unsigned>(std::min<int64_t>(warps, kMostWarps) * kWarp);
+    return static_cast<unsigned>(std::min<int64_t>(warps * kWarp, most));
 }
 
 template <Change kChange>
@@ -196,6 +287,17 @@ cudaError_t startAddNorm(AddNorm const& op, unsigned threads, cudaStream_t strea
     return cudaGetLastError();
 }
 
+template <typename T, int kWidth, int kPer>
+cudaError_t startSiluMul(SiluMul const& op, cudaStream_t stream)
+{
+    int64_t const workers = (op.features + kPer - 1) / kPer;
+    unsigned const count = threads(workers, kGatedThreads);
+    auto const parts = static_cast<unsigned>((workers + count - 1) / count);
+    dim3 const grid(blocks(op.rows), std::min(parts, kMostParts));
+    siluMulKernel<T, kWidth, kPer><<<grid, count, 0, stream>>>(op);
+    return cudaGetLastError();
+}
+
 } // namespace
 
 cudaError_t launchDetect(Element element, void const* x, bool const* first, bool const* valid,
@@ -209,9 +311,17 @@ cudaError_t launchDetect(Element element, void const* x, bool const* first, bool
         element, canPack(element, shape.hidden, {x, table}), [&](auto type, auto width) {
             using T = decltype(type);
             constexpr int kWidth = decltype(width)::value;
+            // A power of two: each thread reads about kAhead packs.
+            int warps = 1;
+            while (warps < kWarps && shape.hidden > kAhead * kWarp * kWidth * warps)
+            {
+                warps *= 2;
+            }
+            int const rows = kWarps / warps;
             detectKernel<T, kWidth>
-                <<<blocks(shape.rows), threads(shape.hidden / kWidth), 0, stream>>>(
-                    static_cast<T const*>(x), first, valid, table, threshold, shape, index);
+                <<<blocks((shape.rows + rows - 1) / rows), kThreads, 0, stream>>>(
+                    static_cast<T const*>(x), first, valid, table, threshold, shape, index, rows,
+                    warps);
             return cudaGetLastError();
         });
 }
@@ -238,25 +348,25 @@ cudaError_t launchAddNorm(Element element, AddNorm const& op, cudaStream_t strea
         using T = decltype(type);
         constexpr int kWidth = decltype(width)::value;
         int64_t const packs = op.shape.hidden / kWidth;
-        unsigned const count = threads(packs);
-        int64_t const chunks = (packs + count - 1) / count;
         // Only what comes in 16 bytes is worth its registers.
         if constexpr (kWidth > 1)
         {
-            if (chunks <= 1)
+            if (packs <= kThreads)
             {
-                return startAddNorm<T, kWidth, 1>(op, count, stream);
+                return startAddNorm<T, kWidth, 1>(op, threads(packs), stream);
             }
-            if (chunks <= 2)
+            if (packs <= 2 * kThreads)
             {
-                return startAddNorm<T, kWidth, 2>(op, count, stream);
+                return startAddNorm<T, kWidth, 2>(op, kThreads, stream);
             }
-            if (chunks <= 4)
+            if (packs <= kMostChunks * kLongThreads)
             {
-                return startAddNorm<T, kWidth, 4>(op, count, stream);
+                bool const isLong = packs > kMostChunks * kThreads;
+                return startAddNorm<T, kWidth, kMostChunks>(
+                    op, isLong ? kLongThreads : kThreads, stream);
             }
         }
-        return startAddNorm<T, kWidth, 0>(op, count, stream);
+        return startAddNorm<T, kWidth, 0>(op, threads(packs), stream);
     });
 }
 
@@ -269,17 +379,8 @@ cudaError_t launchSiluMul(Element element, SiluMul const& op, cudaStream_t strea
     return dispatch(element, canPack(element, op), [&](auto type, auto width) {
         using T = decltype(type);
         constexpr int kWidth = decltype(width)::value;
-        int const per = elementsPerWorker(op);
-        unsigned const count = threads((op.features + per - 1) / per);
-        if (per == kManyPer)
-        {
-            siluMulKernel<T, kWidth, kManyPer><<<blocks(op.rows), count, 0, stream>>>(op);
-        }
-        else
-        {
-            siluMulKernel<T, kWidth, kFewPer><<<blocks(op.rows), count, 0, stream>>>(op);
-        }
-        return cudaGetLastError();
+        return elementsPerWorker(op) == kManyPer ? startSiluMul<T, kWidth, kManyPer>(op, stream)
+                                                 : startSiluMul<T, kWidth, kFewPer>(op, stream);
     });
 }
 

@@ -41,6 +41,14 @@ cudaError_t restore(Call const& call)
         shapeOf(call), call.outputs[0], call.stream);
 }
 
+// The templates' codes as rows of this type round them: see codeBytes.
+int8_t const* insertedCodes(Call const& call)
+{
+    auto const tables = static_cast<int64_t>(call.element);
+    auto const size = static_cast<int64_t>(call.settings.templates.size());
+    return reinterpret_cast<int8_t const*>(call.device) + tables * size;
+}
+
 // x, branch, weight [, bias] [, index] -> sum, codes
 template <bool kBias, bool kInsert>
 cudaError_t addNorm(Call const& call)
@@ -51,7 +59,7 @@ cudaError_t addNorm(Call const& call)
     op.weight = call.inputs[2];
     op.bias = kBias ? call.inputs[3] : nullptr;
     op.index = kInsert ? input<int32_t>(call, kBias ? 4 : 3) : nullptr;
-    op.table = table(call);
+    op.inserted = kInsert ? insertedCodes(call) : nullptr;
     op.epsilon = call.settings.epsilon;
     op.scale = call.settings.scale;
     op.shape = shapeOf(call);

@@ -269,9 +269,11 @@ std::shared_ptr<Settings const> readSettings(std::vector<FieldSpec const*> const
         }
     }
     checkTogether(*settings);
-    settings->device = settings->channels.empty()
-        ? bytesOf(settings->templates)
-        : slotBytes(settings->channels);
+    // Who quantizes what is inserted needs its codes alone.
+    bool const quantizes = std::find(specs.begin(), specs.end(), &kScale) != specs.end();
+    settings->device = !settings->channels.empty() ? slotBytes(settings->channels)
+        : quantizes                                ? codeBytes(settings->templates, settings->scale)
+                                                   : bytesOf(settings->templates);
     for (FieldSpec const* const spec : specs)
     {
         settings->fields.push_back(spec->write(*settings));

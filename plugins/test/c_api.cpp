@@ -132,7 +132,7 @@ IQ_TEST int iq_change(int element, bool restore, void const* x, int32_t const* i
     return finish(launched, {&deviceX, &deviceIndex, &deviceTable, &deviceY}, {&deviceY});
 }
 
-// `bias`, and `index` with `table`, may be null. `values`, null on a GPU, takes what is quantized.
+// `bias`, and `index` with `table`, may be null. `values`, null on a GPU, takes the norm.
 IQ_TEST int iq_add_norm(int element, void const* x, void const* branch, void const* weight,
     void const* bias, int32_t const* index, float const* table, float epsilon, float scale,
     int64_t rows, int64_t hidden, int64_t templates, int64_t shift, void* sum, int8_t* codes,
@@ -144,19 +144,24 @@ IQ_TEST int iq_add_norm(int element, void const* x, void const* branch, void con
     Tensor const deviceBranch(branch, rows * hidden, size, shift);
     Tensor const deviceWeight(weight, hidden, size, shift), deviceBias(bias, hidden, size, shift);
     Tensor const deviceIndex(index, rows, sizeof(int32_t));
-    Tensor const deviceTable(table, templates * hidden, sizeof(float));
+    auto const inserted = table == nullptr
+        ? iq::Bytes{}
+        : iq::codeBytes(std::vector<float>(table, table + templates * hidden), scale);
+    Tensor const deviceInserted(
+        table == nullptr ? nullptr : inserted.data() + element * templates * hidden,
+        templates * hidden, 1, shift);
     Tensor const deviceSum(sum, rows * hidden, size, shift);
     Tensor const deviceCodes(codes, rows * hidden, 1, shift);
     iq::AddNorm const op{deviceX.as<void>(), deviceBranch.as<void>(), deviceWeight.as<void>(),
-        deviceBias.as<void>(), deviceIndex.as<int32_t>(), deviceTable.as<float>(), epsilon, scale,
-        shape, deviceSum.as<void>(), deviceCodes.as<int8_t>()};
+        deviceBias.as<void>(), deviceIndex.as<int32_t>(), deviceInserted.as<int8_t>(), epsilon,
+        scale, shape, deviceSum.as<void>(), deviceCodes.as<int8_t>()};
 #ifdef IQ_HOST
     auto const launched = iq::normValues(static_cast<Element>(element), op, values);
 #else
     auto const launched = iq::launchAddNorm(static_cast<Element>(element), op, nullptr);
 #endif
     return finish(launched,
-        {&deviceX, &deviceBranch, &deviceWeight, &deviceBias, &deviceIndex, &deviceTable,
+        {&deviceX, &deviceBranch, &deviceWeight, &deviceBias, &deviceIndex, &deviceInserted,
             &deviceSum, &deviceCodes},
         {&deviceSum, &deviceCodes});
 }

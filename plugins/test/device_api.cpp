@@ -26,10 +26,10 @@ IQ_TEST int iq_launch_change(int element, bool restore, void const* x, int32_t c
 }
 
 IQ_TEST int iq_launch_add_norm(int element, void const* x, void const* branch, void const* weight,
-    void const* bias, int32_t const* index, float const* table, float epsilon, float scale,
+    void const* bias, int32_t const* index, int8_t const* inserted, float epsilon, float scale,
     int64_t rows, int64_t hidden, int64_t templates, void* sum, int8_t* codes, cudaStream_t stream)
 {
-    iq::AddNorm const op{x, branch, weight, bias, index, table, epsilon, scale,
+    iq::AddNorm const op{x, branch, weight, bias, index, inserted, epsilon, scale,
         {rows, hidden, templates}, sum, codes};
     return iq::launchAddNorm(static_cast<Element>(element), op, stream);
 }

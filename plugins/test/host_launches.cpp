@@ -1,6 +1,7 @@
 // The launches of kernels.h on a CPU: the same rows, with as many workers per row as a test wants.
 #include "host_launches.h"
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -8,12 +9,12 @@
 
 namespace
 {
-std::atomic<int64_t> workers{32};
+std::atomic<int32_t> workers{32};
 } // namespace
 
 void iq_set_workers(int64_t count)
 {
-    workers = count;
+    workers = static_cast<int32_t>(count);
 }
 
 namespace iq
@@ -25,11 +26,11 @@ template <int kWidth, typename T>
 int32_t detectRow(T const* row, float const* table, Shape const& shape,
     float threshold, bool first, bool valid)
 {
-    int64_t const lanes = workers;
+    int32_t const lanes = workers, hidden = static_cast<int32_t>(shape.hidden);
     float peak = 0.0F;
-    for (int64_t lane = 0; lane < lanes; ++lane)
+    for (int32_t lane = 0; lane < lanes; ++lane)
     {
-        peak = larger(peak, partialPeak<kWidth>(row, shape.hidden, lane, lanes));
+        peak = std::max(peak, partialPeak<kWidth>(row, hidden, lane, lanes));
     }
     if (!isSink(peak, threshold, first, valid))
     {
@@ -40,10 +41,9 @@ int32_t detectRow(T const* row, float const* table, Shape const& shape,
     for (int64_t k = 0; k < shape.templates; ++k)
     {
         float distance = 0.0F;
-        for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int32_t lane = 0; lane < lanes; ++lane)
         {
-            distance += partialDistance<kWidth>(
-                row, table + k * shape.hidden, shape.hidden, lane, lanes);
+            distance += partialDistance<kWidth>(row, table + k * hidden, hidden, lane, lanes);
         }
         if (k == 0 || distance < best)
         {
@@ -64,26 +64,29 @@ cudaError_t changeRows(Element element, void const* x, int32_t const* index, flo
             for (int64_t row = 0; row < shape.rows; ++row)
             {
                 int64_t const entry = templateRow(index[row], shape.templates);
-                int64_t const at = row * shape.hidden, lanes = workers;
-                for (int64_t lane = 0; lane < lanes; ++lane)
+                int64_t const at = row * shape.hidden;
+                int32_t const lanes = workers;
+                for (int32_t lane = 0; lane < lanes; ++lane)
                 {
                     changeRow<kChange, decltype(width)::value>(static_cast<T const*>(x) + at,
                         entry < 0 ? nullptr : table + entry * shape.hidden,
-                        static_cast<T*>(y) + at, shape.hidden, lane, lanes);
+                        static_cast<T*>(y) + at, static_cast<int32_t>(shape.hidden), lane, lanes);
                 }
             }
             return cudaGetLastError(); // as after a kernel
         });
 }
 
-// What a row's workers do between their reductions; `values` takes what is quantized, if not null.
+// What a row's workers do between their reductions; `values` takes the norm, if not null.
 template <typename T, int kWidth, int kChunks>
 void normOneRow(AddNorm const& op, int64_t row, float* values)
 {
-    int64_t const lanes = workers, hidden = op.shape.hidden;
+    int64_t const hidden = op.shape.hidden;
+    int32_t const lanes = workers, index = op.index == nullptr ? 0 : op.index[row];
+    int8_t const* const inserted = insertedCodes(op, index);
     NormRow<T> const what = normRow<T>(op, row);
     std::vector<RowSlice<T, kWidth, kChunks>> slices;
-    for (int64_t lane = 0; lane < lanes; ++lane)
+    for (int32_t lane = 0; lane < lanes; ++lane)
     {
         slices.emplace_back(what, lane, lanes);
     }
@@ -100,13 +103,13 @@ void normOneRow(AddNorm const& op, int64_t row, float* values)
     float const inverse = inverseSize(power, hidden, op.epsilon);
     for (auto const& slice : slices)
     {
-        slice.write(middle, inverse);
+        slice.write(middle, inverse, inserted);
         if (values != nullptr)
         {
-            slice.eachValue(middle, inverse, [=](int64_t at, Pack<float, kWidth> const& pack) {
+            slice.eachNormed(middle, inverse, [=](int32_t at, Pack<float, kWidth> const& pack) {
                 for (int j = 0; j < kWidth; ++j)
                 {
-                    values[row * hidden + at + j] = pack.at[j];
+                    values[row * hidden + at + j] = pack.at[j] * op.scale;
                 }
             });
         }
@@ -140,15 +143,16 @@ void siluMulRow(SiluMul const& op, int64_t row)
 {
     GatedRow<T> const what = gatedRow<T>(op, row);
     bool const sink = op.index != nullptr && op.index[row] > 0;
-    std::vector<Turned<kPer>> all(static_cast<size_t>((op.features + kPer - 1) / kPer));
+    std::vector<Pack<float, kPer>> all(static_cast<size_t>((op.features + kPer - 1) / kPer));
     for (size_t worker = 0; worker < all.size(); ++worker)
     {
-        int64_t const at = static_cast<int64_t>(worker) * kPer;
-        all[worker] = {};
+        int32_t const at = static_cast<int32_t>(worker) * kPer;
+        GatedPacks<T, kWidth, kPer> packs{};
         if (!sink)
         {
-            loadProducts<kWidth>(what, at, all[worker]);
+            loadGated(what, at, packs);
         }
+        all[worker] = products(packs, what.unit);
         takeSide(what, at, all[worker]);
         turnWithin(all[worker], op.block);
     }
@@ -161,13 +165,13 @@ void siluMulRow(SiluMul const& op, int64_t row)
             for (int j = 0; j < kPer; ++j)
             {
                 all[worker].at[j] = turnBetween(before[worker].at[j],
-                    before[worker ^ apart].at[j], (worker & apart) != 0);
+                    before[worker ^ apart].at[j], (worker & apart) != 0 ? -1.0F : 1.0F);
             }
         }
     }
     for (size_t worker = 0; worker < all.size(); ++worker)
     {
-        storeCodes<kWidth>(what, static_cast<int64_t>(worker) * kPer, all[worker]);
+        storeCodes<kWidth>(what, static_cast<int32_t>(worker) * kPer, all[worker]);
     }
 }
 

@@ -114,19 +114,19 @@ def _norm(dtype: str, rows: int, hidden: int, k: int, layer: bool, insert: bool,
 def _check_norm(case: Norm, found: tuple[np.ndarray, ...], expected: list[np.ndarray]) -> None:
     total, codes, values = found
     assert same_bits(total, expected[0])
-    if case.index is not None:
-        inserted = case.index > 0
-        assert same_bits(codes[inserted], expected[1][inserted])
+    inserted = np.zeros(len(codes), bool) if case.index is None else case.index > 0
+    assert same_bits(codes[inserted], expected[1][inserted])
     # A LayerNorm's differences are as large as the row, whatever an element is.
     size = np.abs(expected[2]).max(1, keepdims=True) if case.bias is not None else expected[2]
-    assert np.all(np.abs(values - expected[2]) <= 2e-6 * np.abs(size))
+    far = np.abs(values - expected[2]) > 2e-6 * np.abs(size)
+    assert not far[~inserted].any()
     _check_codes(codes, expected[1])
 
 
 def _check_codes(found: np.ndarray, expected: np.ndarray) -> None:
     steps = np.abs(found.astype(int) - expected.astype(int))
     assert steps.max(initial=0) <= 1
-    assert (steps > 0).sum() <= max(1, steps.size // 1000)
+    assert (steps > 0).sum() <= max(1, steps.size // 10_000)
 
 
 @FEW

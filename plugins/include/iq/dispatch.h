@@ -44,8 +44,8 @@ inline bool canPack(Element element, int64_t hidden, std::initializer_list<void 
 inline bool canPack(Element element, AddNorm const& op)
 {
     return canPack(element, op.shape.hidden,
-               {op.x, op.branch, op.weight, op.bias, op.table, op.sum})
-        && isAligned({op.codes}, 8);
+               {op.x, op.branch, op.weight, op.bias, op.sum})
+        && isAligned({op.codes, op.inserted}, 8);
 }
 
 inline int elementsPerWorker(SiluMul const& op)
@@ -82,13 +82,17 @@ cudaError_t dispatch(Element element, bool packed, Start start)
 template <typename T>
 IQ_HOST_DEVICE NormRow<T> normRow(AddNorm const& op, int64_t row)
 {
-    int64_t const hidden = op.shape.hidden, at = row * hidden;
-    int64_t const entry
-        = op.index == nullptr ? -1 : templateRow(op.index[row], op.shape.templates);
+    int64_t const at = row * op.shape.hidden;
     return {static_cast<T const*>(op.x) + at, static_cast<T const*>(op.branch) + at,
         static_cast<T*>(op.sum) + at, op.codes + at, static_cast<T const*>(op.weight),
-        static_cast<T const*>(op.bias), entry < 0 ? nullptr : op.table + entry * hidden, op.scale,
-        hidden};
+        static_cast<T const*>(op.bias), op.scale, static_cast<int32_t>(op.shape.hidden)};
+}
+
+// The codes that a row of this index gets; null for a semantic token.
+IQ_HOST_DEVICE int8_t const* insertedCodes(AddNorm const& op, int32_t index)
+{
+    int64_t const entry = templateRow(index, op.shape.templates);
+    return entry < 0 ? nullptr : op.inserted + entry * op.shape.hidden;
 }
 
 template <typename T>
@@ -96,8 +100,9 @@ IQ_HOST_DEVICE GatedRow<T> gatedRow(SiluMul const& op, int64_t row)
 {
     int64_t const at = row * op.features;
     return {static_cast<T const*>(op.gate) + at, static_cast<T const*>(op.up) + at,
-        static_cast<T*>(op.side) + row * op.sides, op.codes + at, op.slots, op.slotCount,
-        op.features, op.factor, op.scale};
+        static_cast<T*>(op.side) + row * op.sides, op.codes + at, op.slots,
+        static_cast<int32_t>(op.slotCount), static_cast<int32_t>(op.features),
+        op.scale / op.factor};
 }
 
 } // namespace iq

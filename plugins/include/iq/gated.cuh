@@ -17,10 +17,8 @@ namespace iq
 constexpr int kFewPer = 8;   // blocks up to 256
 constexpr int kManyPer = 16; // blocks of 512
 
-// A SiLU of less is 0 in float; it is set, so that -inf has a value too.
-constexpr float kClosedGate = -80.0F;
-
 // One row; `slots` [slotCount] is s + 1 for the channel that is side channel s, 0 for the others.
+// `unit` is the quantizer's scale over the transform's factor: a step of the codes, before both.
 template <typename T>
 struct GatedRow
 {
@@ -29,50 +27,76 @@ struct GatedRow
     T* side;
     int8_t* codes;
     uint8_t const* slots;
-    int64_t slotCount;
-    int64_t features;
-    float factor;
-    float scale;
+    int32_t slotCount;
+    int32_t features;
+    float unit;
 };
 
-IQ_HOST_DEVICE float siluMul(float gate, float up)
+// SiLU(gate) * up / unit. The division is in the reciprocal, which a SiLU needs anyway. A gate of
+// -inf is the lowest half: its SiLU is 0 then, as that of all gates below -89.
+IQ_HOST_DEVICE float siluMul(float gate, float up, float unit)
 {
-    float const active = gate < kClosedGate ? 0.0F : gate / (expf(-gate) + 1.0F);
-    return active * up;
+    constexpr float kLog2E = 1.44269504F;
+#ifdef __CUDA_ARCH__
+    float open, power, inverse;
+#if __CUDA_ARCH__ >= 800
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(open) : "f"(gate), "f"(kLowest));
+#else
+    open = gate < kLowest ? kLowest : gate;
+#endif
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-kLog2E * open));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaf(power, unit, unit)));
+#else
+    float const open = gate < kLowest ? kLowest : gate;
+    float const inverse = 1.0F / fmaf(exp2f(-kLog2E * open), unit, unit);
+#endif
+    return open * inverse * up;
 }
 
-template <int kPer>
-struct Turned
+// A worker's elements of the row as they come; none beyond it.
+template <typename T, int kWidth, int kPer>
+struct GatedPacks
 {
-    float at[kPer];
+    Pack<T, kWidth> gate[kPer / kWidth];
+    Pack<T, kWidth> up[kPer / kWidth];
 };
 
-// The products of a worker's elements from `at` on; 0 beyond the row.
 template <int kWidth, int kPer, typename T>
-IQ_HOST_DEVICE void loadProducts(GatedRow<T> const& row, int64_t at, Turned<kPer>& values)
+IQ_HOST_DEVICE void loadGated(
+    GatedRow<T> const& row, int32_t at, GatedPacks<T, kWidth, kPer>& packs)
 {
     IQ_UNROLL
-    for (int part = 0; part < kPer; part += kWidth)
+    for (int part = 0; part < kPer / kWidth; ++part)
     {
-        bool const inside = at + part < row.features;
-        Pack<T, kWidth> gate, up;
-        if (inside)
+        if (at + part * kWidth < row.features)
         {
-            gate = load<kWidth>(row.gate + at + part);
-            up = load<kWidth>(row.up + at + part);
+            packs.gate[part] = load<kWidth>(row.gate + at + part * kWidth);
+            packs.up[part] = load<kWidth>(row.up + at + part * kWidth);
         }
-        IQ_UNROLL
-        for (int j = 0; j < kWidth; ++j)
+        else
         {
-            values.at[part + j]
-                = inside ? siluMul(toFloat(gate.at[j]), toFloat(up.at[j])) : 0.0F;
+            packs.gate[part] = {};
+            packs.up[part] = {};
         }
     }
 }
 
+template <typename T, int kWidth, int kPer>
+IQ_HOST_DEVICE Pack<float, kPer> products(GatedPacks<T, kWidth, kPer> const& packs, float unit)
+{
+    Pack<float, kPer> values;
+    IQ_UNROLL
+    for (int j = 0; j < kPer; ++j)
+    {
+        values.at[j] = siluMul(toFloat(packs.gate[j / kWidth].at[j % kWidth]),
+            toFloat(packs.up[j / kWidth].at[j % kWidth]), unit);
+    }
+    return values;
+}
+
 // Writes the side channels among a worker's elements, and sets them to 0.
 template <int kPer, typename T>
-IQ_HOST_DEVICE void takeSide(GatedRow<T> const& row, int64_t at, Turned<kPer>& values)
+IQ_HOST_DEVICE void takeSide(GatedRow<T> const& row, int32_t at, Pack<float, kPer>& values)
 {
     if (at >= row.slotCount)
     {
@@ -84,7 +108,7 @@ IQ_HOST_DEVICE void takeSide(GatedRow<T> const& row, int64_t at, Turned<kPer>& v
     {
         if (slots.at[j] != 0)
         {
-            row.side[slots.at[j] - 1] = fromFloat<T>(values.at[j]);
+            row.side[slots.at[j] - 1] = fromFloat<T>(values.at[j] * row.unit);
             values.at[j] = 0.0F;
         }
     }
@@ -92,7 +116,7 @@ IQ_HOST_DEVICE void takeSide(GatedRow<T> const& row, int64_t at, Turned<kPer>& v
 
 // The rounds of the transform between elements of one worker.
 template <int kPer>
-IQ_HOST_DEVICE void turnWithin(Turned<kPer>& values, int32_t block)
+IQ_HOST_DEVICE void turnWithin(Pack<float, kPer>& values, int32_t block)
 {
     IQ_UNROLL
     for (int step = 1; step < kPer; step *= 2)
@@ -113,21 +137,16 @@ IQ_HOST_DEVICE void turnWithin(Turned<kPer>& values, int32_t block)
     }
 }
 
-// One element of a round between two workers: `own` and the other's, which is `upper` or not.
-IQ_HOST_DEVICE float turnBetween(float own, float other, bool upper)
+// One element of a round between two workers. `sign` is -1 for the upper of them, else 1.
+IQ_HOST_DEVICE float turnBetween(float own, float other, float sign)
 {
-    return upper ? other - own : own + other;
+    return fmaf(own, sign, other);
 }
 
 template <int kWidth, int kPer, typename T>
-IQ_HOST_DEVICE void storeCodes(GatedRow<T> const& row, int64_t at, Turned<kPer> const& values)
+IQ_HOST_DEVICE void storeCodes(GatedRow<T> const& row, int32_t at, Pack<float, kPer> const& values)
 {
-    Pack<int8_t, kPer> codes;
-    IQ_UNROLL
-    for (int j = 0; j < kPer; ++j)
-    {
-        codes.at[j] = quantized(values.at[j] * row.factor, row.scale);
-    }
+    auto const codes = rounded(values);
     if constexpr (kWidth > 1) // the row is a whole number of workers
     {
         if (at < row.features)

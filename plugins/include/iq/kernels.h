@@ -40,8 +40,8 @@ cudaError_t launchClampInsert(Element element, void const* x, int32_t const* ind
 cudaError_t launchRestore(Element element, void const* x, int32_t const* index, float const* table,
     Shape const& shape, void* y, cudaStream_t stream);
 
-// sum = x + branch; codes = the quantized norm of the sum, or the quantized template of sink rows.
-// `bias` is null for an RMSNorm, `index` and `table` where nothing is inserted.
+// sum = x + branch; codes = the quantized norm of the sum, or `inserted` [templates, hidden] on sink
+// rows. `bias` is null for an RMSNorm, `index` and `inserted` where nothing is inserted.
 struct AddNorm
 {
     void const* x;
@@ -49,7 +49,7 @@ struct AddNorm
     void const* weight;
     void const* bias;
     int32_t const* index;
-    float const* table;
+    int8_t const* inserted;
     float epsilon;
     float scale;
     Shape shape;

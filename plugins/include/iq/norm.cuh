@@ -7,8 +7,7 @@
 namespace iq
 {
 
-// What is done with one row. Pointers are to the row; `bias` is null for an RMSNorm, `entry` (the
-// template) for a semantic token.
+// What is done with one row. Pointers are to the row; `bias` is null for an RMSNorm.
 template <typename T>
 struct NormRow
 {
@@ -18,48 +17,51 @@ struct NormRow
     int8_t* codes;
     T const* weight;
     T const* bias;
-    float const* entry;
     float scale;
-    int64_t hidden;
+    int32_t hidden;
 };
 
-// One worker's packs of the row: read once, added, written as the sum, and kept in up to `kChunks`
-// packs of registers. With `kChunks` 0 (a row too long for that) the worker reads its sums again.
+// One worker's packs of the row: all read before the first is written, so that the memory's latency
+// is paid once; added, written as the sum, and kept in up to `kChunks` packs of registers. With
+// `kChunks` 0 (a row too long for that) the worker reads its sums again.
 template <typename T, int kWidth, int kChunks>
 class RowSlice
 {
 public:
-    IQ_HOST_DEVICE RowSlice(NormRow<T> const& row, int64_t lane, int64_t lanes)
+    IQ_HOST_DEVICE RowSlice(NormRow<T> const& row, int32_t lane, int32_t lanes)
         : mRow(row)
         , mLane(lane)
         , mLanes(lanes)
     {
-        walk([this](int64_t at, int chunk) {
-            auto const x = load<kWidth>(mRow.x + at);
-            auto const branch = load<kWidth>(mRow.branch + at);
-            Pack<T, kWidth> sum;
-            IQ_UNROLL
-            for (int j = 0; j < kWidth; ++j)
-            {
-                sum.at[j] = fromFloat<T>(toFloat(x.at[j]) + toFloat(branch.at[j]));
-            }
-            store<kWidth>(mRow.sum + at, sum);
-            if constexpr (kChunks > 0)
-            {
-                mKept[chunk] = sum;
-            }
-        });
+        if constexpr (kChunks > 0)
+        {
+            Pack<T, kWidth> branch[kChunks] = {};
+            walk([&](int32_t at, int chunk) {
+                mSum[chunk] = load<kWidth>(mRow.x + at);
+                branch[chunk] = load<kWidth>(mRow.branch + at);
+            });
+            walk([&](int32_t at, int chunk) { mWeight[chunk] = load<kWidth>(mRow.weight + at); });
+            walk([&](int32_t at, int chunk) { add(at, mSum[chunk], branch[chunk]); });
+        }
+        else
+        {
+            walk([this](int32_t at, int /*chunk*/) {
+                auto sum = load<kWidth>(mRow.x + at);
+                add(at, sum, load<kWidth>(mRow.branch + at));
+            });
+        }
     }
 
     // This worker's share of the sum of the row.
     IQ_HOST_DEVICE float partialSum() const
     {
         float total = 0.0F;
-        eachPack([&total](int64_t /*at*/, Pack<T, kWidth> const& pack) {
+        walk([&](int32_t at, int chunk) {
+            auto const sum = toFloats(kept(mSum, mRow.sum, at, chunk));
             IQ_UNROLL
-            for (int j = 0; j < kWidth; ++j)
+            for (float const value : sum.at)
             {
-                total += toFloat(pack.at[j]);
+                total += value;
             }
         });
         return total;
@@ -69,119 +71,95 @@ public:
     IQ_HOST_DEVICE float partialPower(float middle) const
     {
         float total = 0.0F;
-        eachPack([&total, middle](int64_t /*at*/, Pack<T, kWidth> const& pack) {
+        walk([&](int32_t at, int chunk) {
+            auto const sum = toFloats(kept(mSum, mRow.sum, at, chunk));
             IQ_UNROLL
-            for (int j = 0; j < kWidth; ++j)
+            for (float const value : sum.at)
             {
-                float const centred = toFloat(pack.at[j]) - middle;
+                float const centred = value - middle;
                 total += centred * centred;
             }
         });
         return total;
     }
 
-    // Calls visit(position, values to quantize). `inverse` is 1 / sqrt(mean power + epsilon).
+    // Calls visit(position, normed values in steps of the scale). `inverse` is
+    // 1 / sqrt(mean power + epsilon). One multiplier for the row, no division for an element.
     template <typename Visit>
-    IQ_HOST_DEVICE void eachValue(float middle, float inverse, Visit visit) const
+    IQ_HOST_DEVICE void eachNormed(float middle, float inverse, Visit visit) const
     {
-        eachPack([this, middle, inverse, &visit](int64_t at, Pack<T, kWidth> const& pack) {
-            visit(at, mRow.entry == nullptr ? normed(at, pack, middle, inverse) : inserted(at));
-        });
-    }
-
-    IQ_HOST_DEVICE void write(float middle, float inverse) const
-    {
-        eachValue(middle, inverse, [this](int64_t at, Pack<float, kWidth> const& values) {
-            Pack<int8_t, kWidth> codes;
+        float const steps = 1.0F / mRow.scale;
+        float const gain = inverse * steps;
+        walk([&](int32_t at, int chunk) {
+            auto values = toFloats(kept(mSum, mRow.sum, at, chunk));
+            auto const weight = toFloats(kept(mWeight, mRow.weight, at, chunk));
             IQ_UNROLL
             for (int j = 0; j < kWidth; ++j)
             {
-                codes.at[j] = quantized(values.at[j], mRow.scale);
+                values.at[j] = (values.at[j] - middle) * gain * weight.at[j];
             }
-            store<kWidth>(mRow.codes + at, codes);
+            if (mRow.bias != nullptr)
+            {
+                auto const bias = toFloats(load<kWidth>(mRow.bias + at));
+                IQ_UNROLL
+                for (int j = 0; j < kWidth; ++j)
+                {
+                    values.at[j] += bias.at[j] * steps;
+                }
+            }
+            visit(at, values);
+        });
+    }
+
+    // Writes the codes: of the norm, or `inserted`, the template's, where that is not null.
+    IQ_HOST_DEVICE void write(float middle, float inverse, int8_t const* inserted) const
+    {
+        if (inserted != nullptr)
+        {
+            walk([&](int32_t at, int /*chunk*/) {
+                store<kWidth>(mRow.codes + at, load<kWidth>(inserted + at));
+            });
+            return;
+        }
+        eachNormed(middle, inverse, [this](int32_t at, Pack<float, kWidth> const& values) {
+            store<kWidth>(mRow.codes + at, rounded(values));
         });
     }
 
 private:
-    // Calls visit(position, number of the pack) for each pack of this worker.
+    static constexpr int kKept = kChunks > 0 ? kChunks : 1;
+
     template <typename Visit>
     IQ_HOST_DEVICE void walk(Visit visit) const
     {
-        if constexpr (kChunks > 0)
-        {
-            IQ_UNROLL
-            for (int chunk = 0; chunk < kChunks; ++chunk)
-            {
-                int64_t const at = (mLane + chunk * mLanes) * kWidth;
-                if (at < mRow.hidden)
-                {
-                    visit(at, chunk);
-                }
-            }
-        }
-        else
-        {
-            for (int64_t at = mLane * kWidth; at < mRow.hidden; at += mLanes * kWidth)
-            {
-                visit(at, 0);
-            }
-        }
+        eachPack<kWidth, kChunks>(mRow.hidden, mLane, mLanes, visit);
     }
 
-    template <typename Visit>
-    IQ_HOST_DEVICE void eachPack(Visit visit) const
+    IQ_HOST_DEVICE Pack<T, kWidth> kept(
+        Pack<T, kWidth> const (&packs)[kKept], T const* row, int32_t at, int chunk) const
     {
-        walk([this, &visit](int64_t at, int chunk) {
-            if constexpr (kChunks > 0)
-            {
-                visit(at, mKept[chunk]);
-            }
-            else
-            {
-                visit(at, load<kWidth>(mRow.sum + at));
-            }
-        });
+        return kChunks > 0 ? packs[chunk] : load<kWidth>(row + at);
     }
 
-    IQ_HOST_DEVICE Pack<float, kWidth> normed(
-        int64_t at, Pack<T, kWidth> const& pack, float middle, float inverse) const
+    // Adds the branch and writes the row's sum.
+    IQ_HOST_DEVICE void add(int32_t at, Pack<T, kWidth>& sum, Pack<T, kWidth> const& branch) const
     {
-        auto const weight = load<kWidth>(mRow.weight + at);
-        Pack<float, kWidth> values;
+        auto total = toFloats(sum);
+        auto const added = toFloats(branch);
         IQ_UNROLL
         for (int j = 0; j < kWidth; ++j)
         {
-            float const unit = (toFloat(pack.at[j]) - middle) * inverse;
-            values.at[j] = unit * toFloat(weight.at[j]);
+            total.at[j] += added.at[j];
         }
-        if (mRow.bias != nullptr)
-        {
-            auto const bias = load<kWidth>(mRow.bias + at);
-            IQ_UNROLL
-            for (int j = 0; j < kWidth; ++j)
-            {
-                values.at[j] += toFloat(bias.at[j]);
-            }
-        }
-        return values;
-    }
-
-    // The template as it is in the row's type.
-    IQ_HOST_DEVICE Pack<float, kWidth> inserted(int64_t at) const
-    {
-        auto values = loadEntries<kWidth>(mRow.entry + at);
-        IQ_UNROLL
-        for (int j = 0; j < kWidth; ++j)
-        {
-            values.at[j] = toFloat(fromFloat<T>(values.at[j]));
-        }
-        return values;
+        sum = fromFloats<T>(total);
+        store<kWidth>(mRow.sum + at, sum);
     }
 
     NormRow<T> mRow;
-    int64_t mLane;
-    int64_t mLanes;
-    Pack<T, kWidth> mKept[kChunks > 0 ? kChunks : 1];
+    int32_t mLane;
+    int32_t mLanes;
+    Pack<T, kWidth> mSum[kKept] = {};
+    Pack<T, kWidth> mWeight[kKept] = {};
 };
 
 IQ_HOST_DEVICE float inverseSize(float power, int64_t hidden, float epsilon)

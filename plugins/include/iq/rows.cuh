@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -87,6 +88,53 @@ IQ_HOST_DEVICE void store(T* to, Pack<T, kWidth> const& pack)
     *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
 }
 
+// In pairs, as the device converts them.
+template <typename T, int kWidth>
+IQ_HOST_DEVICE Pack<float, kWidth> toFloats(Pack<T, kWidth> const& pack)
+{
+    Pack<float, kWidth> values;
+    IQ_UNROLL
+    for (int j = 0; j < kWidth; ++j)
+    {
+        values.at[j] = toFloat(pack.at[j]);
+    }
+    return values;
+}
+
+template <typename T, int kWidth>
+IQ_HOST_DEVICE Pack<T, kWidth> fromFloats(Pack<float, kWidth> const& values)
+{
+    Pack<T, kWidth> pack;
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 2 && kWidth % 2 == 0)
+    {
+        using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+        auto* const pairs = reinterpret_cast<Pair*>(pack.at);
+        IQ_UNROLL
+        for (int j = 0; j < kWidth; j += 2)
+        {
+            if constexpr (std::is_same_v<T, __half>)
+            {
+                pairs[j / 2] = __floats2half2_rn(values.at[j], values.at[j + 1]);
+            }
+            else
+            {
+                pairs[j / 2] = __floats2bfloat162_rn(values.at[j], values.at[j + 1]);
+            }
+        }
+    }
+    else
+#endif
+    {
+        IQ_UNROLL
+        for (int j = 0; j < kWidth; ++j)
+        {
+            pack.at[j] = fromFloat<T>(values.at[j]);
+        }
+    }
+    return pack;
+}
+
 // `kWidth` entries of a template, which are float whatever the rows are: more than one access.
 template <int kWidth>
 IQ_HOST_DEVICE Pack<float, kWidth> loadEntries(float const* from)
@@ -112,47 +160,73 @@ IQ_HOST_DEVICE float bounded(float value)
     return value < kLowest ? kLowest : (value > kHighest ? kHighest : value);
 }
 
-IQ_HOST_DEVICE float magnitude(float value)
+// Calls visit(position, number of the pack) for each pack of a worker: at most `kChunks` of them, so
+// that arrays of them stay in registers, or with 0 as many as there are.
+template <int kWidth, int kChunks, typename Visit>
+IQ_HOST_DEVICE void eachPack(int32_t hidden, int32_t lane, int32_t lanes, Visit visit)
 {
-    return value < 0.0F ? -value : value;
-}
-
-IQ_HOST_DEVICE float larger(float a, float b)
-{
-    return b > a ? b : a;
-}
-
-// A worker's share of max |row|; a NaN never wins.
-template <int kWidth, typename T>
-IQ_HOST_DEVICE float partialPeak(T const* row, int64_t hidden, int64_t lane, int64_t lanes)
-{
-    float peak = 0.0F;
-    for (int64_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
+    if constexpr (kChunks > 0)
     {
-        auto const values = load<kWidth>(row + i);
-        for (T const value : values.at)
+        IQ_UNROLL
+        for (int chunk = 0; chunk < kChunks; ++chunk)
         {
-            peak = larger(peak, magnitude(bounded(toFloat(value))));
+            int32_t const at = (lane + chunk * lanes) * kWidth;
+            if (at < hidden)
+            {
+                visit(at, chunk);
+            }
         }
     }
-    return peak;
+    else
+    {
+        for (int32_t at = lane * kWidth; at < hidden; at += lanes * kWidth)
+        {
+            visit(at, 0);
+        }
+    }
+}
+
+// A worker's share of max |row|; a NaN never wins. `kAhead` packs are read before the first is used.
+constexpr int kAhead = 2;
+
+template <int kWidth, typename T>
+IQ_HOST_DEVICE float partialPeak(T const* row, int32_t hidden, int32_t lane, int32_t lanes)
+{
+    float peak = 0.0F;
+    for (int32_t from = lane * kWidth; from < hidden; from += kAhead * lanes * kWidth)
+    {
+        Pack<T, kWidth> ahead[kAhead] = {};
+        eachPack<kWidth, kAhead>(hidden - from, 0, lanes,
+            [&](int32_t at, int chunk) { ahead[chunk] = load<kWidth>(row + from + at); });
+        IQ_UNROLL
+        for (auto const& pack : ahead)
+        {
+            auto const values = toFloats(pack);
+            IQ_UNROLL
+            for (float const value : values.at)
+            {
+                peak = fmaxf(peak, fabsf(value));
+            }
+        }
+    }
+    return bounded(peak);
 }
 
 // A worker's share of |row - template|^2, element by element as in the function body: products and
 // norms of spikes would cancel, and another template could win.
 template <int kWidth, typename T>
 IQ_HOST_DEVICE float partialDistance(
-    T const* row, float const* table, int64_t hidden, int64_t lane, int64_t lanes)
+    T const* row, float const* table, int32_t hidden, int32_t lane, int32_t lanes)
 {
     float sum = 0.0F;
-    for (int64_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
+    for (int32_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
     {
-        auto const values = load<kWidth>(row + i);
+        auto const values = toFloats(load<kWidth>(row + i));
         auto const entries = loadEntries<kWidth>(table + i);
         IQ_UNROLL
         for (int j = 0; j < kWidth; ++j)
         {
-            float const difference = bounded(toFloat(values.at[j])) - entries.at[j];
+            float const difference = bounded(values.at[j]) - entries.at[j];
             sum += difference * difference;
         }
     }
@@ -190,9 +264,9 @@ IQ_HOST_DEVICE T changed(T value, float entry)
 // A worker's share of a row of SinkClampInsert or SinkRestore; `entry` is null for a semantic row.
 template <Change kChange, int kWidth, typename T>
 IQ_HOST_DEVICE void changeRow(
-    T const* row, float const* entry, T* out, int64_t hidden, int64_t lane, int64_t lanes)
+    T const* row, float const* entry, T* out, int32_t hidden, int32_t lane, int32_t lanes)
 {
-    for (int64_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
+    for (int32_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
     {
         auto values = load<kWidth>(row + i);
         if (entry != nullptr)
@@ -208,16 +282,61 @@ IQ_HOST_DEVICE void changeRow(
     }
 }
 
-// The int8 code of a value: half to even, saturated, 0 for a NaN.
-IQ_HOST_DEVICE int8_t quantized(float value, float scale)
+// The int8 code of a value in steps of the scale: half to even, saturated, 0 for a NaN.
+IQ_HOST_DEVICE int8_t rounded(float steps)
 {
-    float const steps = value / scale;
+#ifdef __CUDA_ARCH__
+    return static_cast<int8_t>(max(-128, min(127, __float2int_rn(steps)))); // of a NaN it is 0
+#else
     if (!(steps == steps)) // NaN
     {
         return 0;
     }
     float const low = steps < -128.0F ? -128.0F : steps;
     return static_cast<int8_t>(rintf(low > 127.0F ? 127.0F : low));
+#endif
+}
+
+#ifdef __CUDA_ARCH__
+// Four codes in a word, the first in the lowest byte.
+__device__ inline uint32_t roundedWord(float a, float b, float c, float d)
+{
+    uint32_t high, word;
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;"
+        : "=r"(high)
+        : "r"(__float2int_rn(d)), "r"(__float2int_rn(c)));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+        : "=r"(word)
+        : "r"(__float2int_rn(b)), "r"(__float2int_rn(a)), "r"(high));
+    return word;
+}
+#endif
+
+template <int kWidth>
+IQ_HOST_DEVICE Pack<int8_t, kWidth> rounded(Pack<float, kWidth> const& steps)
+{
+    Pack<int8_t, kWidth> codes;
+#ifdef __CUDA_ARCH__
+    if constexpr (kWidth % 4 == 0)
+    {
+        auto* const words = reinterpret_cast<uint32_t*>(codes.at);
+        IQ_UNROLL
+        for (int j = 0; j < kWidth; j += 4)
+        {
+            words[j / 4] = roundedWord(
+                steps.at[j], steps.at[j + 1], steps.at[j + 2], steps.at[j + 3]);
+        }
+    }
+    else
+#endif
+    {
+        IQ_UNROLL
+        for (int j = 0; j < kWidth; ++j)
+        {
+            codes.at[j] = rounded(steps.at[j]);
+        }
+    }
+    return codes;
 }
 
 } // namespace iq
