@@ -199,6 +199,7 @@ def _code(*lines: str) -> Kernel:
         (["MOV R1, 0x6", "LOP3.LUT R0, R1, 0x3, RZ, 0x3c, !PT"], 5),
         (["MOV R1, 0xffffffff", "IMAD.WIDE R2, R1, 0x2, RZ", "MOV R0, R3"], 0xFFFFFFFF),
         (["MOV R1, 0xffffffff", "IMAD.WIDE.U32 R2, R1, 0x2, RZ", "MOV R0, R3"], 1),
+        (["MOV R2, 0x5", "MOV R3, 0x3", "MOV R1, 0xffffffff", "IMAD.HI.U32 R0, R1, 0x2, R2"], 5),
         (["ISETP.EQ.U32.AND P0, PT, RZ, RZ, PT", "P2R R0, PR, RZ, 0x1"], 1),
         (["MOV R1, 0x1", "ISETP.GT.U32.AND P0, PT, R1, RZ, PT",
           "ISETP.GT.AND.EX P0, PT, RZ, RZ, PT, P0", "SEL R0, R1, 0x5, P0"], 1),
@@ -229,6 +230,8 @@ def test_an_unknown_instruction_matters_only_where_something_depends_on_it() -> 
     memory = Memory({range(4096): b"\0"})
     harmless = _code("I2IP.S8.S32.SAT R0, R1, R2, R3", "MOV R8, 0x20", "STG.E [R8.64], R0", "EXIT")
     assert _run(harmless, 0, memory).executed.total() == 4
+    issued = _code("XYZ P0, R1", "@P0 MOV R0, 0x1", "EXIT")
+    assert _run(issued, 0, memory).executed.total() == 3
     decides = _code("XYZ P0, R1", "@P0 EXIT", "EXIT")
     with pytest.raises(DataError, match=r"'@P0 EXIT' at 0x10 depends on what 'XYZ P0, R1' wrote"):
         _run(decides, 0, memory)
@@ -241,6 +244,8 @@ def test_what_cannot_be_followed_is_said() -> None:
     memory = Memory({range(4096): b"\0"})
     with pytest.raises(DataError, match="0x5000 is of no argument"):
         _run(_code("MOV R2, 0x5000", "LDG.E R0, [R2.64]", "EXIT"), 0, memory)
+    with pytest.raises(DataError, match="'BRX R2 -0x10' cannot be followed"):
+        _run(_code("BRX R2 -0x10", "EXIT"), 0, memory)
     endless = parse('.section .text.it,"ax"\n.L_x_0:\n /*0000*/ BRA `(.L_x_0) ;\n')["it"]
     with pytest.raises(DataError, match="no end after"):
         _run(endless, 0, memory)

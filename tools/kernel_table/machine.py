@@ -20,7 +20,7 @@ from iq_export.errors import DataError
 from tools.kernel_table.sass import Instruction, Kernel
 
 _MASK = 0xFFFFFFFF
-_MOST_STEPS = 200_000
+_MOST_STEPS = 50_000
 # What another thread's value differs in, float or a pair of halves: their difference is not 0,
 # which divisions take slowly.
 _OTHER = 0x00040004
@@ -29,6 +29,7 @@ _SILENT = (
     "BAR", "BMOV", "BREAK", "BSSY", "BSYNC", "CCTL", "DEPBAR", "ENDCOLLECTIVE", "ERRBAR", "MEMBAR",
     "NOP", "WARPSYNC", "YIELD",
 )  # fmt: skip
+_CONTROL = ("EXIT", "BRA", "CALL", "RET", "BRX", "JMX", "JMP", "KILL")
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 _MEMORY = ("LDG", "LD", "LDS", "LDL", "LDC", "ULDC", "STG", "ST", "STS", "STL")
 _OPERAND = re.compile(
@@ -127,18 +128,19 @@ class Thread:
     def _step(self, instruction: Instruction, trace: Trace) -> None:
         assert self._at is not None
         self._at += 1
-        name, operands = instruction.name, instruction.operands
+        name, operands, modifiers = instruction.name, instruction.operands, instruction.modifiers
+        if name in _SILENT:
+            return
         try:
-            if instruction.guard and not self._predicate(instruction.guard):
-                return
-            if name in _SILENT:
-                return
-            if self._control(instruction):
-                return
-            if name in _MEMORY:
-                access = next((_WIDTHS[m] for m in instruction.modifiers if m in _WIDTHS), 4)
-                trace.accesses[name, access] += 1
-                self._access(instruction, access)
+            if name in _CONTROL or name in _MEMORY:
+                if instruction.guard and not self._predicate(instruction.guard):
+                    return
+                if name in _CONTROL:
+                    self._control(instruction)
+                else:
+                    access = next((_WIDTHS[part] for part in modifiers if part in _WIDTHS), 4)
+                    trace.accesses[name, access] += 1
+                    self._access(instruction, access)
                 return
         except _Unknown as error:
             raise DataError(
@@ -150,12 +152,14 @@ class Thread:
         if compute is None and name[0] in "UV":  # the same for a warp's registers; the other pipe
             compute = getattr(self, f"_do_{name[1:].lower()}", None)
         try:
+            if instruction.guard and not self._predicate(instruction.guard):
+                return
             if compute is None:
                 raise _Unknown
-            compute(operands, instruction.modifiers)
+            compute(operands, modifiers)
         except _Unknown:
             self._unknown = self._unknown or str(instruction)
-            self._forget(operands, instruction.modifiers)
+            self._forget(operands, modifiers)
 
     def _forget(self, operands: tuple[str, ...], modifiers: tuple[str, ...]) -> None:
         wide = "WIDE" in modifiers or "64" in modifiers
@@ -172,7 +176,7 @@ class Thread:
 
     # Control flow.
 
-    def _control(self, instruction: Instruction) -> bool:
+    def _control(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
         if name == "EXIT":
             self._at = None
@@ -186,11 +190,8 @@ class Thread:
             self._at = self._target(instruction)
         elif name == "RET":
             self._at = self._calls.pop()
-        elif name in ("BRX", "JMX", "JMP", "BPT", "KILL"):
-            raise _Unknown
         else:
-            return False
-        return True
+            raise DataError(f"{self._kernel.name}: '{instruction}' cannot be followed.")
 
     def _target(self, instruction: Instruction) -> int:
         label = re.fullmatch(r"`\((.+)\)", instruction.operands[-1])
@@ -412,13 +413,14 @@ class Thread:
         carries, o = self._carries(o)
         unsigned = "U32" in m
         product = self._int(o[1], unsigned) * self._int(o[2], unsigned)
-        if "WIDE" in m:
+        if "WIDE" in m or "HI" in m:
             total = product + self._pair(o[3])
-            self._put(o[0], total & 2**64 - 1, 8)
+            if "WIDE" in m:
+                self._put(o[0], total & 2**64 - 1, 8)
+            else:
+                self._put(o[0], total >> 32 & _MASK)
             for carry in carries:
                 self._decide(carry, bool(total >> 64))
-        elif "HI" in m:
-            self._put(o[0], (product >> 32) + self._bits(o[3]) & _MASK)
         else:
             total = (product & _MASK) + self._bits(o[3]) + sum(self._predicate(p) for p in o[4:])
             self._put(o[0], total & _MASK)
@@ -496,6 +498,17 @@ class Thread:
     def _do_imnmx(self, o: tuple[str, ...], m: tuple[str, ...]) -> None:
         a, b = self._int(o[1], "U32" in m), self._int(o[2], "U32" in m)
         self._put(o[0], (min(a, b) if self._predicate(o[3]) else max(a, b)) & _MASK)
+
+    def _do_popc(self, o: tuple[str, ...], m: tuple[str, ...]) -> None:
+        self._put(o[0], self._bits(o[1]).bit_count())
+
+    def _do_flo(self, o: tuple[str, ...], m: tuple[str, ...]) -> None:
+        if set(m) - {"U32"} or len(o) != 2:
+            raise _Unknown
+        self._put(o[0], self._bits(o[1]).bit_length() - 1 & _MASK)
+
+    def _do_redux(self, o: tuple[str, ...], m: tuple[str, ...]) -> None:
+        self._put(o[0], self._bits(o[1]))  # of its own value alone
 
     def _do_iabs(self, o: tuple[str, ...], m: tuple[str, ...]) -> None:
         self._put(o[0], abs(_signed(self._bits(o[1]), 32)) & _MASK)
@@ -578,7 +591,7 @@ class Thread:
             raise _Unknown
         width = int(kind[1:])
         value = self._pair(o[1]) if width == 64 else self._bits(o[1]) & ((1 << width) - 1)
-        self._give(o[0], float(value if kind[0] == "U" else _signed(value, width)))
+        self._give(o[0], float(value if kind[0] == "U" else _signed(value, width)), m)
 
     _do_i2fp = _do_i2f
 
