@@ -575,9 +575,10 @@ public:
     {
         list();
         uint32_t least = 0;
-        if (counting && mMarked > static_cast<uint32_t>(rule.topK))
+        if (counting)
         {
-            least = leastWith(mBorder.wanted, [](uint32_t) -> unsigned long long { return 1; });
+            uint64_t const wanted = mBorder.wanted < mMarked ? mBorder.wanted : mMarked;
+            least = leastWith(wanted, [](uint32_t) -> unsigned long long { return 1; });
         }
         if (rule.topP < 1.0F)
         {

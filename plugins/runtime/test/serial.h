@@ -1,8 +1,10 @@
 // The kernels of a step, done serially.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "sampling.h"
 #include "step.h"
@@ -52,8 +54,12 @@ public:
         {
             return best;
         }
-        mPeak = mLogits[best];
-        mScale = scaleOf(mRule.temperature);
+        float const scale = scaleOf(mRule.temperature);
+        for (int64_t i = 0; i < mVocab; ++i)
+        {
+            mKeys.push_back(keyOf(mLogits[i]));
+            mWeights.push_back(weightOf(mLogits[best] - mLogits[i], scale));
+        }
         uint32_t least = 0;
         if (mRule.topK > 0 && mRule.topK < mVocab)
         {
@@ -71,12 +77,8 @@ public:
 private:
     int64_t count(uint32_t key) const
     {
-        int64_t found = 0;
-        for (int64_t i = 0; i < mVocab; ++i)
-        {
-            found += keyOf(mLogits[i]) >= key ? 1 : 0;
-        }
-        return found;
+        return std::count_if(
+            mKeys.begin(), mKeys.end(), [key](uint32_t other) { return other >= key; });
     }
 
     uint64_t mass(uint32_t key) const
@@ -102,15 +104,15 @@ private:
 
     uint64_t kept(int64_t token, uint32_t key) const
     {
-        float const logit = mLogits[token];
-        return keyOf(logit) >= key ? weightOf(mPeak - logit, mScale) : 0;
+        auto const at = static_cast<size_t>(token);
+        return mKeys[at] >= key ? mWeights[at] : 0;
     }
 
     float const* mLogits;
     int64_t mVocab;
     SamplingRule mRule;
-    float mPeak{0.0F};
-    float mScale{0.0F};
+    std::vector<uint32_t> mKeys;
+    std::vector<uint64_t> mWeights;
 };
 
 // valid [batch], mask [batch, total], positions [batch, seq].
