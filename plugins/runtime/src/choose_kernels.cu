@@ -121,6 +121,17 @@ size_t rowWorkBytes(uint32_t packs)
 
 struct Pack
 {
+    // The first one, which the others move up for: registers have no index at run time.
+    __device__ float next()
+    {
+        float const first = logits[0];
+        for (int k = 1; k < kPack; ++k)
+        {
+            logits[k - 1] = logits[k];
+        }
+        return first;
+    }
+
     float logits[kPack];
     uint32_t valid; // a bit for each
 };
@@ -427,8 +438,14 @@ __global__ void __launch_bounds__(kThreads) binsKernel(
         {
             float const octaves = scale.octaves(pack.logits[k]);
             bool const in = (pack.valid >> k & 1U) != 0U && octaves < kOctaves;
-            unsigned long long const amount = counting ? 1 : scale.weight(pack.logits[k]);
-            shared.add(scale.bin(octaves), in ? amount : 0);
+            if (!counting)
+            {
+                shared.add(scale.bin(octaves), in ? scale.weight(pack.logits[k]) : 0);
+            }
+            else if (in)
+            {
+                atomicAdd(&shared.low[scale.bin(octaves)], 1U); // the hardware sums equal lanes
+            }
         }
     }
     __syncthreads();
@@ -700,10 +717,11 @@ private:
             {
                 continue;
             }
-            Pack const pack = mRow.load(i);
+            Pack pack = mRow.load(i);
+#pragma unroll 1 // eight copies of `visit` would make most of the kernel
             for (int k = 0; k < kPack; ++k)
             {
-                visit((marks >> k & 1U) != 0U, keyOf(pack.logits[k]), i * kPack + k);
+                visit((marks >> k & 1U) != 0U, keyOf(pack.next()), i * kPack + k);
             }
         }
     }
