@@ -19,9 +19,7 @@ def library(arithmetic: ctypes.CDLL) -> ctypes.CDLL:
 
 def test_tokens_are_the_serial_ones(library: ctypes.CDLL) -> None:
     rng = np.random.default_rng(1)
-    cases = [random_case(rng, 1000) for _ in range(60)] + [
-        random_case(rng, 4097) for _ in range(15)
-    ]
+    cases = [random_case(rng, 1000) for _ in range(40)] + [random_case(rng, 4097) for _ in range(5)]
     assert {case.kind for case in cases} == set(KINDS)
     assert compare_choices(library, cases, "cpu") == []
 
@@ -37,8 +35,8 @@ def test_borders_among_many_tokens(library: ctypes.CDLL, kind: str, rule: Rule) 
         logits[..., 1::2] -= np.arange(5000, dtype=np.float32) * 2**-24
         logits[..., 77] = -1e4
     draws = np.array([5], np.uint64)
-    cases = [Case(kind, "float32", logits, rule, seed, draws, 3) for seed in range(2)]
-    assert compare_choices(library, cases, "cpu") == []
+    case = Case(kind, "float32", logits, rule, 0, draws, 3)
+    assert compare_choices(library, [case], "cpu") == []
 
 
 @pytest.mark.heavy

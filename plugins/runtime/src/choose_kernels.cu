@@ -75,16 +75,16 @@ Tiling tilingOf(int64_t batch, int64_t vocab)
 
 struct Extremes
 {
-    uint64_t best{0}; // key of the largest logit, then ~token: the first one of equal ones
-    float least{0.0F};
+    uint64_t best; // key of the largest logit, then ~token: the first one of equal ones
+    float least;
 };
 
 // Bins below `sure` are kept, those from there to `last` have the border, the others are dropped.
 struct Border
 {
-    uint32_t sure{0};
-    uint32_t last{0};
-    uint64_t wanted{0}; // tokens or mass to keep of the bins between
+    uint32_t sure;
+    uint32_t last;
+    uint64_t wanted; // tokens or mass to keep of the bins between
 };
 
 // What the kernels leave to each other for one row; the marks of its packs follow.
