@@ -24,6 +24,26 @@ def test_tokens_are_the_serial_ones(library: ctypes.CDLL) -> None:
     assert compare_choices(library, cases, "cpu") == []
 
 
+def test_wrong_tokens_and_moves_are_found(library: ctypes.CDLL) -> None:
+    """Two cases and a move, whose definition says something else."""
+
+    class Wrong:
+        def __getattr__(self, name: str) -> object:
+            return getattr(library, name)
+
+        def iq_choose(self, *given: object) -> int:
+            return int(library.iq_choose(*given)) + 1
+
+        def iq_move(self, _present: object, past: ctypes.c_void_p, *_: object) -> None:
+            ctypes.memset(past, 0xAB, 1)
+
+    rng = np.random.default_rng(4)
+    cases = [random_case(rng, 9) for _ in range(2)]
+    wrong = compare_choices(Wrong(), cases, "cpu")  # type: ignore[arg-type]
+    assert len({text.split(":")[0] for text in wrong}) == 2
+    assert len(compare_moves(Wrong(), rng, 1, "cpu")) >= 1  # type: ignore[arg-type]
+
+
 # Rows that no list in shared memory holds, and a border in each of their bins.
 @pytest.mark.parametrize("kind", ["equal", "two values", "outlier"])
 @pytest.mark.parametrize("rule", [Rule(1.0, 9000), Rule(1.0, 0, 0.9), Rule(2.0, 9500, 0.7)])
