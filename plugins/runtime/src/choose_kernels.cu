@@ -9,8 +9,8 @@
 //   choose   one block: the exact border among the marked tokens, a digit of their keys at a time;
 //            then the drawn token
 //
-// Greedy needs the first and the last, sampling without top-k and top-p not the second. Marked tokens are
-// few and fit shared memory; where they do not (a thousand equal logits at the border), the last
+// Greedy needs the first and the last, sampling without top-k and top-p not the second. Marked tokens
+// are few and fit shared memory, or are all equal and need no look; where neither holds, the last
 // kernel passes over the row in their stead. All sums are of integers: their order is free.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -87,11 +87,20 @@ struct Border
     uint64_t wanted; // tokens or mass to keep of the bins between
 };
 
+// What is marked in a tile, or in a row.
+struct Marked
+{
+    unsigned long long mass;
+    uint32_t ones; // bits that a key has, and that a key lacks
+    uint32_t zeros;
+};
+
 // What the kernels leave to each other for one row; the marks of its packs follow.
 struct RowWork
 {
     unsigned long long bins[kBins];
     unsigned long long sums[kMostTiles]; // mass that is kept for sure
+    Marked marked[kMostTiles];
     Extremes extremes[kMostTiles];
     Border border;
 };
@@ -189,19 +198,40 @@ struct Row
     uint32_t end;
 };
 
-template <typename Value, typename Join>
-__device__ Value warpJoin(Value mine, Join join)
+__device__ unsigned long long warpSum(unsigned long long mine)
 {
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
     {
-        mine = join(mine, __shfl_xor_sync(kAllLanes, mine, offset));
+        mine += __shfl_xor_sync(kAllLanes, mine, offset);
     }
     return mine;
 }
 
-__device__ unsigned long long warpSum(unsigned long long mine)
+__device__ Marked join(Marked const& a, Marked const& b)
 {
-    return warpJoin(mine, [](unsigned long long a, unsigned long long b) { return a + b; });
+    return {a.mass + b.mass, a.ones | b.ones, a.zeros | b.zeros};
+}
+
+__device__ Marked warpMarked(Marked mine)
+{
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    {
+        mine = join(mine, {__shfl_xor_sync(kAllLanes, mine.mass, offset),
+                              __shfl_xor_sync(kAllLanes, mine.ones, offset),
+                              __shfl_xor_sync(kAllLanes, mine.zeros, offset)});
+    }
+    return mine;
+}
+
+// Of the whole row, for every thread, without a barrier.
+__device__ Marked rowMarked(RowWork const& work, uint32_t tiles)
+{
+    Marked mine{0, 0, 0};
+    for (uint32_t tile = threadIdx.x % kWarp; tile < tiles; tile += kWarp)
+    {
+        mine = join(mine, work.marked[tile]);
+    }
+    return warpMarked(mine);
 }
 
 // Sums of the lanes before this one, and of this one too.
@@ -501,6 +531,7 @@ __global__ void __launch_bounds__(kThreads) borderKernel(T const* logits, int64_
 {
     __shared__ Border found;
     __shared__ unsigned long long sums[kWarp];
+    __shared__ Marked marked[kWarp];
     RowWork& mine = work.row();
     Extremes const extremes = rowExtremes(mine, tiling.tiles);
     if (extremes.best == kNotFinite)
@@ -513,6 +544,7 @@ __global__ void __launch_bounds__(kThreads) borderKernel(T const* logits, int64_
         = binned ? findBorder(mine, rule, counting, found) : Border{kBins, kBins, 0};
     uint32_t const first = blockIdx.y * tiling.tilePacks;
     unsigned long long sum = 0;
+    Marked between{0, 0, 0};
     for (uint32_t i = threadIdx.x; i < tiling.tilePacks; i += kThreads)
     {
         Pack const pack = row.load(first + i);
@@ -530,6 +562,8 @@ __global__ void __launch_bounds__(kThreads) borderKernel(T const* logits, int64_
                 else if (bin <= border.last)
                 {
                     marks |= 1U << k;
+                    uint32_t const key = keyOf(pack.logits[k]);
+                    between = join(between, {scale.weight(pack.logits[k]), key, ~key});
                 }
             }
         }
@@ -539,17 +573,22 @@ __global__ void __launch_bounds__(kThreads) borderKernel(T const* logits, int64_
         }
     }
     sum = warpSum(sum);
+    between = warpMarked(between);
     if (threadIdx.x % kWarp == 0)
     {
         sums[threadIdx.x / kWarp] = sum;
+        marked[threadIdx.x / kWarp] = between;
     }
     __syncthreads();
     if (threadIdx.x < kWarp)
     {
-        sum = warpSum(threadIdx.x < kThreads / kWarp ? sums[threadIdx.x] : 0);
+        bool const filled = threadIdx.x < kThreads / kWarp;
+        sum = warpSum(filled ? sums[threadIdx.x] : 0);
+        between = warpMarked(filled ? marked[threadIdx.x] : Marked{0, 0, 0});
         if (threadIdx.x == 0)
         {
             mine.sums[blockIdx.y] = sum;
+            mine.marked[blockIdx.y] = between;
         }
         if (threadIdx.x == 0 && blockIdx.y == 0)
         {
@@ -582,6 +621,8 @@ public:
         , mScale(scale)
         , mWork(work)
         , mBorder(work.border)
+        , mMarked(rowMarked(work, tiling.tiles))
+        , mDiffering(kWarp - __clz(static_cast<int>(mMarked.ones & mMarked.zeros)))
         , mMarks(marks)
         , mShared(shared)
     {
@@ -590,11 +631,15 @@ public:
     // The least key that is kept.
     __device__ uint32_t leastKept(SamplingRule const& rule, bool counting)
     {
+        if (mDiffering == 0)
+        {
+            return mMarked.ones; // equal logits share their fate
+        }
         list();
         uint32_t least = 0;
         if (counting)
         {
-            uint64_t const wanted = mBorder.wanted < mMarked ? mBorder.wanted : mMarked;
+            uint64_t const wanted = mBorder.wanted < mCount ? mBorder.wanted : mCount;
             least = leastWith(wanted, [](uint32_t) -> unsigned long long { return 1; });
         }
         if (rule.topP < 1.0F)
@@ -614,7 +659,8 @@ public:
     {
         mShared.histogram.template clear<kChooseThreads>();
         __syncthreads();
-        if (binned)
+        bool const some = binned && mDiffering != 0; // of the marked ones, not all
+        if (some)
         {
             each([&](bool in, uint32_t key, uint32_t place) {
                 bool const kept = in && key >= least;
@@ -625,7 +671,8 @@ public:
             __syncthreads();
         }
         unsigned long long const mine = threadIdx.x < mTiling.tiles
-            ? mWork.sums[threadIdx.x] + mShared.histogram.at(threadIdx.x)
+            ? mWork.sums[threadIdx.x]
+                + (some ? mShared.histogram.at(threadIdx.x) : mWork.marked[threadIdx.x].mass)
             : 0;
         unsigned long long total = 0;
         unsigned long long before = blockPrefix<kChooseThreads>(mine, mShared.sums, total);
@@ -675,8 +722,8 @@ private:
         {
             mine += __popc(marks[i]);
         }
-        uint32_t at = blockPrefix<kChooseThreads>(mine, mShared.counts, mMarked);
-        if (mMarked > kListed)
+        uint32_t at = blockPrefix<kChooseThreads>(mine, mShared.counts, mCount);
+        if (mCount > kListed)
         {
             return;
         }
@@ -689,7 +736,7 @@ private:
             }
         }
         __syncthreads();
-        for (uint32_t i = threadIdx.x; i < mMarked; i += kChooseThreads)
+        for (uint32_t i = threadIdx.x; i < mCount; i += kChooseThreads)
         {
             mShared.keys[i] = keyOf(mRow.at(mShared.places[i]));
         }
@@ -700,11 +747,11 @@ private:
     template <typename Visit>
     __device__ void each(Visit visit)
     {
-        if (mMarked <= kListed)
+        if (mCount <= kListed)
         {
-            for (uint32_t i = threadIdx.x; i - threadIdx.x % kWarp < mMarked; i += kChooseThreads)
+            for (uint32_t i = threadIdx.x; i - threadIdx.x % kWarp < mCount; i += kChooseThreads)
             {
-                bool const in = i < mMarked;
+                bool const in = i < mCount;
                 visit(in, in ? mShared.keys[i] : 0U, in ? mShared.places[i] : 0U);
             }
             return;
@@ -741,17 +788,8 @@ private:
     template <typename Amount>
     __device__ uint32_t leastWith(unsigned long long wanted, Amount amount)
     {
-        uint32_t any = 0;
-        uint32_t all = 0xFFFFFFFFU;
-        each([&](bool in, uint32_t key, uint32_t) {
-            any |= in ? key : 0U;
-            all &= in ? key : 0xFFFFFFFFU;
-        });
-        // Only the bits that differ tell keys apart.
-        uint32_t const ones = blockOr(any);
-        uint32_t const zeros = blockOr(~all);
-        int bits = kWarp - __clz(static_cast<int>(ones & zeros));
-        uint32_t prefix = bits < kWarp ? ones >> bits << bits : 0U;
+        int bits = mDiffering;
+        uint32_t prefix = bits < kWarp ? mMarked.ones >> bits << bits : 0U;
         while (bits > 0)
         {
             int const width = bits < kDigitBits ? bits : kDigitBits;
@@ -798,19 +836,6 @@ private:
         }
     }
 
-    __device__ uint32_t blockOr(uint32_t mine)
-    {
-        mine = warpJoin(mine, [](uint32_t a, uint32_t b) { return a | b; });
-        __syncthreads();
-        if (threadIdx.x % kWarp == 0)
-        {
-            mShared.counts[threadIdx.x / kWarp] = mine;
-        }
-        __syncthreads();
-        return warpJoin(mShared.counts[threadIdx.x % kWarp],
-            [](uint32_t a, uint32_t b) { return a | b; });
-    }
-
     __device__ unsigned long long kept(Pack const& pack, int k, uint32_t least) const
     {
         bool const in = (pack.valid >> k & 1U) != 0U && keyOf(pack.logits[k]) >= least;
@@ -841,9 +866,11 @@ private:
     Scale mScale;
     RowWork const& mWork;
     Border mBorder;
+    Marked mMarked;
+    int mDiffering; // the last so many bits are those in which the marked keys differ
     unsigned char const* mMarks;
     Shared& mShared;
-    uint32_t mMarked{0};
+    uint32_t mCount{0}; // of the marked tokens
 };
 
 template <typename T>
