@@ -1,5 +1,5 @@
-// Sampling: four kernels in a row, of which all but the last have several blocks, or tiles, for each
-// row of logits.
+// Sampling: four kernels in a row, of which all but the last have several blocks, or tiles, for
+// each row of logits.
 //
 //   peak     the largest and the least logit of every tile
 //   bins     what lies in each of kBins equal ranges of logits below the peak: tokens (top-k) or
@@ -9,9 +9,9 @@
 //   choose   one block: the exact border among the marked tokens, a digit of their keys at a time;
 //            then the drawn token
 //
-// Greedy needs the first and the last, sampling without top-k and top-p not the second. Marked tokens
-// are few and fit shared memory, or are all equal and need no look; where neither holds, the last
-// kernel passes over the row in their stead. All sums are of integers: their order is free.
+// Greedy needs the first and the last, sampling without top-k and top-p not the second. Marked
+// tokens are few and fit shared memory, or are all equal and need no look; where neither holds, the
+// last kernel passes over the row in their stead. All sums are of integers: their order is free.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -69,8 +69,9 @@ Tiling tilingOf(int64_t batch, int64_t vocab)
     int64_t tiles = kBlocksWanted / batch;
     tiles = tiles > kMostTiles ? kMostTiles : (tiles < 1 ? 1 : tiles);
     int64_t const tilePacks = up((packs + tiles - 1) / tiles, kThreads);
+    tiles = (packs + tilePacks - 1) / tilePacks;
     return {static_cast<uint32_t>(vocab), static_cast<uint32_t>(packs),
-        static_cast<uint32_t>(tilePacks), static_cast<uint32_t>((packs + tilePacks - 1) / tilePacks)};
+        static_cast<uint32_t>(tilePacks), static_cast<uint32_t>(tiles)};
 }
 
 struct Extremes
@@ -294,7 +295,7 @@ __device__ Extremes rowExtremes(RowWork const& work, uint32_t tiles)
     return warpExtremes(mine);
 }
 
-// Where a logit stands below the peak. A bin's logits are all larger than those of the bins after it.
+// Where a logit stands below the peak. A bin's logits are larger than those of the bins after it.
 struct Scale
 {
     __device__ Scale(Extremes const& row, float halvings)
@@ -622,10 +623,10 @@ public:
         , mWork(work)
         , mBorder(work.border)
         , mMarked(rowMarked(work, tiling.tiles))
-        , mDiffering(kWarp - __clz(static_cast<int>(mMarked.ones & mMarked.zeros)))
         , mMarks(marks)
         , mShared(shared)
     {
+        mDiffering = kWarp - __clz(static_cast<int>(mMarked.ones & mMarked.zeros));
     }
 
     // The least key that is kept.
@@ -867,9 +868,9 @@ private:
     RowWork const& mWork;
     Border mBorder;
     Marked mMarked;
-    int mDiffering; // the last so many bits are those in which the marked keys differ
     unsigned char const* mMarks;
     Shared& mShared;
+    int mDiffering{0};  // in the last so many bits the keys of marked tokens differ
     uint32_t mCount{0}; // of the marked tokens
 };
 

@@ -1,5 +1,5 @@
-// A kernel's launch as a function, so that the kernels compile where nvcc does not: tests run them on
-// a CPU.
+// A kernel's launch as a function, so that other compilers take the kernels too: tests run them
+// on a CPU.
 #pragma once
 
 #include <cuda_runtime_api.h>

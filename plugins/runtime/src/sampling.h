@@ -1,8 +1,8 @@
 // What is chosen from logits, for host and device: test/serial.h has the whole definition, and the
 // kernels give the same token from the same draw, on every GPU and in every order of threads. For
 // that weights are integers, whose sums are exact, and the float arithmetic behind them is one that
-// IEEE 754 rounds in one way only: no expf, whose last bits differ, and no a * b + c that a compiler
-// may fuse or not.
+// IEEE 754 rounds in one way only: no expf, whose last bits differ, and no a * b + c that a
+// compiler may fuse or not.
 #pragma once
 
 #include <cfloat>

@@ -32,15 +32,28 @@ __global__ void inputsKernel(
 
 // The window of a head is one piece of memory: zeros, then the last rows of what is present.
 template <typename Unit>
-__device__ void moveHead(
-    Unit const* __restrict__ present, Unit* __restrict__ past, int64_t zeros, int64_t units)
+__device__ void moveHead(Unit const* present, Unit* past, int64_t zeros, int64_t units)
 {
-    int64_t const stride = static_cast<int64_t>(gridDim.x) * kThreads;
-#pragma unroll 4
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < units;
-         i += stride)
+    constexpr int kLoads = 4; // at once
+    constexpr int64_t kStride = static_cast<int64_t>(kMoveSlices) * kThreads;
+#pragma unroll 1 // nvcc would divide to find how often
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; first < units;
+         first += kLoads * kStride)
     {
-        past[i] = i < zeros ? Unit{} : present[i - zeros];
+        Unit values[kLoads];
+        for (int k = 0; k < kLoads; ++k)
+        {
+            int64_t const i = first + k * kStride;
+            values[k] = i >= zeros && i < units ? present[i - zeros] : Unit{};
+        }
+        for (int k = 0; k < kLoads; ++k)
+        {
+            int64_t const i = first + k * kStride;
+            if (i < units)
+            {
+                past[i] = values[k];
+            }
+        }
     }
 }
 
