@@ -41,7 +41,10 @@ def test_aarch64(headers: Path, tmp_path: Path) -> None:
     assert toolchains.run_aarch64([folder / "iq_fuzz_creators", 2000, 1]).startswith("2000 runs")
 
 
-@pytest.mark.parametrize("name", ["src/kernels.cu", "runtime/src/step_kernels.cu"])
+@pytest.mark.parametrize(
+    "name",
+    ["src/kernels.cu", "runtime/src/choose_kernels.cu", "runtime/src/step_kernels.cu"],
+)
 def test_cuda_12_kernels(tmp_path: Path, name: str) -> None:
     """clang compiles them against its headers, its ptxas assembles them."""
     clang = toolchains.find_clang()

@@ -30,7 +30,17 @@ from tests import planted
 from tests.plugins.calls import Rows
 from tests.test_rewrite import calibration
 from tools.gpu_check import __main__ as command
-from tools.gpu_check import bandwidth, engines, kernels, pack, report, run, statistics, steps
+from tools.gpu_check import (
+    bandwidth,
+    engines,
+    kernels,
+    pack,
+    report,
+    run,
+    sampling,
+    statistics,
+    steps,
+)
 from tools.gpu_check.parts import SUMS, split
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -434,6 +444,22 @@ def test_bandwidth_table_by_hand() -> None:
 
 
 # --- engines --------------------------------------------------------------------------------------
+
+
+def test_sampling_bars_by_hand() -> None:
+    times = {"greedy": 12.0, "top-p": 60.1}
+    assert sampling.missed(times, []) == ["top-p: 60.1 us"]
+    assert sampling.missed({"greedy": 60.0}, ["a", "b"]) == ["2 differences"]
+
+
+def test_random_rows_of_all_kinds() -> None:
+    rng = np.random.default_rng(0)
+    cases = [sampling.random_case(rng, 1000) for _ in range(200)]
+    assert {case.kind for case in cases} == set(sampling.KINDS)
+    assert {case.type for case in cases} == set(sampling.TYPES)
+    assert max(case.logits.shape[-1] for case in cases) == 1000
+    bad = {case.kind for case in cases if not np.isfinite(case.logits[:, -1]).all()}
+    assert bad == {"nan", "inf", "-inf"}
 
 
 def test_products_by_layer() -> None:

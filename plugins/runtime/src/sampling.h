@@ -1,10 +1,11 @@
-// How a token is chosen from logits, for host and device.
-//
-// No sort: the least logit that is kept is found by halving the range of its bits, 32 passes over
-// the row at most. `Row` does the passes, serially or by a block of threads; every thread calls
-// these functions and gets the same result.
+// What is chosen from logits, for host and device: test/serial.h has the whole definition, and the
+// kernels give the same token from the same draw, on every GPU and in every order of threads. For
+// that weights are integers, whose sums are exact, and the float arithmetic behind them is one that
+// IEEE 754 rounds in one way only: no expf, whose last bits differ, and no a * b + c that a
+// compiler may fuse or not.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -33,10 +34,68 @@ IQ_HOST_DEVICE uint32_t keyOf(float value)
     return (bits >> 31U) != 0U ? ~bits : bits | 0x80000000U;
 }
 
-// What a token weighs beside the likeliest one.
-IQ_HOST_DEVICE double weightOf(float logit, float peak, float temperature)
+// The value of a key, but for the sign of zero.
+IQ_HOST_DEVICE float valueOf(uint32_t key)
 {
-    return static_cast<double>(expf((logit - peak) / temperature));
+    uint32_t const bits = (key >> 31U) != 0U ? key & 0x7FFFFFFFU : ~key;
+    float value = 0.0F;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+constexpr int kWeightBits = 40;     // the likeliest token weighs 2^40
+constexpr float kOctaves = 41.0F;   // and what is so many halvings below it weighs nothing
+constexpr float kRound = 12582912.0F; // 1.5 * 2^23: added to a small float, it leaves an integer
+                                      // in the last 22 bits
+
+// Halvings of the weight for each unit of a logit.
+inline float scaleOf(float temperature)
+{
+    float const scale = 1.44269504F / temperature;
+    return scale < FLT_MAX ? scale : FLT_MAX; // 0 * inf would make the likeliest one NaN
+}
+
+// What a token weighs whose logit is `below` the largest: 2^(kWeightBits - below * scale), rounded
+// down. The sum of 2^23 weights fits 64 bits, and what the rounding takes from a vocabulary of
+// 150,000 is less than 2^-22 of it.
+IQ_HOST_DEVICE uint64_t weightOf(float below, float scale)
+{
+    if (!(below * scale < kOctaves))
+    {
+        return 0;
+    }
+    float const shifted = fmaf(below, scale, kRound);
+    float const part = fmaf(below, scale, kRound - shifted); // -0.5 .. 0.5
+    // 2^-part, to 8e-8.
+    float power = 0x1.41fbbap-13F;
+    power = fmaf(power, part, -0x1.5f3e54p-10F);
+    power = fmaf(power, part, 0x1.3b2d4cp-7F);
+    power = fmaf(power, part, -0x1.c6aee8p-5F);
+    power = fmaf(power, part, 0x1.ebfbdcp-3F);
+    power = fmaf(power, part, -0x1.62e43p-1F);
+    power = fmaf(power, part, 1.0F);
+    uint32_t whole = 0;
+    uint32_t bits = 0;
+    memcpy(&whole, &shifted, sizeof(whole));
+    memcpy(&bits, &power, sizeof(bits));
+    uint32_t const mantissa = (bits & 0x7FFFFFU) | 0x800000U;
+    uint32_t const shift = (whole & 0xFFU) + 127U - (bits >> 23U);
+    return (static_cast<uint64_t>(mantissa) << (kWeightBits - 23)) >> shift;
+}
+
+// The least mass of the likeliest tokens that is a share `topP` of `mass`.
+IQ_HOST_DEVICE uint64_t wantedOf(float topP, uint64_t mass)
+{
+    double const share = ceil(static_cast<double>(topP) * static_cast<double>(mass));
+    uint64_t const wanted = share < 1.0 ? 1 : static_cast<uint64_t>(share);
+    return wanted < mass ? wanted : mass;
+}
+
+// Where in `mass`, 0 .. mass - 1, a draw from [0, 1) falls.
+IQ_HOST_DEVICE uint64_t targetOf(double draw, uint64_t mass)
+{
+    auto const target = static_cast<uint64_t>(draw * static_cast<double>(mass));
+    return target < mass ? target : mass - 1;
 }
 
 // A number in [0, 1) for a row (of fewer than 2^20) and a step: splitmix64 of a counter, twice.
@@ -50,53 +109,6 @@ IQ_HOST_DEVICE double uniform(uint64_t seed, uint64_t row, uint64_t step)
         bits ^= bits >> 31U;
     }
     return static_cast<double>(bits >> 11U) * (1.0 / 9007199254740992.0);
-}
-
-// The largest key for which `holds`, which is true for all keys up to some one; 0 must be such.
-template <typename Holds>
-IQ_HOST_DEVICE uint32_t largestKey(Holds holds)
-{
-    uint32_t key = 0;
-    for (uint32_t bit = 0x80000000U; bit != 0U; bit >>= 1U)
-    {
-        if (holds(key | bit))
-        {
-            key |= bit;
-        }
-    }
-    return key;
-}
-
-// The token, or -1 if a logit is not finite. `draw` lies in [0, 1). A Row has
-//   finite()               whether every logit is
-//   peakKey()              the largest key
-//   count(key)             tokens of at least that key
-//   mass(key)              their weight together
-//   firstWith(key)         the first token of that key
-//   pick(key, draw)        the token at that part of the mass, in order of tokens
-template <typename Row>
-IQ_HOST_DEVICE int64_t choose(Row& row, SamplingRule const& rule, double draw)
-{
-    if (!row.finite())
-    {
-        return -1;
-    }
-    if (rule.temperature <= 0.0F)
-    {
-        return row.firstWith(row.peakKey());
-    }
-    uint32_t least = 0;
-    if (rule.topK > 0 && rule.topK < row.size())
-    {
-        least = largestKey([&](uint32_t key) { return row.count(key) >= rule.topK; });
-    }
-    if (rule.topP < 1.0F)
-    {
-        // A token is kept if those before it have less than the wanted part of the mass.
-        double const wanted = static_cast<double>(rule.topP) * row.mass(least);
-        least = largestKey([&](uint32_t key) { return row.mass(key) >= wanted; });
-    }
-    return row.pick(least, draw);
 }
 
 } // namespace iq

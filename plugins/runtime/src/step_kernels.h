@@ -36,10 +36,14 @@ cudaError_t launchInputs(int64_t* valid, int64_t* mask, int64_t* positions, int6
 cudaError_t launchMoves(CacheMove const* moves, int32_t count, int64_t batch, int64_t from,
     int64_t to, cudaStream_t stream);
 
+// Bytes of workspace for up to `batch` sequences of up to `vocab` tokens, fewer than 2^31.
+int64_t chooseBytes(int64_t batch, int64_t vocab);
+
 // A token for each sequence from its last row of logits [batch, seq, vocab], written to ids and to
-// chosen; draws[b] counts its draws.
+// chosen, as test/serial.h says; draws[b] counts its draws. What the workspace holds before and
+// after does not matter; it is aligned as cudaMalloc does it.
 cudaError_t launchChoose(LogitType type, void const* logits, int64_t batch, int64_t seq,
     int64_t vocab, SamplingRule const& rule, uint64_t* draws, int64_t* ids, int64_t* chosen,
-    cudaStream_t stream);
+    void* workspace, cudaStream_t stream);
 
 } // namespace iq

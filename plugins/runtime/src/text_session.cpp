@@ -62,6 +62,7 @@ struct TextSession::State
     Stream stream;
     DeviceMemory ids, mask, positions, logits; // of a step
     DeviceMemory valid, draws, chosen;         // [batch]
+    DeviceMemory workspace;                    // of sampling
     DeviceMemory moves;                        // CacheMove for every cache tensor
     std::vector<DeviceMemory> past, present;
     PinnedMemory hostIds;    // [batch, capacity]
@@ -109,6 +110,7 @@ void TextSession::State::allocateAll(int64_t sequences)
     valid = allocate(product({room, kId}));
     draws = allocate(product({room, kId}));
     chosen = allocate(product({room, kId}));
+    workspace = allocate(chooseBytes(room, io.vocab));
     hostIds = allocatePinned(product({room, capacity, kId}));
     hostValid = allocatePinned(product({room, kId}));
     hostChosen = allocatePinned(product({room, kId}));
@@ -208,7 +210,7 @@ void TextSession::State::enqueueStep(int64_t seq, int64_t next, bool choosing)
         return;
     }
     check(launchChoose(logitType(io.logitsDtype), logits.get(), batch, seq, io.vocab, rule,
-              static_cast<uint64_t*>(draws.get()), newIds, newChosen, queue),
+              static_cast<uint64_t*>(draws.get()), newIds, newChosen, workspace.get(), queue),
         "the kernel for sampling");
     check(cudaMemcpyAsync(hostChosen.get(), newChosen, static_cast<size_t>(batch) * sizeof(int64_t),
               cudaMemcpyDeviceToHost, queue),

@@ -1,8 +1,10 @@
 // The kernels of a step, done serially.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "sampling.h"
 #include "step.h"
@@ -10,60 +12,78 @@
 namespace iq
 {
 
+// The largest key for which `holds`, which is true for all keys up to some one; 0 must be such.
+template <typename Holds>
+uint32_t largestKey(Holds holds)
+{
+    uint32_t key = 0;
+    for (uint32_t bit = 0x80000000U; bit != 0U; bit >>= 1U)
+    {
+        if (holds(key | bit))
+        {
+            key |= bit;
+        }
+    }
+    return key;
+}
+
+// How a token is chosen: equal logits share their fate, and the draw goes by the order of tokens.
 class SerialRow
 {
 public:
-    SerialRow(float const* logits, int64_t vocab, float temperature)
+    SerialRow(float const* logits, int64_t vocab, SamplingRule const& rule)
         : mLogits(logits)
         , mVocab(vocab)
-        , mTemperature(temperature)
+        , mRule(rule)
     {
     }
 
-    int64_t size() const
+    // The token, or -1 if a logit is not finite. `draw` lies in [0, 1).
+    int64_t choose(double draw)
     {
-        return mVocab;
-    }
-
-    bool finite()
-    {
-        bool good = true;
+        int64_t best = 0;
         for (int64_t i = 0; i < mVocab; ++i)
         {
-            good = good && std::isfinite(mLogits[i]);
-            mPeak = i == 0 || mLogits[i] > mPeak ? mLogits[i] : mPeak;
+            if (!std::isfinite(mLogits[i]))
+            {
+                return -1;
+            }
+            best = mLogits[i] > mLogits[best] ? i : best;
         }
-        return good;
-    }
-
-    uint32_t peakKey() const
-    {
-        return keyOf(mPeak);
-    }
-
-    int64_t firstWith(uint32_t key) const
-    {
-        int64_t token = 0;
-        while (keyOf(mLogits[token]) != key)
+        if (mRule.temperature <= 0.0F)
         {
-            ++token;
+            return best;
         }
-        return token;
+        float const scale = scaleOf(mRule.temperature);
+        for (int64_t i = 0; i < mVocab; ++i)
+        {
+            mKeys.push_back(keyOf(mLogits[i]));
+            mWeights.push_back(weightOf(mLogits[best] - mLogits[i], scale));
+        }
+        uint32_t least = 0;
+        if (mRule.topK > 0 && mRule.topK < mVocab)
+        {
+            least = largestKey([&](uint32_t key) { return count(key) >= mRule.topK; });
+        }
+        if (mRule.topP < 1.0F)
+        {
+            // A token is kept if those before it have less than the wanted part of the mass.
+            uint64_t const wanted = wantedOf(mRule.topP, mass(least));
+            least = largestKey([&](uint32_t key) { return mass(key) >= wanted; });
+        }
+        return pick(least, targetOf(draw, mass(least)));
     }
 
+private:
     int64_t count(uint32_t key) const
     {
-        int64_t found = 0;
-        for (int64_t i = 0; i < mVocab; ++i)
-        {
-            found += keyOf(mLogits[i]) >= key ? 1 : 0;
-        }
-        return found;
+        return std::count_if(
+            mKeys.begin(), mKeys.end(), [key](uint32_t other) { return other >= key; });
     }
 
-    double mass(uint32_t key) const
+    uint64_t mass(uint32_t key) const
     {
-        double sum = 0.0;
+        uint64_t sum = 0;
         for (int64_t i = 0; i < mVocab; ++i)
         {
             sum += kept(i, key);
@@ -71,37 +91,28 @@ public:
         return sum;
     }
 
-    int64_t pick(uint32_t key, double draw) const
+    int64_t pick(uint32_t key, uint64_t target) const
     {
-        double left = draw * mass(key);
         int64_t token = 0;
-        for (int64_t i = 0; i < mVocab; ++i)
+        while (target >= kept(token, key))
         {
-            double const weight = kept(i, key);
-            if (weight > 0.0)
-            {
-                token = i;
-                if (left < weight)
-                {
-                    break;
-                }
-                left -= weight;
-            }
+            target -= kept(token, key);
+            ++token;
         }
         return token;
     }
 
-private:
-    double kept(int64_t token, uint32_t key) const
+    uint64_t kept(int64_t token, uint32_t key) const
     {
-        float const logit = mLogits[token];
-        return keyOf(logit) >= key ? weightOf(logit, mPeak, mTemperature) : 0.0;
+        auto const at = static_cast<size_t>(token);
+        return mKeys[at] >= key ? mWeights[at] : 0;
     }
 
     float const* mLogits;
     int64_t mVocab;
-    float mTemperature;
-    float mPeak{0.0F};
+    SamplingRule mRule;
+    std::vector<uint32_t> mKeys;
+    std::vector<uint64_t> mWeights;
 };
 
 // valid [batch], mask [batch, total], positions [batch, seq].

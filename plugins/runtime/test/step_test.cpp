@@ -6,8 +6,7 @@
 IQ_TEST int64_t iq_choose(float const* logits, int64_t vocab, float temperature, int32_t topK,
     float topP, double draw)
 {
-    iq::SerialRow row(logits, vocab, temperature);
-    return iq::choose(row, {temperature, topK, topP, 0}, draw);
+    return iq::SerialRow(logits, vocab, {temperature, topK, topP, 0}).choose(draw);
 }
 
 IQ_TEST uint32_t iq_key(float value)

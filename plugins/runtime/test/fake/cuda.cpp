@@ -164,9 +164,14 @@ cudaError_t launchMoves(CacheMove const* moves, int32_t count, int64_t batch, in
     return cudaSuccess;
 }
 
+int64_t chooseBytes(int64_t batch, int64_t /*vocab*/)
+{
+    return batch; // the serial form needs none
+}
+
 cudaError_t launchChoose(LogitType type, void const* logits, int64_t batch, int64_t seq,
     int64_t vocab, SamplingRule const& rule, uint64_t* draws, int64_t* ids, int64_t* chosen,
-    cudaStream_t stream)
+    void* /*workspace*/, cudaStream_t stream)
 {
     if (type != LogitType::kFloat)
     {
@@ -175,10 +180,9 @@ cudaError_t launchChoose(LogitType type, void const* logits, int64_t batch, int6
     stream->submit([=] {
         for (int64_t b = 0; b < batch; ++b)
         {
-            SerialRow row(static_cast<float const*>(logits) + ((b + 1) * seq - 1) * vocab, vocab,
-                rule.temperature);
-            chosen[b] = choose(
-                row, rule, uniform(rule.seed, static_cast<uint64_t>(b), draws[b]++));
+            SerialRow row(
+                static_cast<float const*>(logits) + ((b + 1) * seq - 1) * vocab, vocab, rule);
+            chosen[b] = row.choose(uniform(rule.seed, static_cast<uint64_t>(b), draws[b]++));
             ids[b] = chosen[b] < 0 ? 0 : chosen[b];
         }
     });

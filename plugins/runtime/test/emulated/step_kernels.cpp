@@ -1,0 +1,2 @@
+// The kernels of a step, compiled for the CPU.
+#include "step_kernels.cu"
