@@ -201,8 +201,9 @@ def compare_moves(
         move.launch()
         for (heads, row_bytes), present, past in zip(shapes, move.present, move.past, strict=True):
             expected = np.empty(tuple(past.shape), np.uint8)
+            source = present.cpu()  # its memory must outlive the call
             library.iq_move(
-                _pointer(present.cpu()), ctypes.c_void_p(expected.ctypes.data),
+                _pointer(source), ctypes.c_void_p(expected.ctypes.data),
                 *map(ctypes.c_int64, (batch * heads, row_bytes, before, after)),
             )  # fmt: skip
             if not np.array_equal(past.cpu().numpy(), expected):
