@@ -113,7 +113,7 @@ def packed(
     headers.mkdir()
     (headers / "NvInferRuntime.h").touch()
     monkeypatch.setattr(pack, "_bundles", lambda _: bundles)
-    monkeypatch.setattr(pack, "_wheels", lambda work, python: None)
+    monkeypatch.setattr(pack, "_wheels", lambda work, python, tensorrt: None)
     monkeypatch.setattr(pack, "find_headers", lambda: headers)
     monkeypatch.setattr(pack, "build_plugin", build_plugin)
     monkeypatch.setattr(pack, "build_engine", build_engine)
@@ -314,8 +314,9 @@ def test_every_step_runs_where_tensorrt_refuses_everything(
         raise steps.Failed(f"{arguments[0]}: no SM90 here")
 
     monkeypatch.setattr(run._Here, "_python", python)
-    monkeypatch.setattr(run._Here, "_build", lambda self: {"sm": 90})
-    monkeypatch.setattr(run, "device_compute_capability", lambda: 90)
+    monkeypatch.setattr(run._Here, "_build", lambda self: {"sm": 89})
+    monkeypatch.setattr(run._Here, "_build_sampling", lambda self: {"sm": 89})
+    monkeypatch.setattr(run, "device_compute_capability", lambda: 89)
     out = tmp_path / "out.json"
     assert command.main(["run", str(folder), "--json", str(out)]) == 1
     data = json.loads(out.read_text())
@@ -330,6 +331,39 @@ def test_every_step_runs_where_tensorrt_refuses_everything(
     assert data["verdict"][-1].startswith("VERDICT: ")
     assert "not measured" in data["verdict"][-1]
     assert capsys.readouterr().out.strip().endswith(data["verdict"][-1])
+
+
+def test_engines_are_skipped_at_once_where_they_cannot_run(
+    packed: tuple[Path, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def python(self: Any, module: str, *arguments: str, watcher: Any = ()) -> Any:
+        asked.append(module)
+        raise steps.Failed("nothing runs here")
+
+    monkeypatch.setattr(run._Here, "_python", python)
+    monkeypatch.setattr(run._Here, "_build", lambda self: {"sm": 90})
+    monkeypatch.setattr(run._Here, "_build_sampling", lambda self: {"sm": 90})
+    monkeypatch.setattr(run, "device_compute_capability", lambda: 90)
+    out = tmp_path / "out.json"
+    assert command.main(["run", str(packed[0]), "--json", str(out)]) == 1
+    found = json.loads(out.read_text())["steps"]
+    assert list(found)[-1] == "engines" and found["engines"]["status"] == "skipped"
+    assert "compute capability 9.0" in found["engines"]["reason"]
+    assert "engines" not in asked and found["sampling"]["status"] == "failed"
+
+
+def test_a_pack_of_kernels_needs_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    monkeypatch.setattr(pack, "find_headers", lambda: headers)
+    monkeypatch.setattr(pack, "_wheels", lambda work, python, tensorrt: None)
+    monkeypatch.setattr(pack.metadata, "version", lambda _: "1.2.3")
+    monkeypatch.setattr(pack, "_compile", lambda out: pytest.fail("a bundle is compiled"))
+    assert command.main(["pack", "--kernels", "--out", str(tmp_path / "folder")]) == 0
+    index = run.read_index(tmp_path / "folder")
+    assert index["engines"] == [] and "plugins/src/kernels.cu" in index["files"]
 
 
 # --- kernels, bandwidth ---------------------------------------------------------------------------
@@ -394,11 +428,9 @@ def test_what_is_timed_is_the_ops(host: ctypes.CDLL, monkeypatch: pytest.MonkeyP
     as_pointer = bandwidth._pointer
     monkeypatch.setattr(bandwidth, "_pointer", pointer)
     monkeypatch.setattr(bandwidth, "_DEVICE", "cpu")
-    monkeypatch.setattr(bandwidth, "ROWS", 128)
-    monkeypatch.setattr(bandwidth, "HIDDEN", 512)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    calls, moved = bandwidth._calls(host)
-    assert list(calls) == list(moved) and set(bandwidth.BARRED) < set(calls)
+    calls, moved = bandwidth._calls(host, rows=128, hidden=512)
+    assert list(calls) == list(moved) and set(bandwidth.SHARES) < set(calls)
     for name, call in calls.items():
         for turn in range(bandwidth._SETS + 1):
             call(turn)
@@ -412,11 +444,13 @@ def test_what_is_timed_is_the_ops(host: ctypes.CDLL, monkeypatch: pytest.MonkeyP
         return [v.numpy() if hasattr(v, "numpy") else v for v in given]
 
     rows = Rows(host)
-    x, branch, weight, bias, index, table, epsilon, scale, *_, total, codes = arguments(
+    table = arguments("insert")[3]
+    x, branch, weight, bias, index, inserted, epsilon, scale, *_, total, codes = arguments(
         "rms norm + insert"
     )
     expected = rows.add_norm(x, branch, weight, bias, index, table, epsilon, scale)
     assert np.array_equal(total, expected[0]) and np.array_equal(codes, expected[1])
+    assert inserted.dtype == np.int8 and np.array_equal(codes[0], inserted[0])
     assert (index > 0).sum() == 2 and codes.any()
     gate, up, index, block, factor, scale, *_, codes = arguments("gated product, blocks of 64")
     expected_codes, _ = rows.silu_mul(gate, up, index, None, block, factor, scale)
@@ -426,12 +460,14 @@ def test_what_is_timed_is_the_ops(host: ctypes.CDLL, monkeypatch: pytest.MonkeyP
 _SECONDS = {
     "copy": [1.0, 1.0, 2.0], "rms norm": [1.0, 1.0, 2.0], "rms norm + insert": [1.1, 1.1, 2.2],
     "gated product, blocks of 64": [1.3, 1.3, 2.6],
+    "gated product, blocks of 512": [1.0, 1.0, 2.0], "detect": [1.0, 1.0, 2.0],
 }  # fmt: skip
 
 
 def test_bandwidth_table_by_hand() -> None:
     sizes = {"copy": 100, "rms norm": 100, "rms norm + insert": 110,
-             "gated product, blocks of 64": 104}  # fmt: skip
+             "gated product, blocks of 64": 104, "gated product, blocks of 512": 78,
+             "detect": 79}  # fmt: skip
     found = bandwidth.table(_SECONDS, sizes)
     assert found["kernels"]["rms norm + insert"]["of_copy"]["median"] == pytest.approx(1)
     assert found["kernels"]["gated product, blocks of 64"]["of_copy"]["median"] == pytest.approx(
@@ -439,7 +475,8 @@ def test_bandwidth_table_by_hand() -> None:
     )
     assert found["insertion"]["median"] == pytest.approx(1.1)
     assert found["missed"] == [
-        "gated product, blocks of 64 has 80% of the copy's bandwidth", "insertion costs 1.100 x",
+        "gated product, blocks of 64 has 80% of the copy's bandwidth",
+        "detect has 79% of the copy's bandwidth", "insertion costs 1.100 x",
     ]  # fmt: skip
 
 

@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--python", default="3.12", help="of the other machine (default 3.12)")
     pack.add_argument("--no-plans", action="store_true",
         help="leave out the plans (700 MB of 1.2 GB): they are built there only")  # fmt: skip
+    pack.add_argument("--kernels", action="store_true",
+        help="the kernels only, 2 MB: no bundle, no engine, no TensorRT")  # fmt: skip
     pack.add_argument(
         "--part-mib", type=int, help="write OUT.parts, in files of that size, as well"
     )
@@ -64,7 +66,7 @@ def _pack(options: argparse.Namespace) -> int:
         raise UsageError("--part-mib must be at least 1.")
     folder = pack(
         Options(options.out.absolute(), options.bundle, options.target, options.python,
-                not options.no_plans)
+                plans=not options.no_plans, engines=not options.kernels)
     )  # fmt: skip
     print(folder)
     if options.part_mib is not None:

@@ -97,13 +97,15 @@ class Engine:
 
 @dataclass(frozen=True)
 class Options:
-    """`bundles` are compiled if there are none; `plans` False leaves out the plans."""
+    """`bundles` are compiled if there are none; `plans` False leaves out the plans, `engines` False
+    all that engines need: what is left are the kernels, 2 MB."""
 
     out: Path
     bundles: Sequence[Path] = ()
     target: str = "rtx-all"
     python: str = "3.12"
     plans: bool = True
+    engines: bool = True
 
 
 def pack(options: Options) -> Path:
@@ -115,15 +117,15 @@ def pack(options: Options) -> Path:
     target = resolve_target(options.target)
     if target.flavour != RTX:
         raise UsageError(f"--target {target.name} builds on the device only: take an rtx one.")
-    bundles = _bundles(options.bundles or _compile(options.out))
+    bundles = _bundles(options.bundles or _compile(options.out)) if options.engines else {}
     with atomic_folder(options.out) as work:
         _copy_code(work)
-        _wheels(work, options.python)
+        _wheels(work, options.python, tensorrt=options.engines)
         engines: list[Engine] = []
         for name, bundle in bundles.items():
             engines += copy_graphs(bundle, name, work)
             save_reference(bundle, name, work)
-        if options.plans:
+        if options.plans and options.engines:
             engines = _build_plans(work, engines, options.target)
         write_index(
             work,
@@ -191,20 +193,22 @@ def _copy_code(work: Path) -> None:
     shutil.copytree(headers, work / "headers", ignore=shutil.ignore_patterns("*.py"))
 
 
-def _wheels(work: Path, python: str) -> None:
+def _wheels(work: Path, python: str, *, tensorrt: bool) -> None:
     """TensorRT for RTX of the version that is installed here, for Python `python`.
 
     Its top package is plain Python and has no wheel: it is copied. ml_dtypes gives NumPy bfloat16.
     """
-    spec = importlib.util.find_spec(RTX)
-    if spec is None or spec.origin is None:
-        raise EngineError("TensorRT for RTX is not installed: pip install 'iq-export[rtx]'.")
-    shutil.copytree(
-        Path(spec.origin).parent, work / "site" / RTX, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    version = metadata.version("tensorrt-rtx-cu13")
-    names = [f"tensorrt-rtx-cu13-{part}=={version}" for part in ("bindings", "libs")]
-    names.append(f"ml-dtypes=={metadata.version('ml-dtypes')}")
+    names = [f"ml-dtypes=={metadata.version('ml-dtypes')}"]
+    if tensorrt:
+        spec = importlib.util.find_spec(RTX)
+        if spec is None or spec.origin is None:
+            raise EngineError("TensorRT for RTX is not installed: pip install 'iq-export[rtx]'.")
+        shutil.copytree(
+            Path(spec.origin).parent, work / "site" / RTX,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )  # fmt: skip
+        version = metadata.version("tensorrt-rtx-cu13")
+        names += [f"tensorrt-rtx-cu13-{part}=={version}" for part in ("bindings", "libs")]
     machine = platform.machine()
     # pip matches the number of glibc's version exactly.
     tags = [f"manylinux_2_{number}_{machine}" for number in (17, 24, 26, 27, 28, 31, 34, 35, 39)]
