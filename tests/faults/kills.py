@@ -27,6 +27,8 @@ from tests.faults.run import HANGS, Case, Done, Faults, World, run, start
 T = TypeVar("T")
 # Bytes that a file may have, `ulimit -f`; what a command says must fit.
 LIMITS = (2_000, 9_000, 20_000)
+# A process id, and what tempfile makes up after a dot, a dash or its own `tmp`.
+_RANDOM = re.compile("[0-9]+[.]|([.-]|(?<![^/])tmp)[a-z0-9_]{8}(?=[/.]|$)")
 
 
 @dataclass(frozen=True)
@@ -292,18 +294,21 @@ def _for_real(scenario: Scenario, trail: Trail) -> list[str]:
     done = run(scenario.box, scenario.argv, first=partial(faults.arm, scenario.place))
     if done.code != -signal.SIGKILL:
         return [f"this harness: a killed command ends with {done.code}"]
-    left, known = scenario.store.take(scenario.place), trail.states[number]
-    if _outline(left) == _outline(known):
+    left, known = _outline(scenario.store.take(scenario.place)), _outline(trail.states[number])
+    if left == known:
         return []
-    return ["this harness: a kill leaves something else than its trail says"]
+    return [
+        "this harness: a kill leaves something else than its trail says: "
+        f"also {sorted(left - known)}, not {sorted(known - left)}"
+    ]
 
 
-def _outline(state: State) -> list[str]:
+def _outline(state: State) -> set[str]:
     """Kinds and names without what is random in them."""
-    return sorted(
-        f"{stat.S_IFMT(mode):o} {re.sub('[0-9]+[.]|[.-][a-z0-9_]{8}(?=[/.]|$)', '#', name)}"
+    return {
+        f"{stat.S_IFMT(mode):o} {_RANDOM.sub('#', name)}"
         for name, (mode, _, _) in state.entries.items()
-    )
+    }
 
 
 def space(world: World, chosen: str | None = None) -> list[Case]:
