@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.faults import __main__ as command
-from tests.faults.kills import Store, interleaved, spread
+from tests.faults.kills import State, Store, _not_as_before, interleaved, spread
+from tests.faults.run import Case, World
 from tests.faults.watch import Watch
 
 ROOT = Path(__file__).parents[2]
@@ -123,3 +125,68 @@ def test_beginnings_are_spread() -> None:
     assert list(spread(range(8)))[:4] == [0, 4, 2, 6]
     assert sorted(spread(range(11))) == list(range(11))
     assert list(interleaved([[1, 2, 3], [4]])) == [1, 4, 2, 3]
+
+
+def _state(**files: str) -> State:
+    return State({name.replace("__", "/"): (0o100644, 0, what) for name, what in files.items()})
+
+
+@pytest.mark.parametrize(
+    ("after", "complete", "keeps", "why"),
+    [
+        ({"b__manifest": "1"}, False, False, []),
+        ({}, False, False, ["it fails and has changed b/manifest"]),
+        ({"b__manifest": "2"}, False, False, ["it fails and has changed b/manifest"]),
+        ({"b__manifest": "2", "b__new": "3"}, True, False, []),
+        ({"b__manifest": "1", "b__new": "3"}, False, False, ["it leaves b/new"]),
+        ({"b__manifest": "2", "b__stray": "3"}, True, False, ["it leaves b/stray"]),
+        ({"b__manifest": "1", ".b.work__run": "3"}, False, False, ["it leaves .b.work/run"]),
+        ({"b__manifest": "1", ".b.work__run": "3"}, False, True, []),
+    ],
+)
+def test_what_a_full_disk_may_leave(
+    after: dict[str, str], complete: bool, keeps: bool, why: list[str]
+) -> None:
+    before = _state(b__manifest="1")
+    allowed = {"b/manifest", "b/new"}
+    assert _not_as_before(before, _state(**after), allowed, complete, keeps) == why
+
+
+def _raises() -> list[str]:
+    raise OSError("of this machine")
+
+
+@pytest.mark.parametrize(
+    ("checks", "line", "row"),
+    [
+        ([lambda: [], lambda: ["it fails"]], [], "2 2 1 x/1: it fails"),
+        ([lambda: []], [], "1 1 1 none"),
+        ([_raises], [], "1 1 0 x/0: this harness: OSError('of this machine')"),
+        ([], [], "0 0 0 none tried"),
+        ([lambda: []], ["--repeat", "x/7"], "0 0 0 x/7: there is no case of that name"),
+        ([lambda: [], lambda: ["it fails"]], ["--repeat", "x/1"], "1 1 0 x/1: it fails"),
+        ([lambda: [], lambda: ["it fails"]], ["--minutes", "0"], "1 2 1 none"),
+    ],
+)
+def test_a_row_says_what_was_tried(
+    checks: list[Callable[[], list[str]]],
+    line: list[str],
+    row: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def cases(world: World, chosen: str | None) -> list[Case]:
+        return [Case(f"x/{number}", check) for number, check in enumerate(checks)]
+
+    monkeypatch.setattr(command, "BARS", {"x": command.Bar(cases, 1.0, {})})
+    monkeypatch.setattr(command, "make_base", lambda folder: None)
+    monkeypatch.setattr(command.run, "warm_up", lambda torch: None)
+    monkeypatch.setattr(command.run, "verbose", False)
+    code = command.main(line)
+    words = (
+        capsys.readouterr().out.replace("0.0", "").partition("first failures")[2].split("repeat")
+    )
+    assert words[0].split() == ["x", *row.split()]
+    assert code == (0 if row.endswith("none") else 1)
+    assert code == len(words) - 1
