@@ -30,7 +30,6 @@ from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
     clear_partial,
-    disk_full_is_bundle_error,
 )
 from iq_export.calibrate.data import (
     Window,
@@ -40,7 +39,7 @@ from iq_export.calibrate.data import (
     windows,
 )
 from iq_export.checksum import sha256_file
-from iq_export.disk import trouble
+from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
@@ -108,14 +107,9 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             manifest = _manifest(folder, options, checked, traced, done, built, timings)
             manifest.write(folder)
         if keep:
-            try:
+            but = f"{out} is complete, but the graphs to compare it with were not kept: "
+            with trouble_is_bundle_error(work.folder, but):
                 _remember(work, options, done, manifest.files[PLAN_NAME].sha256)
-            except Exception as error:
-                if (full := trouble(error, str(work.folder))) is None:
-                    raise
-                raise BundleError(
-                    f"{out} is complete, but the graphs to compare it with were not kept: {full}"
-                ) from error
     bundle = Bundle(options.out, manifest)
     if built.failures:
         raise EnginesFailed(bundle)
@@ -212,7 +206,7 @@ def reference_graphs(
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
         done = _calibrate_and_rewrite(options, checked, traced, made, progress)
-        with disk_full_is_bundle_error(made.folder):
+        with trouble_is_bundle_error(made.folder):
             _remember(made, options, done, expected)
     found = _hold(folder, expected, progress, hold)
     if not found:

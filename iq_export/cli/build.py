@@ -15,7 +15,7 @@ from iq_export.bundle.manifest import (
     checksum_line,
     reading_records,
 )
-from iq_export.bundle.package import Bundle, disk_full_is_bundle_error
+from iq_export.bundle.package import Bundle
 from iq_export.bundle.update import (
     LARGEST_MANIFEST,
     UPDATED,
@@ -24,6 +24,7 @@ from iq_export.bundle.update import (
     remove_leftovers,
 )
 from iq_export.cli import options
+from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import MODES, provide_plugin
@@ -111,7 +112,7 @@ def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> i
     failures: dict[str, EngineError] = {}
     for target in targets:
         try:
-            with progress.step(f"Build {target.name}"), disk_full_is_bundle_error(bundle.folder):
+            with progress.step(f"Build {target.name}"), trouble_is_bundle_error(bundle.folder):
                 bundle, report = _build(args, bundle, scratch, target, profile, progress)
         except EngineError as error:
             failures[target.name] = error
