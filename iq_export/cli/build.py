@@ -25,7 +25,7 @@ from iq_export.bundle.update import (
 )
 from iq_export.cli import options
 from iq_export.disk import trouble_is_bundle_error
-from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine
+from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine, check_timing_cache
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import MODES, provide_plugin
 from iq_export.engine.profile import Profile
@@ -82,10 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
     One that fails does not stop the others.
     """
-    cache: Path | None = args.timing_cache
-    if cache is not None and cache.exists() and not cache.is_file():
-        # It is replaced after a build: a device would be gone for the whole machine.
-        raise UsageError(f"--timingCacheFile {cache} is not a file: give a file or a new name")
+    if args.timing_cache is not None:
+        check_timing_cache(args.timing_cache)
     progress = options.progress(args)
     if not args.bundle.is_dir():
         Bundle.open(args.bundle)  # says what it is instead

@@ -214,7 +214,7 @@ def test_force_replaces_a_bundle_and_nothing_else(bundle: Path, tmp_path: Path) 
 def test_disk_full_is_one_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(
-            BundleError, match="the disk is full: .*out was not written; free some space"
+            BundleError, match=r"the disk is full: .*out was not written; free some space"
         ),
         atomic_folder(tmp_path / "out"),
     ):

@@ -87,7 +87,7 @@ print(faults.operations, faults.takers)
 def test_the_shim(
     shim: Path, tmp_path: Path, mode: int, at: int, code: int, out: str, left: list[str]
 ) -> None:
-    """open, write, fsync, rename, mkdir twice, rmdir: killed before one, or no space from one on."""
+    """open, write, fsync, rename, mkdir twice, rmdir: a kill, or no space from one on."""
     done = subprocess.run(
         [sys.executable, "-c", _WRITER, str(mode), str(at)], capture_output=True, text=True,
         check=False, cwd=tmp_path,
