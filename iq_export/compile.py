@@ -93,8 +93,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     progress.total = progress.total or len(_steps(checked, options))
     out = Path(os.path.abspath(options.out))
     keep = options.keep_work or options.work is not None
-    with work_folder(out, options.work, keep=keep, say=progress.note) as work:
-        with atomic_folder(out, options.force, say=progress.note) as folder:
+    with work_folder(out, options.work, keep=keep, say=progress.waits) as work:
+        with atomic_folder(out, options.force, say=progress.waits) as folder:
             traced = _trace(options, work, progress)
             made = traced.digests()
             checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
@@ -202,7 +202,7 @@ def reference_graphs(
             f"warning: the calibration text {options.calibration} has changed since "
             f"{bundle.folder} was made: only the fp32 graph is what it was then"
         )
-    with work_folder(bundle.folder, folder, keep=True, say=progress.note) as made:
+    with work_folder(bundle.folder, folder, keep=True, say=progress.waits) as made:
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
         done = _calibrate_and_rewrite(options, checked, traced, made, progress)
@@ -219,7 +219,7 @@ def _hold(
 ) -> dict[str, Path]:
     """The kept graphs; if there are some, no run changes them until `hold` is closed."""
     with ExitStack() as stack:
-        stack.enter_context(claim_shared(folder, say=progress.note))
+        stack.enter_context(claim_shared(folder, say=progress.waits))
         found = recall_graphs(folder, plan_sha256)
         if found and hold is not None:
             hold.push(stack.pop_all())

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     progress = options.progress(args)
     if not args.bundle.is_dir():
         Bundle.open(args.bundle)  # says what it is instead
-    with bundle_lock(args.bundle, progress.note) as scratch:
+    with bundle_lock(args.bundle, progress.waits) as scratch:
         return _build_all(args, scratch, progress)
 
 
