@@ -30,6 +30,7 @@ from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
     clear_partial,
+    unmarked_partials,
 )
 from iq_export.calibrate.data import (
     Window,
@@ -86,6 +87,11 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     check_work(options.out, options.work)
     clear_partial(options.out)
     clear_dead(default_work(options.out))
+    for path in unmarked_partials(options.out):
+        progress.note(
+            f"{path} is the beginning of a bundle by an older version of iq-export: remove it if "
+            "none is running"
+        )
     checked = check(options)
     options = checked.options
     for note in checked.notes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import stat
 import time
@@ -440,6 +441,21 @@ def clear_partial(out: Path) -> None:
     """Remove what a killed run left beside `out` that was to become it."""
     out = Path(os.path.abspath(out))
     clear_dead(_holder(out), lambda: _restore(out))
+
+
+def unmarked_partials(out: Path) -> list[Path]:
+    """What versions without a mark left beside `out` when they were killed, or one may be writing:
+    nobody can tell, so it is named and stays."""
+    out = Path(os.path.abspath(out))
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\d+\.partial")
+    try:
+        return sorted(
+            Path(entry.path)
+            for entry in os.scandir(out.parent)
+            if pattern.fullmatch(entry.name) and entry.is_dir()
+        )
+    except OSError:  # what is wrong with the folder shows when something is written there
+        return []
 
 
 @contextmanager
