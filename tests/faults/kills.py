@@ -274,7 +274,7 @@ def kills(world: World, chosen: str | None = None) -> list[Case]:
             case = Case(f"kills/{scenario.name}/{found[0]}", check, len(found))
             (decisive if trail.beside_rename(found) else cases).append(case)
         real = Case(f"kills/{scenario.name}/real", partial(_for_real, scenario, trail))
-        lists.append([*spread(decisive), real, *spread(cases)])
+        lists.append([real, *spread(decisive), *spread(cases)])
     return list(interleaved(lists))
 
 
