@@ -387,7 +387,7 @@ def _input(world: World, number: int) -> list[str]:
     elif kind == "gguf":
         inputs.damage_file(rng, copied)
     elif kind == "onnx":
-        inputs.damage_file(rng, rng.choice([*copied.iterdir(), copied / "model.onnx"]))
+        inputs.damage_file(rng, rng.choice([*sorted(copied.iterdir()), copied / "model.onnx"]))
     elif kind == "tokenizer":
         inputs.damage_model(rng, tokenizer)
     elif rng.random() < 0.7:
