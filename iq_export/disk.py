@@ -44,13 +44,12 @@ def trouble(error: BaseException, where: str = "the output") -> str | None:
 @contextmanager
 def trouble_is_bundle_error(where: str | Path, but: str = "") -> Iterator[None]:
     """Raise BundleError with the sentence of `trouble` if the disk does not take what the block
-    writes; `but` comes before it, as what is done all the same."""
+    writes; `but`, what is done all the same, comes before it."""
     try:
         yield
-    except BundleError:
-        raise
     except Exception as error:
-        if (full := trouble(error, str(where))) is None:
+        full = trouble(error, str(where))
+        if full is None or (isinstance(error, BundleError) and not but):  # it is said already
             raise
         raise BundleError(f"{but}{full}") from error
 
