@@ -30,7 +30,7 @@ from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
     clear_partial,
-    disk_full_is_bundle_error,
+    unmarked_partials,
 )
 from iq_export.calibrate.data import (
     Window,
@@ -40,7 +40,7 @@ from iq_export.calibrate.data import (
     windows,
 )
 from iq_export.checksum import sha256_file
-from iq_export.disk import trouble
+from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
@@ -87,6 +87,11 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     check_work(options.out, options.work)
     clear_partial(options.out)
     clear_dead(default_work(options.out))
+    for path in unmarked_partials(options.out):
+        progress.note(
+            f"{path} is the beginning of a bundle by an older version of iq-export: remove it if "
+            "none is running"
+        )
     checked = check(options)
     options = checked.options
     for note in checked.notes:
@@ -94,8 +99,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     progress.total = progress.total or len(_steps(checked, options))
     out = Path(os.path.abspath(options.out))
     keep = options.keep_work or options.work is not None
-    with work_folder(out, options.work, keep=keep, say=progress.note) as work:
-        with atomic_folder(out, options.force, say=progress.note) as folder:
+    with work_folder(out, options.work, keep=keep, say=progress.waits) as work:
+        with atomic_folder(out, options.force, say=progress.waits) as folder:
             traced = _trace(options, work, progress)
             made = traced.digests()
             checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
@@ -108,14 +113,9 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             manifest = _manifest(folder, options, checked, traced, done, built, timings)
             manifest.write(folder)
         if keep:
-            try:
+            but = f"{out} is complete, but the graphs to compare it with were not kept: "
+            with trouble_is_bundle_error(work.folder, but):
                 _remember(work, options, done, manifest.files[PLAN_NAME].sha256)
-            except Exception as error:
-                if (full := trouble(error, str(work.folder))) is None:
-                    raise
-                raise BundleError(
-                    f"{out} is complete, but the graphs to compare it with were not kept: {full}"
-                ) from error
     bundle = Bundle(options.out, manifest)
     if built.failures:
         raise EnginesFailed(bundle)
@@ -208,11 +208,11 @@ def reference_graphs(
             f"warning: the calibration text {options.calibration} has changed since "
             f"{bundle.folder} was made: only the fp32 graph is what it was then"
         )
-    with work_folder(bundle.folder, folder, keep=True, say=progress.note) as made:
+    with work_folder(bundle.folder, folder, keep=True, say=progress.waits) as made:
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
         done = _calibrate_and_rewrite(options, checked, traced, made, progress)
-        with disk_full_is_bundle_error(made.folder):
+        with trouble_is_bundle_error(made.folder):
             _remember(made, options, done, expected)
     found = _hold(folder, expected, progress, hold)
     if not found:
@@ -225,7 +225,7 @@ def _hold(
 ) -> dict[str, Path]:
     """The kept graphs; if there are some, no run changes them until `hold` is closed."""
     with ExitStack() as stack:
-        stack.enter_context(claim_shared(folder, say=progress.note))
+        stack.enter_context(claim_shared(folder, say=progress.waits))
         found = recall_graphs(folder, plan_sha256)
         if found and hold is not None:
             hold.push(stack.pop_all())

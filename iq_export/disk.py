@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from iq_export.errors import BundleError
 
 _LIMIT = "a file would get larger than is allowed (ulimit -f, or the file system)"
 _REASONS = {
@@ -12,6 +17,7 @@ _REASONS = {
     errno.EFBIG: (_LIMIT, "raise the limit or choose another folder"),
     errno.EROFS: ("the file system is read-only", "choose another folder"),
 }
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # Rust (safetensors, tokenizers) writes the number into its message.
 _IN_TEXT = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)|\[Errno (\d+)\]")
 # NumPy's error for a file that took only a part has no number.
@@ -33,6 +39,19 @@ def trouble(error: BaseException, where: str = "the output") -> str | None:
             return f"{found[0]}: {name} was not written; {found[1]}"
         link = _cause(link)
     return None
+
+
+@contextmanager
+def trouble_is_bundle_error(where: str | Path, but: str = "") -> Iterator[None]:
+    """Raise BundleError with the sentence of `trouble` if the disk does not take what the block
+    writes; `but`, what is done all the same, comes before it."""
+    try:
+        yield
+    except Exception as error:
+        full = trouble(error, str(where))
+        if full is None or (isinstance(error, BundleError) and not but):  # it is said already
+            raise
+        raise BundleError(f"{but}{full}") from error
 
 
 def is_read_only(error: BaseException) -> bool:

@@ -54,6 +54,28 @@ def read_inside(root: Path, name: str, most: int, error: type[IqError] = BundleE
         return _at_most(stream, root / name, most, error)
 
 
+def read_named(path: Path, most: int, error: type[IqError]) -> bytes:
+    """All bytes of a file that the user named, which may be a link.
+
+    Raises FileNotFoundError if it is missing, and `error` if it is no regular file, cannot be read
+    or has more than `most` bytes: nothing of it is read then.
+    """
+    with _sentence(path, error):
+        found = os.open(path, os.O_RDONLY | _SAFE & ~os.O_NOFOLLOW)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise error(f"{path} is not a regular file: give a file")
+    os.set_blocking(found, True)
+    with os.fdopen(found, "rb") as stream:
+        return _at_most(stream, path, most, error)
+
+
+def check_size(path: Path, most: int, error: type[IqError]) -> None:
+    """Raise `error` if the file has more than `most` bytes: `read_named` would read nothing."""
+    if path.stat().st_size > most:
+        raise error(_too_large(path, most))
+
+
 def open_belonging(root: Path, name: str, error: type[IqError] = BundleError) -> BinaryIO:
     """As `open_inside`, and the file may be a link that stays inside, or in the hub's blobs.
 
@@ -160,10 +182,15 @@ def sync(path: Path) -> None:
 
 
 def _at_most(stream: BinaryIO, path: Path, most: int, error: type[IqError]) -> bytes:
-    content = stream.read(most + 1)
-    if len(content) > most:
-        raise error(f"{path} has more than {most} bytes: it is not what its name says")
+    large = os.fstat(stream.fileno()).st_size > most  # its memory is not even asked for
+    content = b"" if large else stream.read(most + 1)
+    if large or len(content) > most:
+        raise error(_too_large(path, most))
     return content
+
+
+def _too_large(path: Path, most: int) -> str:
+    return f"{path} has more than {most} bytes: it is not what its name says"
 
 
 def _blobs(folder: Path) -> tuple[Path, ...]:

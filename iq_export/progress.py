@@ -19,7 +19,8 @@ class Progress:
     """Prints `[3/9] Observe ... 12.3 s` per step and remembers the seconds of each in `timings`.
 
     Steps may be nested; an inner step is timed as well, but neither numbered nor printed, so that
-    a function with steps of its own can be called inside a step. `quiet=True` prints nothing.
+    a function with steps of its own can be called inside a step. `quiet=True` prints nothing but
+    what is waited for.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Progress:
         self._depth = 0
         self._head = ""
         self._drawn_at = 0.0
+        self._unread = False
 
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:
@@ -81,14 +83,21 @@ class Progress:
         else:
             self._write(f"{text}\n")
 
+    def waits(self, text: str) -> None:
+        """As `note`, and also when quiet: who stands still without a word seems to hang."""
+        if self.quiet:
+            self._write(f"{printable(text)}\n", always=True)
+        else:
+            self.note(text)
+
     def _line_start(self) -> str:
         return f"\r\x1b[K{self._head}" if self._terminal else ""
 
-    def _write(self, text: str) -> None:
-        if self.quiet:
+    def _write(self, text: str, *, always: bool = False) -> None:
+        if self._unread or (self.quiet and not always):
             return
         try:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):  # nobody reads it any more: no reason to stop the work
-            self.quiet = True
+            self._unread = True

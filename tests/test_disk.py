@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iq_export.disk import is_read_only, trouble
-from iq_export.errors import ModelError
+from iq_export.disk import is_read_only, trouble, trouble_is_bundle_error
+from iq_export.errors import BundleError, ModelError
 
 
 @contextmanager
@@ -104,6 +104,22 @@ def test_what_came_of_it_is_that_too() -> None:
 )  # fmt: skip
 def test_other_errors_are_none(error: Exception) -> None:
     assert trouble(error) is None
+    with pytest.raises(type(error)), trouble_is_bundle_error("OUT"):
+        raise error
+
+
+def test_trouble_as_a_bundle_error() -> None:
+    """One that says it already is not said again, but for what is done all the same."""
+    expected = pytest.raises(BundleError, match=r"^the disk is full: OUT was")
+    with expected, trouble_is_bundle_error("OUT"):
+        raise OSError(errno.ENOSPC, "No space left")
+    said = BundleError("said")
+    said.__cause__ = OSError(errno.ENOSPC, "No space left")
+    with pytest.raises(BundleError, match=r"^said$"), trouble_is_bundle_error("OUT"):
+        raise said
+    expected = pytest.raises(BundleError, match=r"^it is complete, but: the disk is full: OUT was")
+    with expected, trouble_is_bundle_error("OUT", "it is complete, but: "):
+        raise said
 
 
 def test_read_only_is_known_through_its_consequences() -> None:

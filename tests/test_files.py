@@ -16,9 +16,25 @@ from iq_export.files import (
     parts_inside,
     read_belonging,
     read_inside,
+    read_named,
 )
 
 OUTSIDE = ["", ".", "..", "/etc/passwd", "a/../b", "a//b", "a/", "./a", "a\\b", "a\nb", "x" * 256]
+
+
+def test_a_file_that_the_user_named(tmp_path: Path) -> None:
+    """It may be a link; a pipe does not stop us, and what is too large is not read."""
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_named(tmp_path / "link", 5, ModelError) == b"12345"
+    with pytest.raises(ModelError, match="more than 4 bytes"):
+        read_named(tmp_path / "link", 4, ModelError)
+    for name in ("pipe", "."):
+        with pytest.raises(ModelError, match="is not a regular file"):
+            read_named(tmp_path / name, 5, ModelError)
+    with pytest.raises(FileNotFoundError):
+        read_named(tmp_path / "none", 5, ModelError)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

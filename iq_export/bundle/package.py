@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import stat
 import time
@@ -39,6 +40,7 @@ from iq_export.bundle.update import (
     write_update,
 )
 from iq_export.checksum import sha256_file, sha256_stream
+from iq_export.disk import FULL, trouble_is_bundle_error
 from iq_export.errors import BundleError
 from iq_export.files import flush, open_inside, read_inside, sync
 
@@ -49,7 +51,6 @@ PLUGIN_VERSION = "1"  # of the plugin layers in a plan, as kPluginVersion of the
 # As in the C++ reader; what is written is far smaller.
 _LARGEST_CHECKSUM = 4096
 _LARGEST_PLAN = 64 << 20
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_MISMATCHES = 8
 # Openings of a bundle that is replaced all the time before it is given up.
 _TRIES = 20
@@ -304,7 +305,7 @@ def update_manifest(
     the bundle was replaced since it was opened, or cannot be written.
     """
     new = new or {}
-    with bundle_lock(bundle.folder, say), disk_full_is_bundle_error(bundle.folder):
+    with bundle_lock(bundle.folder, say), trouble_is_bundle_error(bundle.folder):
         now = Bundle.open(bundle.folder, verify=False)
         if not now.same_model(bundle):
             raise BundleError(
@@ -411,17 +412,6 @@ def require_space(folder: str | Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def disk_full_is_bundle_error(where: str | Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into a BundleError that names `where`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise BundleError(f"the disk is full: {where} was not written") from error
-        raise
-
-
-@contextmanager
 def atomic_folder(
     out: str | Path,
     force: bool = False,
@@ -436,7 +426,7 @@ def atomic_folder(
     or the disk fills.
     """
     out = check(Path(out), force)
-    with parents_of(out), disk_full_is_bundle_error(out):
+    with parents_of(out), trouble_is_bundle_error(out):
         with _own(out, say) as holder:
             check(out, force)  # the one that was waited for may have put something there
             folder = holder / "new"
@@ -453,6 +443,21 @@ def clear_partial(out: Path) -> None:
     clear_dead(_holder(out), lambda: _restore(out))
 
 
+def unmarked_partials(out: Path) -> list[Path]:
+    """What versions without a mark left beside `out` when they were killed, or one may be writing:
+    nobody can tell, so it is named and stays."""
+    out = Path(os.path.abspath(out))
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\d+\.partial")
+    try:
+        return sorted(
+            Path(entry.path)
+            for entry in os.scandir(out.parent)
+            if pattern.fullmatch(entry.name) and entry.is_dir()
+        )
+    except OSError:  # what is wrong with the folder shows when something is written there
+        return []
+
+
 @contextmanager
 def _own(out: Path, say: Say) -> Iterator[Path]:
     """Claim the folder in which what becomes `out` grows."""
@@ -461,7 +466,7 @@ def _own(out: Path, say: Say) -> Iterator[Path]:
         try:
             stack.enter_context(claim(holder, say=say, before_clear=lambda: _restore(out)))
         except OSError as error:
-            if error.errno in _DISK_FULL:
+            if error.errno in FULL:
                 raise
             raise BundleError(f"cannot write in {holder.parent}: {error.strerror}") from error
         yield holder

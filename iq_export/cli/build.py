@@ -15,7 +15,7 @@ from iq_export.bundle.manifest import (
     checksum_line,
     reading_records,
 )
-from iq_export.bundle.package import Bundle, disk_full_is_bundle_error
+from iq_export.bundle.package import Bundle
 from iq_export.bundle.update import (
     LARGEST_MANIFEST,
     UPDATED,
@@ -24,7 +24,8 @@ from iq_export.bundle.update import (
     remove_leftovers,
 )
 from iq_export.cli import options
-from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine
+from iq_export.disk import trouble_is_bundle_error
+from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine, check_timing_cache
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import MODES, provide_plugin
 from iq_export.engine.profile import Profile
@@ -81,14 +82,12 @@ def run(args: argparse.Namespace) -> int:
 
     One that fails does not stop the others.
     """
-    cache: Path | None = args.timing_cache
-    if cache is not None and cache.exists() and not cache.is_file():
-        # It is replaced after a build: a device would be gone for the whole machine.
-        raise UsageError(f"--timingCacheFile {cache} is not a file: give a file or a new name")
+    if args.timing_cache is not None:
+        check_timing_cache(args.timing_cache)
     progress = options.progress(args)
     if not args.bundle.is_dir():
         Bundle.open(args.bundle)  # says what it is instead
-    with bundle_lock(args.bundle, progress.note) as scratch:
+    with bundle_lock(args.bundle, progress.waits) as scratch:
         return _build_all(args, scratch, progress)
 
 
@@ -111,7 +110,7 @@ def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> i
     failures: dict[str, EngineError] = {}
     for target in targets:
         try:
-            with progress.step(f"Build {target.name}"), disk_full_is_bundle_error(bundle.folder):
+            with progress.step(f"Build {target.name}"), trouble_is_bundle_error(bundle.folder):
                 bundle, report = _build(args, bundle, scratch, target, profile, progress)
         except EngineError as error:
             failures[target.name] = error

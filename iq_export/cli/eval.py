@@ -178,7 +178,7 @@ def _store(bundle: Bundle, comparison: Comparison, speed: Speed | None, progress
     changes: dict[str, Any] = {"accuracy": comparison.to_dict()}
     if speed is not None:
         changes["speed"] = asdict(speed)
-    update_with_report(bundle, say=progress.note, **changes)
+    update_with_report(bundle, say=progress.waits, **changes)
 
 
 def _print(comparison: Comparison, speed: Speed | None, *, as_json: bool) -> None:

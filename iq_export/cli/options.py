@@ -24,7 +24,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     for flags, text in (
         (("--json",), "print one JSON document on stdout"),
         (("-v", "--verbose"), "show where an error comes from"),
-        (("-q", "--quiet"), "no progress on stderr"),
+        (("-q", "--quiet"), "no progress on stderr, only what is waited for"),
     ):
         with contextlib.suppress(argparse.ArgumentError):
             parser.add_argument(*flags, action="store_true", help=text)

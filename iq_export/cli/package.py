@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             backend=args.backend,
             name=args.name,
             force=args.force,
-            say=progress.note,
+            say=progress.waits,
         )
 
     with progress.step("Check the files, write the model"):

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Check every file, then sign the manifest, which has their checksums."""
     progress = options.progress(args, 1)
     Bundle.open(args.bundle, verify=False)
-    with bundle_lock(args.bundle, progress.note), progress.step("Check the files and sign"):
+    with bundle_lock(args.bundle, progress.waits), progress.step("Check the files and sign"):
         Bundle.open(args.bundle)
         path = write_signature(args.bundle, read_manifest(args.bundle), args.key)
     if args.json:

@@ -25,11 +25,13 @@ from iq_export.engine.profile import Profile, Range
 from iq_export.engine.targets import Target, check_opset
 from iq_export.engine.trt import LABELS, check_levers, why_not_here
 from iq_export.errors import EngineError, UsageError
+from iq_export.files import check_size
 from iq_export.progress import Progress
 
 __all__ = ["EngineReport", "Profile", "Range", "build_engine"]
 
 VERBOSITIES = ("layer_names_only", "detailed", "none")
+LARGEST_TIMING_CACHE = 1 << 30  # far larger than any that TensorRT writes
 _SIGKILL_HINT = " The system ended it, most likely for want of memory."
 _TAIL_LINES = 12
 _PLUGIN_PREFIX = "iq plugins: "  # as in plugins/src/log.cpp
@@ -145,7 +147,8 @@ def build_engine(
     not given. Axes of the inputs must be named batch, seq, past or total. Ctrl-C stops the child as
     well.
 
-    Raises UsageError for an option that is unknown or that the target lacks, and EngineError if
+    Raises UsageError for an option that is unknown or that the target lacks, as
+    `check_timing_cache` does, and EngineError if
     TensorRT is missing, too old for the graph's opset, refuses the graph or the target, dies, or
     builds the other form.
     """
@@ -153,6 +156,8 @@ def build_engine(
         raise UsageError(
             f"unknown profiling verbosity '{profiling_verbosity}': use {', '.join(VERBOSITIES)}."
         )
+    if timing_cache is not None:
+        check_timing_cache(timing_cache)
     check_levers(target, version_compatible=version_compatible, strip_weights=strip_weights)
     header = read_header(onnx_path)
     check_opset(target, header.opset)
@@ -194,6 +199,15 @@ def build_engine(
     finally:
         partial.unlink(missing_ok=True)
     return replace(report, plan=plan_path.name, form_reason=form_reason)
+
+
+def check_timing_cache(path: Path) -> None:
+    """Raise UsageError if there is something at `path` that is no file, or far too large."""
+    if path.exists() and not path.is_file():
+        # It is replaced after a build: a device would be gone for the whole machine.
+        raise UsageError(f"--timingCacheFile {path} is not a file: give a file or a new name")
+    if path.exists():
+        check_size(path, LARGEST_TIMING_CACHE, UsageError)
 
 
 def _build_fused(onnx_path: Path, request: BuildRequest, progress: Progress) -> EngineReport:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from iq_export.errors import EngineError
 from iq_export.graph.external import check_external
+from iq_export.graph.proto import read
 
 _SINK_DOMAIN = "iq"
 
@@ -28,11 +29,10 @@ def read_header(path: Path) -> OnnxHeader:
     Raises EngineError if the file is missing or is no ONNX model, GraphError if external data leads
     out of its folder.
     """
-    import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = read(path, EngineError)
     except (OSError, DecodeError) as error:
         raise EngineError(f"'{path}' cannot be read as an ONNX model: {error}.") from error
     check_external(model, path.parent)

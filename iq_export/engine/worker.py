@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from iq_export.engine.build import BuildRequest, EngineReport
+from iq_export.engine.build import LARGEST_TIMING_CACHE, BuildRequest, EngineReport
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import ENTERPRISE, RTX, check_tensorrt_opset
 from iq_export.engine.trt import BuildLog, TensorRT, load
 from iq_export.errors import EngineError, IqError
+from iq_export.files import read_named
 from iq_export.supervise import end_with_parent
 
 _PLUGIN_NAMESPACE = "iq"
@@ -185,7 +186,7 @@ def _configure(tensorrt: TensorRT, builder: Any, network: Any, request: BuildReq
 
 def _load_timing_cache(config: Any, path: Path) -> None:
     """Start from the timings in `path` if there are any; a foreign file is no reason to fail."""
-    data = path.read_bytes() if path.exists() else b""
+    data = read_named(path, LARGEST_TIMING_CACHE, EngineError) if path.exists() else b""
     cache = config.create_timing_cache(data)
     if cache is not None:
         config.set_timing_cache(cache, ignore_mismatch=False)

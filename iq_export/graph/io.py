@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from iq_export.errors import GraphError
 from iq_export.graph.external import check_external
+from iq_export.graph.proto import read
 from iq_export.sinks import ops as sink_ops
 
 
@@ -19,7 +20,7 @@ def load(path: Path) -> ir.Model:
     Raises GraphError if the file is not a readable ONNX model, or its weights lie elsewhere.
     """
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = read(path)
         check_external(proto, path.parent)
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)

@@ -7,6 +7,7 @@ from pathlib import Path
 from iq_export.errors import GraphError, IqError
 from iq_export.files import parts_inside
 from iq_export.graph.external import external_tensors, place
+from iq_export.graph.proto import read
 
 
 def model_files(path: Path, error: type[IqError] = GraphError) -> list[Path]:
@@ -14,11 +15,10 @@ def model_files(path: Path, error: type[IqError] = GraphError) -> list[Path]:
 
     Raises `error` if the file is no ONNX model, or names data outside of its folder.
     """
-    import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = read(path, error)
     except DecodeError as problem:
         raise error(f"{path} is not a readable ONNX model: {problem}") from problem
     names = {place(tensor, error).value for tensor in external_tensors(model)}

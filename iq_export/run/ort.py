@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from iq_export.errors import EngineError, GraphError
 from iq_export.graph.external import check_external
+from iq_export.graph.proto import read
 from iq_export.graph.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
@@ -336,11 +337,10 @@ def _with_rounding(path: Path) -> bytes:
 
 def _read(path: Path) -> onnx.ModelProto:
     """The graph at `path` without its weights."""
-    import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path, load_external_data=False)
+        return read(path)
     except DecodeError as error:
         raise GraphError(f"{path.name} is not a readable ONNX model: {error}") from error
 

@@ -262,6 +262,6 @@ def _edit(content: Any, rng: random.Random) -> None:
         if isinstance(other, dict) and its_key in other:
             holder[key] = copy.deepcopy(other[its_key])
     elif kind == 3 and isinstance(holder, dict):
-        holder["more"] = rng.choice(VALUES)
+        holder["more"] = copy.deepcopy(rng.choice(VALUES))
     else:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = copy.deepcopy(rng.choice(VALUES))

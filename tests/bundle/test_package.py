@@ -17,9 +17,11 @@ from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
     check_output,
+    clear_partial,
     parents_of,
     read_whole,
     require_space,
+    unmarked_partials,
     update_manifest,
 )
 from iq_export.errors import BundleError
@@ -212,7 +214,12 @@ def test_force_replaces_a_bundle_and_nothing_else(bundle: Path, tmp_path: Path) 
 
 
 def test_disk_full_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="disk is full"), atomic_folder(tmp_path / "out"):
+    with (
+        pytest.raises(
+            BundleError, match=r"the disk is full: .*out was not written; free some space"
+        ),
+        atomic_folder(tmp_path / "out"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -220,6 +227,18 @@ def test_disk_full_is_one_sentence(tmp_path: Path) -> None:
 def test_other_os_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), atomic_folder(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_beginnings_by_older_versions_are_named(tmp_path: Path) -> None:
+    """They have no mark, and the process that has their number may be another one."""
+    for name in (".out.17.partial", ".out.x.partial", ".other.17.partial", ".out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").touch()
+    (tmp_path / ".out.18.partial").touch()
+    assert unmarked_partials(tmp_path / "out") == [tmp_path / ".out.17.partial"]
+    clear_partial(tmp_path / "out")
+    assert (tmp_path / ".out.17.partial" / "model.onnx").exists()
+    assert unmarked_partials(tmp_path / "none" / "out") == []
 
 
 def test_require_space(tmp_path: Path) -> None:

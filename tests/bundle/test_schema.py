@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from iq_export.bundle import schema
@@ -25,6 +26,7 @@ from iq_export.report.html import check_report
 from tests.bundle import corpus
 from tests.runtime.conftest import ORIN, RTX, write_bundle
 
+ROOT = Path(__file__).parents[2]
 ROW = {"graph": "bundle", "bos": True, "perplexity": 18.5, "ratio": 1.03, "tokens": 8,
        "top1_agreement": 0.9, "kl": 0.01, "seconds": 1.0, "error": None}  # fmt: skip
 # What `inspect` and a report read of a manifest and a plan, inside what the schema leaves open.
@@ -207,3 +209,13 @@ def test_forged_plans_are_a_report_or_a_sentence(tmp_path: Path) -> None:
 def test_records_that_overflow(tmp_path: Path) -> None:
     with pytest.raises(IqError), reading_records(tmp_path):
         float(10**400)
+
+
+def test_tensors_have_the_names_of_onnx_types() -> None:
+    """The compiler writes them from the graph (`compile._interface`), the runtime knows some."""
+    tensor = schema.manifest_schema()["$defs"]["tensors"]["items"]["properties"]["dtype"]
+    written = {kind.name.lower() for kind in ir.DataType if kind is not ir.DataType.UNDEFINED}
+    assert written <= set(tensor["enum"])
+    source = (ROOT / "plugins/runtime/src/graph_io.cpp").read_text()
+    held = re.findall(r'\{"(\w+)", TensorType::k\w+\}', source)
+    assert len(held) == 6 and set(held) <= written

@@ -170,7 +170,9 @@ class Maker:
                 model = str(copied / "model.onnx")
                 argv += ["--tokenizer", str(self._tokenizer())]
                 if damaged:
-                    inputs.damage_file(rng, rng.choice([*copied.iterdir(), copied / "model.onnx"]))
+                    inputs.damage_file(
+                        rng, rng.choice([*sorted(copied.iterdir()), copied / "model.onnx"])
+                    )
             else:
                 model = str(copied)
                 if damaged and copied.is_dir():

@@ -6,6 +6,7 @@ written only below the folder that is passed in.
 
 from __future__ import annotations
 
+import copy as copying
 import hashlib
 import json
 import os
@@ -196,18 +197,18 @@ def _change(rng: random.Random, node: Any) -> None:
     if isinstance(child, (dict, list)) and child and rng.random() < 0.7:
         _change(rng, child)
         return
-    what = rng.randrange(10)
+    what, value = rng.randrange(10), copying.deepcopy(rng.choice(JSON_VALUES))
     if what == 0:
         del node[key]
     elif what == 1 and isinstance(node, dict):
-        node[rng.choice(("unknown", "", "x" * 2000, "\x1b[31m"))] = rng.choice(JSON_VALUES)
+        node[rng.choice(("unknown", "", "x" * 2000, "\x1b[31m"))] = value
     elif what == 2:
         deep: Any = None
         for _ in range(200):
             deep = [deep]
         node[key] = deep
     else:
-        node[key] = rng.choice(JSON_VALUES)
+        node[key] = value
 
 
 def damage_bytes(rng: random.Random, content: bytes) -> bytes:

@@ -167,3 +167,11 @@ def test_a_timing_cache_that_is_no_file(bundle: Path, capsys: pytest.CaptureFixt
     os.mkfifo(pipe)
     assert main(["build", str(bundle), "--timingCacheFile", str(pipe)]) == 2
     assert "is not a file" in capsys.readouterr().err and pipe.is_fifo()
+
+
+def test_a_timing_cache_that_is_too_large(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of it is read: a sparse file of a tebibyte."""
+    with (bundle.parent / "cache").open("wb") as stream:
+        stream.truncate(1 << 40)
+    assert main(["build", str(bundle), "--timingCacheFile", stream.name]) == 2
+    assert f"more than {1 << 30} bytes" in capsys.readouterr().err

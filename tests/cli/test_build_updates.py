@@ -104,7 +104,11 @@ def test_builds_and_an_eval_at_once(bundle: Path) -> None:
     assert all(f"engines/{name}.plan" in manifest.files for name in TARGETS)
 
 
-def test_a_build_that_waits_says_for_whom(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_a_build_that_waits_says_for_whom(
+    bundle: Path, capsys: pytest.CaptureFixture[str], quiet: tuple[str, ...]
+) -> None:
+    """Also a quiet one: who stands still without a word seems to hang."""
     child = os.fork()
     if child == 0:
         with bundle_lock(bundle):
@@ -114,10 +118,11 @@ def test_a_build_that_waits_says_for_whom(bundle: Path, capsys: pytest.CaptureFi
         os._exit(0)
     while not (bundle / "held").exists():
         time.sleep(0.01)
-    assert main(["build", str(bundle), "--target=rtx-ada"]) == 0
+    assert main(["build", str(bundle), "--target=rtx-ada", *quiet]) == 0
     os.waitpid(child, 0)
     said = capsys.readouterr().err
     assert f"waiting for {bundle / STATE}" in said and f"process {child} on" in said
+    assert said.count("\n") == 1 or not quiet
 
 
 def older_build(bundle: Path, name: str = "rtx-ampere") -> None:

@@ -6,6 +6,7 @@ The fuzzer runs in a process of its own, whose children are forks: this one has 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import fuzz
+from tests.cli import fuzz_inputs as inputs
 
 
 def run(folder: Path, *argv: str) -> None:
@@ -32,6 +34,14 @@ def test_a_sample(tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_two_thousand_calls(tmp_path: Path) -> None:
     run(tmp_path, "--calls", "2000")
+
+
+def test_a_call_does_not_depend_on_those_before_it() -> None:
+    """A value that is put in is a copy: else the next change would be made to the list of them."""
+    text, known = '{"a": {"b": [1, 2, 3], "c": {}}, "d": "x"}', repr(inputs.JSON_VALUES)
+    first = [inputs.damage_json(random.Random(n), text) for n in range(400)]
+    assert first == [inputs.damage_json(random.Random(n), text) for n in range(400)]
+    assert repr(inputs.JSON_VALUES) == known
 
 
 def judged(argv: list[str], code: int, output: str, error: str) -> list[str]:

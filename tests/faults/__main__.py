@@ -40,9 +40,9 @@ class Bar:
 BARS = {
     "kills": Bar(kills.kills, 0.22, {"build": 3}),
     "space": Bar(kills.space, 0.25, {"build": 2}),
-    "processes": Bar(processes.cases, 0.18, {"builds": 1}),
+    "processes": Bar(processes.cases, 0.15, {"builds": 1}),
     "mutations": Bar(mutations.cases, 0.2, {"bundle-8": 3, "input-3": 1, "input-4": 1}),
-    "signals": Bar(signals.cases, 0.15, {"onnx": 1}),
+    "signals": Bar(signals.cases, 0.18, {"onnx": 1}),
 }
 _NEED_SHIM = ("kills", "space")
 
@@ -56,10 +56,12 @@ class Tally:
     held: int = 0
     failures: list[tuple[str, list[str]]] = field(default_factory=list)
     skipped: str = ""
+    seconds: float = 0
 
     @property
     def broken(self) -> bool:
-        return self.held < self.tried
+        """A bar that nothing of was tried has not held."""
+        return bool(self.failures) or not (self.tried or self.skipped)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,32 +87,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             shares = [BARS[other].share for other in list(names)[number:]]
             left = end - time.monotonic()
             until = time.monotonic() + left * shares[0] / sum(shares)
+            begin = time.monotonic()
             tallies[name] = _try(name, world, until, args)
-    print(_table(tallies))
+            tallies[name].seconds = time.monotonic() - begin
+            print(_rows(name, tallies[name])[0], file=sys.stderr, flush=True)
+    print(_table(tallies, args.seed))
     return int(any(tally.broken for tally in tallies.values()))
 
 
 def _try(name: str, world: World, until: float, args: argparse.Namespace) -> Tally:
-    """All cases of a bar, or what there is time for."""
+    """All cases of a bar, or what there is time for. What breaks in this harness is a failure."""
     if name in _NEED_SHIM and world.shim is None:
         return Tally(skipped="no C compiler")
-    bar = BARS[name]
-    if args.repeat:
-        run.verbose = True
-        cases = bar.cases(world, args.repeat.split("/")[1])
-        cases = [case for case in cases if case.name == args.repeat]
-    elif args.sample:
-        cases = []
-        for chosen, count in bar.sample.items():
-            of_it = bar.cases(world, chosen)
-            cases += [c for c in of_it if c.name.startswith(f"{name}/{chosen}")][:count]
-    else:
-        cases = bar.cases(world, None)
+    try:
+        cases = _cases(name, world, args)
+    except Exception as error:
+        return Tally(failures=[(name, [f"this harness, before the first case: {error!r}"])])
+    if args.repeat and not cases:
+        return Tally(failures=[(args.repeat, ["there is no case of that name"])])
     tally = Tally(sum(case.weight for case in cases))
     for case in cases:
-        if time.monotonic() > until and not args.sample:
+        # However long it took to come here, one is tried.
+        if tally.tried and time.monotonic() > until and not args.sample:
             break
-        why = [what.replace(f"{world.scratch}{os.sep}", "") for what in case.check()]
+        try:
+            why = case.check()
+        except Exception as error:
+            why = [f"this harness: {error!r}"]
+        why = [what.replace(f"{world.scratch}{os.sep}", "") for what in why]
         tally.tried += case.weight
         if why:
             tally.failures.append((case.name, why))
@@ -120,24 +124,47 @@ def _try(name: str, world: World, until: float, args: argparse.Namespace) -> Tal
     return tally
 
 
-def _table(tallies: dict[str, Tally]) -> str:
-    rows = [f"{'bar':<10} {'tried':>6} {'of':>6} {'held':>6}  first failures"]
-    repeat = f"{Path(sys.executable).name} -m tests.faults --repeat"
+def _cases(name: str, world: World, args: argparse.Namespace) -> list[Case]:
+    bar = BARS[name]
+    if args.repeat:
+        run.verbose = True
+        _, group, *_ = [*args.repeat.split("/"), ""]
+        return [case for case in bar.cases(world, group) if case.name == args.repeat]
+    if not args.sample:
+        return bar.cases(world, None)
+    cases = []
+    for chosen, count in bar.sample.items():
+        of_it = bar.cases(world, chosen)
+        cases += [c for c in of_it if c.name.startswith(f"{name}/{chosen}")][:count]
+    return cases
+
+
+def _table(tallies: dict[str, Tally], seed: int) -> str:
+    rows = [f"{'bar':<10} {'tried':>6} {'of':>6} {'held':>6} {'min':>5}  first failures"]
     for name, tally in tallies.items():
-        head = f"{name:<10} {tally.tried:>6} {tally.of:>6} {tally.held:>6}"
-        rows.append(f"{head}  {tally.skipped or ('' if tally.broken else 'none')}".rstrip())
-        kinds: dict[str, list[str]] = {}
-        for case, why in tally.failures:
-            kinds.setdefault(_kind(case, why), []).append(f"{case}: {_short('; '.join(why))}")
-        # Of each kind the first, so that a common one does not hide the others.
-        for members in list(kinds.values())[:_SHOWN]:
-            more = f" (and {len(members) - 1} like it)" if len(members) > 1 else ""
-            rows.append(f"    {members[0]}{more}")
-        if len(kinds) > _SHOWN:
-            rows.append(f"    and {len(kinds) - _SHOWN} kinds more")
+        rows += _rows(name, tally)
     if any(tally.broken for tally in tallies.values()):
-        rows.append(f"repeat one: {repeat} CASE")
+        seeded = f" --seed {seed}" if seed else ""
+        rows.append(
+            f"repeat one: {Path(sys.executable).name} -m tests.faults{seeded} --repeat CASE"
+        )
     return "\n".join(rows)
+
+
+def _rows(name: str, tally: Tally) -> list[str]:
+    numbers = f"{tally.tried:>6} {tally.of:>6} {tally.held:>6} {tally.seconds / 60:>5.1f}"
+    verdict = tally.skipped or ("" if tally.failures else "none" if tally.tried else "none tried")
+    rows = [f"{name:<10} {numbers}  {verdict}".rstrip()]
+    kinds: dict[str, list[str]] = {}
+    for case, why in tally.failures:
+        kinds.setdefault(_kind(case, why), []).append(f"{case}: {_short('; '.join(why))}")
+    # Of each kind the first, so that a common one does not hide the others.
+    for members in list(kinds.values())[:_SHOWN]:
+        more = f" (and {len(members) - 1} like it)" if len(members) > 1 else ""
+        rows.append(f"    {members[0]}{more}")
+    if len(kinds) > _SHOWN:
+        rows.append(f"    and {len(kinds) - _SHOWN} kinds more")
+    return rows
 
 
 def _kind(case: str, why: list[str]) -> str:

@@ -49,13 +49,15 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def whole(box: Path, bundle: Path) -> tuple[bool, list[str]]:
-    """Whether `verify` accepts, and what is wrong: what `inspect` accepts `verify` must, and each
-    refuses in a sentence."""
+    """Whether `verify` accepts, and what is wrong: `inspect` must agree, and each refuses in a
+    sentence."""
     inspected = run(box, ["inspect", str(bundle), "-q"])
     verified = run(box, ["verify", str(bundle), "-q"])
     why = [*inspected.complaints(), *verified.complaints()]
     if inspected.code == 0 and verified.code != 0:
         why.append(f"inspect accepts, verify rejects{verified.sentence()}")
+    if inspected.code != 0 and verified.code == 0:
+        why.append(f"verify accepts, inspect rejects{inspected.sentence()}")
     return verified.code == 0, why
 
 

@@ -25,8 +25,11 @@ from tests.faults import judge
 from tests.faults.run import HANGS, Case, Done, Faults, World, run, start
 
 T = TypeVar("T")
+_COMPLETE = "is complete, but the graphs to compare it with were not kept"
 # Bytes that a file may have, `ulimit -f`; what a command says must fit.
 LIMITS = (2_000, 9_000, 20_000)
+# A process id, and what tempfile makes up after a dot, a dash or its own `tmp`.
+_RANDOM = re.compile("[0-9]+[.]|([.-]|(?<![^/])tmp)[a-z0-9_]{8}(?=[/.]|$)")
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ def kills(world: World, chosen: str | None = None) -> list[Case]:
             case = Case(f"kills/{scenario.name}/{found[0]}", check, len(found))
             (decisive if trail.beside_rename(found) else cases).append(case)
         real = Case(f"kills/{scenario.name}/real", partial(_for_real, scenario, trail))
-        lists.append([*spread(decisive), real, *spread(cases)])
+        lists.append([real, *spread(decisive), *spread(cases)])
     return list(interleaved(lists))
 
 
@@ -292,18 +295,21 @@ def _for_real(scenario: Scenario, trail: Trail) -> list[str]:
     done = run(scenario.box, scenario.argv, first=partial(faults.arm, scenario.place))
     if done.code != -signal.SIGKILL:
         return [f"this harness: a killed command ends with {done.code}"]
-    left, known = scenario.store.take(scenario.place), trail.states[number]
-    if _outline(left) == _outline(known):
+    left, known = _outline(scenario.store.take(scenario.place)), _outline(trail.states[number])
+    if left == known:
         return []
-    return ["this harness: a kill leaves something else than its trail says"]
+    return [
+        "this harness: a kill leaves something else than its trail says: "
+        f"also {sorted(left - known)}, not {sorted(known - left)}"
+    ]
 
 
-def _outline(state: State) -> list[str]:
+def _outline(state: State) -> set[str]:
     """Kinds and names without what is random in them."""
-    return sorted(
-        f"{stat.S_IFMT(mode):o} {re.sub('[0-9]+[.]|[.-][a-z0-9_]{8}(?=[/.]|$)', '#', name)}"
+    return {
+        f"{stat.S_IFMT(mode):o} {_RANDOM.sub('#', name)}"
         for name, (mode, _, _) in state.entries.items()
-    )
+    }
 
 
 def space(world: World, chosen: str | None = None) -> list[Case]:
@@ -339,22 +345,53 @@ def _limited(scenario: Scenario, size: int) -> list[str]:
 
 
 def _refused(scenario: Scenario, done: Done) -> list[str]:
-    """What is wrong with an end for want of space: 7, a sentence, and all as before; or done."""
+    """What is wrong with an end for want of space: 7, a sentence, and all as before; or done; or
+    7 and a bundle that is done, of which it says so."""
     why = done.complaints()
     if done.code not in (0, 7, HANGS):
         why.append(f"exit {done.code} for a full disk{done.sentence()}")
+    complete = done.code == 7 and _COMPLETE in done.sentence()
+    if complete:
+        accepted, more = judge.whole(scenario.box, scenario.bundle)
+        why += more
+        if not accepted or scenario.made() != scenario.expected:
+            why.append("the bundle that it calls complete is not what a run alone makes")
     if done.code != 0:
-        # A work folder that was asked for may stay, and a lock; no beginning of an output may.
-        beside = {
-            name for name in scenario.allowed
-            if Path(name).parts[0] not in ("b", "repo") or name.endswith("lock")
-        }  # fmt: skip
-        left = sorted(judge.names(scenario.place) - beside - set(scenario.before.entries))
-        if "--keep-work" in scenario.argv:  # the next run goes on from there
-            left = [name for name in left if Path(name).parts[0] != ".b.work"]
-        if left:
-            why.append(f"it leaves {', '.join(left[:4])}")
+        after = scenario.store.take(scenario.place)
+        keeps = "--keep-work" in scenario.argv
+        why += _not_as_before(scenario.before, after, scenario.allowed, complete, keeps)
     return [*why, *scenario.next_run()]
+
+
+def _not_as_before(
+    before: State, after: State, allowed: set[str], complete: bool, keeps: bool
+) -> list[str]:
+    """What a command that found no space changed although it failed.
+
+    A work folder that was asked for may stay, and a lock; of an output, nothing that was not there,
+    unless it is `complete`.
+    """
+
+    def may_stay(name: str) -> bool:
+        if keeps and Path(name).parts[0] == ".b.work":  # the next run goes on from there
+            return True
+        return name in allowed and (complete or not _is_output(name) or name.endswith("lock"))
+
+    def same(name: str) -> bool:
+        (mode, _, what), (mode_now, _, what_now) = before.entries[name], after.entries[name]
+        return (mode, what) == (mode_now, what_now)
+
+    left = sorted(name for name in after.entries.keys() - before.entries if not may_stay(name))
+    why = [f"it leaves {', '.join(left[:4])}"] if left else []
+    if not complete:
+        outputs = sorted(filter(_is_output, before.entries))
+        changed = [name for name in outputs if name not in after.entries or not same(name)]
+        why += [f"it fails and has changed {', '.join(changed[:4])}"] if changed else []
+    return why
+
+
+def _is_output(name: str) -> bool:
+    return Path(name).parts[0] in ("b", "repo")
 
 
 def spread(items: Sequence[T]) -> Iterator[T]:

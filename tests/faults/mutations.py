@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cli import fuzz_inputs as inputs
-from tests.faults.run import Case, World, run
+from tests.faults.run import Case, World, run, silence
 from tests.faults.watch import Watch
 
 BUNDLES, INPUTS = 600, 400
@@ -148,10 +148,13 @@ def _readers(site: Site) -> list[str]:
     if site.world.reader is None:
         return why
     watch = Watch(site.outside)
-    checked = subprocess.run(
-        [site.world.reader, site.bundle, "--check"], capture_output=True, text=True,
-        errors="replace", check=False, timeout=60,
-    )  # fmt: skip
+    try:
+        checked = subprocess.run(
+            [site.world.reader, site.bundle, "--check"], capture_output=True, text=True,
+            errors="replace", check=False, timeout=silence(),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return [*why, "iq_run --check hangs"]
     why += [f"iq_run {what}" for what in watch.close()]
     if checked.returncode not in (0, 6, 7):
         why.append(f"iq_run --check ends with {checked.returncode}")
@@ -384,7 +387,7 @@ def _input(world: World, number: int) -> list[str]:
     elif kind == "gguf":
         inputs.damage_file(rng, copied)
     elif kind == "onnx":
-        inputs.damage_file(rng, rng.choice([*copied.iterdir(), copied / "model.onnx"]))
+        inputs.damage_file(rng, rng.choice([*sorted(copied.iterdir()), copied / "model.onnx"]))
     elif kind == "tokenizer":
         inputs.damage_model(rng, tokenizer)
     elif rng.random() < 0.7:

@@ -210,12 +210,17 @@ def wait(box: Path, argv: Sequence[str], child: int, *, name: str = "run") -> Do
     return Done(list(argv), code, out, err)
 
 
+def silence() -> float:
+    """Seconds after which what says nothing hangs: a minute, times this machine's load."""
+    cores = len(os.sched_getaffinity(0))
+    return fuzz.TIMEOUT_SECONDS * max(1.0, os.getloadavg()[0] / cores)
+
+
 def ended(child: int, stream: Path) -> int:
     """Its exit code. What says nothing for a minute (of this machine's load) hangs."""
-    silence = fuzz.TIMEOUT_SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     handle, said = os.pidfd_open(child), -1
     try:
-        while not select.select([handle], [], [], silence)[0]:
+        while not select.select([handle], [], [], silence())[0]:
             if (size := stream.stat().st_size) == said:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)

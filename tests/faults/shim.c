@@ -102,14 +102,19 @@ static int before(char const* name, int space, int folder, char const* path)
     return fails ? -1 : 0;
 }
 
+static int missing(int folder, char const* path)
+{
+    int kept = errno, no = faccessat(folder, path, F_OK, AT_SYMLINK_NOFOLLOW);
+    errno = kept;
+    return no != 0;
+}
+
 // What opening makes or empties; a file that is there takes no space.
 static int opening(int folder, char const* path, int flags)
 {
     if (!shared || !(flags & (O_CREAT | O_TRUNC)))
         return 0;
-    int kept = errno, made = (flags & O_CREAT) && faccessat(folder, path, F_OK, AT_SYMLINK_NOFOLLOW);
-    errno = kept;
-    return before("open", made, folder, path);
+    return before("open", (flags & O_CREAT) && missing(folder, path), folder, path);
 }
 
 #define OPEN(function)                                                                             \
@@ -185,8 +190,9 @@ WRAP(renameat2, "rename", 0, int, (int f, char const* a, int g, char const* b, u
 WRAP(unlink, "unlink", 0, int, (char const* a), AT_FDCWD, a, (a))
 WRAP(unlinkat, "unlink", 0, int, (int f, char const* a, int n), f, a, (f, a, n))
 WRAP(rmdir, "rmdir", 0, int, (char const* a), AT_FDCWD, a, (a))
-WRAP(mkdir, "mkdir", 1, int, (char const* a, mode_t m), AT_FDCWD, a, (a, m))
-WRAP(mkdirat, "mkdir", 1, int, (int f, char const* a, mode_t m), f, a, (f, a, m))
+// The system finds that a folder is there before it looks for space.
+WRAP(mkdir, "mkdir", missing(AT_FDCWD, a), int, (char const* a, mode_t m), AT_FDCWD, a, (a, m))
+WRAP(mkdirat, "mkdir", missing(f, a), int, (int f, char const* a, mode_t m), f, a, (f, a, m))
 WRAP(link, "link", 1, int, (char const* a, char const* b), AT_FDCWD, b, (a, b))
 WRAP(linkat, "link", 1, int, (int f, char const* a, int g, char const* b, int n), g, b,
     (f, a, g, b, n))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from iq_export.errors import GraphError
+from iq_export.engine.onnx_header import read_header
+from iq_export.errors import EngineError, GraphError, IqError, ModelError
 from iq_export.graph import io
 from iq_export.graph.edit import constant, own_constant
+from iq_export.graph.model_files import model_files
+from iq_export.graph.vocabulary import position_rows
+from iq_export.model.trace import _read_onnx
 from iq_export.run.ort import CausalLM
 from iq_export.sinks.ops import OPS
 from tests import planted
@@ -41,6 +48,27 @@ def test_damaged_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.onnx").write_bytes(content)
     with pytest.raises(GraphError, match=r"bad\.onnx is not a readable ONNX model"):
         io.load(tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize(
+    ("read", "error"),
+    [
+        (io.load, GraphError),
+        (model_files, GraphError),
+        (CausalLM, GraphError),
+        (read_header, EngineError),
+        (partial(_read_onnx, held=ExitStack()), ModelError),
+    ],
+)
+def test_a_file_too_large_for_a_graph(
+    tmp_path: Path, read: Callable[[Path], object], error: type[IqError]
+) -> None:
+    """Nothing of it is read: a sparse file of a tebibyte."""
+    with (tmp_path / "large.onnx").open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(error, match=rf"large\.onnx has more than {(1 << 31) - 1} bytes"):
+        read(Path(stream.name))
+    assert position_rows(Path(stream.name)) is None
 
 
 def test_truncated_file(path: Path) -> None:

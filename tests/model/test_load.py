@@ -335,6 +335,26 @@ def test_a_hub_model_becomes_a_folder(
     assert load_model(source).model.config.num_hidden_layers == 4
 
 
+@pytest.mark.parametrize(
+    ("module", "line", "expected"),
+    [
+        ("iq_export.model.gguf", "None.size", AttributeError),
+        ("iq_export.model.gguf", "{}['key']", KeyError),
+        ("iq_export.model.gguf", "undefined", NameError),
+        ("iq_export.model.gguf", "int('x')", ModelError),
+        ("iq_export.model.gguf", "open('/nowhere/x')", ModelError),
+        ("transformers.modeling", "None.size", ModelError),
+        ("torch.nn", "undefined", ModelError),
+        ("iq_exporter", "None.size", ModelError),
+    ],
+)
+def test_a_fault_of_ours_is_no_bad_model(module: str, line: str, expected: type[Exception]) -> None:
+    """What a line of this package raises by mistake keeps its traceback."""
+    source = load.ModelSource("folder", "m", Path("m"))
+    with pytest.raises(expected), load.readable(source):
+        eval(line, {"__name__": module})
+
+
 def test_the_fingerprint_follows_the_contents(llama: Path) -> None:
     source = resolve(str(llama))
     first = fingerprint(source)

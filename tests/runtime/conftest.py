@@ -133,7 +133,7 @@ def tensors() -> tuple[list[TensorInfo], list[TensorInfo]]:
     half = "float16"
     inputs = [TensorInfo("input_ids", "int64", rows), TensorInfo("position_ids", "int64", rows)]
     inputs += [TensorInfo("attention_mask", "int64", ["batch", "total"])]
-    outputs = [TensorInfo("logits", "float32", [*rows, VOCAB])]
+    outputs = [TensorInfo("logits", "float", [*rows, VOCAB])]
     for kind in ("key", "value"):
         shape = ["batch", HEADS, "past", SIZE]
         inputs.append(TensorInfo(f"past_key_values.0.{kind}", half, shape))

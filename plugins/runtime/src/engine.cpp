@@ -71,26 +71,20 @@ Logger& logger()
     return *instance;
 }
 
-nvinfer1::DataType dataType(std::string const& name)
+// Whether the manifest's name of a type is that of the plan's.
+bool sameType(std::string const& name, nvinfer1::DataType inPlan)
 {
     using nvinfer1::DataType;
-    if (name == "float32")
+    switch (inPlan)
     {
-        return DataType::kFLOAT;
+    case DataType::kFLOAT: return tensorType(name) == TensorType::kFloat;
+    case DataType::kHALF: return tensorType(name) == TensorType::kFloat16;
+    case DataType::kBF16: return tensorType(name) == TensorType::kBfloat16;
+    case DataType::kINT8: return tensorType(name) == TensorType::kInt8;
+    case DataType::kINT32: return tensorType(name) == TensorType::kInt32;
+    case DataType::kINT64: return tensorType(name) == TensorType::kInt64;
+    default: return false;
     }
-    if (name == "float16")
-    {
-        return DataType::kHALF;
-    }
-    if (name == "bfloat16")
-    {
-        return DataType::kBF16;
-    }
-    if (name == "int8")
-    {
-        return DataType::kINT8;
-    }
-    return name == "int32" ? DataType::kINT32 : DataType::kINT64;
 }
 
 // The plan's own tensors are those the manifest names, each of its type.
@@ -102,7 +96,7 @@ void checkTensors(nvinfer1::ICudaEngine const& engine, Manifest const& manifest)
         {
             rows.push_back({tensor.name, "in the plan", "not there"});
         }
-        else if (engine.getTensorDataType(tensor.name.c_str()) != dataType(tensor.dtype))
+        else if (!sameType(tensor.dtype, engine.getTensorDataType(tensor.name.c_str())))
         {
             rows.push_back({tensor.name, tensor.dtype, "another type"});
         }

@@ -19,12 +19,25 @@ constexpr int64_t kLargestVocab = int64_t{1} << 26;
     throw Refusal(ErrorCode::kGraph, message);
 }
 
-int64_t bytesOf(std::string const& dtype)
+// Of one element.
+int64_t bytesOf(TensorType type)
 {
-    static std::map<std::string, int64_t> const kBytes{{"float32", 4}, {"float16", 2},
-        {"bfloat16", 2}, {"int8", 1}, {"int32", 4}, {"int64", 8}};
-    auto const found = kBytes.find(dtype);
-    return found == kBytes.end() ? 0 : found->second;
+    switch (type)
+    {
+    case TensorType::kInt8: return 1;
+    case TensorType::kFloat16:
+    case TensorType::kBfloat16: return 2;
+    case TensorType::kFloat:
+    case TensorType::kInt32: return 4;
+    case TensorType::kInt64: return 8;
+    }
+    return 0;
+}
+
+bool isFloat(TensorType type)
+{
+    return type == TensorType::kFloat || type == TensorType::kFloat16
+        || type == TensorType::kBfloat16;
 }
 
 TensorInfo const* find(std::vector<TensorInfo> const& tensors, std::string const& name)
@@ -72,7 +85,8 @@ std::string presentName(std::string const& past)
 
 CacheTensor readCache(TensorInfo const& past, Manifest const& manifest)
 {
-    CacheTensor cache{past.name, presentName(past.name), past.dtype, {}, 1, bytesOf(past.dtype)};
+    std::optional<TensorType> const type = tensorType(past.dtype);
+    CacheTensor cache{past.name, presentName(past.name), {}, 1, type ? bytesOf(*type) : 0};
     bool const keys = past.shape.size() == 4;
     size_t const rows = keys ? 2 : 1;
     if ((!keys && past.shape.size() != 2) || !isAxis(past, 0, "batch")
@@ -103,6 +117,21 @@ CacheTensor readCache(TensorInfo const& past, Manifest const& manifest)
 }
 
 } // namespace
+
+std::optional<TensorType> tensorType(std::string const& name)
+{
+    // As manifest.schema.json has them: tests/bundle/test_schema.py compares.
+    static std::map<std::string, TensorType> const kTypes{
+        {"float", TensorType::kFloat},
+        {"float16", TensorType::kFloat16},
+        {"bfloat16", TensorType::kBfloat16},
+        {"int8", TensorType::kInt8},
+        {"int32", TensorType::kInt32},
+        {"int64", TensorType::kInt64},
+    };
+    auto const found = kTypes.find(name);
+    return found == kTypes.end() ? std::nullopt : std::optional<TensorType>(found->second);
+}
 
 GraphIo readGraphIo(Manifest const& manifest)
 {
@@ -138,12 +167,13 @@ GraphIo readGraphIo(Manifest const& manifest)
     {
         refuse("the model was exported without cache: it has no 'past_key_values.0.key'");
     }
-    io.logitsDtype = logits->dtype;
-    io.logitsBytes = bytesOf(logits->dtype);
-    if (logits->shape.size() != 3 || startsWith(logits->dtype, "int") || io.logitsBytes == 0)
+    std::optional<TensorType> const type = tensorType(logits->dtype);
+    if (logits->shape.size() != 3 || !type || !isFloat(*type))
     {
         refuse("'logits' is not [batch, seq, vocabulary] of a float type");
     }
+    io.logitsType = *type;
+    io.logitsBytes = bytesOf(*type);
     io.vocab = sizeOf(*logits, 2);
     return io;
 }

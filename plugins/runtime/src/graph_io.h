@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,13 +11,26 @@
 namespace iq
 {
 
+// The types of tensors that a session holds; the manifest knows more (`$defs` of its schema).
+enum class TensorType
+{
+    kFloat,
+    kFloat16,
+    kBfloat16,
+    kInt8,
+    kInt32,
+    kInt64,
+};
+
+// None for a name that is of no such type.
+std::optional<TensorType> tensorType(std::string const& name);
+
 // One tensor of the cache: `past` [batch, heads, past, head size] comes back as `present` with the
 // new rows appended; a sink index is [batch, past], which is one head of one element.
 struct CacheTensor
 {
     std::string past;
     std::string present;
-    std::string dtype;
     std::vector<int64_t> shape; // with 0 for batch and for past
     int64_t heads{0};
     int64_t rowBytes{0}; // of one token in one head
@@ -27,7 +41,7 @@ struct GraphIo
     bool hasMask{false};
     bool hasPositions{false};
     std::vector<CacheTensor> caches;
-    std::string logitsDtype;
+    TensorType logitsType{TensorType::kFloat};
     int64_t logitsBytes{0}; // of one element
     int64_t vocab{0};
     int64_t bytesPerToken{0}; // of the whole cache, for one sequence

@@ -26,10 +26,11 @@ int64_t product(std::initializer_list<int64_t> factors)
     return result;
 }
 
-LogitType logitType(std::string const& name)
+LogitType logitType(TensorType type)
 {
-    return name == "float32" ? LogitType::kFloat
-                             : (name == "float16" ? LogitType::kHalf : LogitType::kBFloat16);
+    return type == TensorType::kFloat ? LogitType::kFloat
+                                      : (type == TensorType::kFloat16 ? LogitType::kHalf
+                                                                      : LogitType::kBFloat16);
 }
 
 } // namespace
@@ -209,7 +210,7 @@ void TextSession::State::enqueueStep(int64_t seq, int64_t next, bool choosing)
     {
         return;
     }
-    check(launchChoose(logitType(io.logitsDtype), logits.get(), batch, seq, io.vocab, rule,
+    check(launchChoose(logitType(io.logitsType), logits.get(), batch, seq, io.vocab, rule,
               static_cast<uint64_t*>(draws.get()), newIds, newChosen, workspace.get(), queue),
         "the kernel for sampling");
     check(cudaMemcpyAsync(hostChosen.get(), newChosen, static_cast<size_t>(batch) * sizeof(int64_t),
