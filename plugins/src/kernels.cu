@@ -17,20 +17,19 @@ constexpr unsigned kAllLanes = 0xffffffffU;
 // Blocks walk over the rows, so the grid need not hold them all.
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-// The CUDA programming guide, "Technical Specifications per Compute Capability"; at least so many.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
-constexpr int kThreadsOfMultiprocessor = 1024;
-#elif __CUDA_ARCH__ == 800 || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ <= 1030)
-constexpr int kThreadsOfMultiprocessor = 2048;
-#else
-constexpr int kThreadsOfMultiprocessor = 1536;
-#endif
 // Of a block, and blocks that share a multiprocessor, which bound the registers of a thread: loads
-// of many rows must wait together.
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kNormBlocks = 4, kDetectBlocks = kThreadsOfMultiprocessor / kThreads;
+// of many rows must wait together. A multiprocessor of 7.5 has 1,024 threads, a newer one 1,536 or
+// more.
+constexpr int kThreads = 256;
+constexpr int kNormBlocks = 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kDetectBlocks = 4;
+#else
+constexpr int kDetectBlocks = 6;
+#endif
 // A norm keeps a row of up to 4 packs a thread in registers; of a long row in more threads.
 constexpr int kMostChunks = 4, kLongThreads = 512;
+constexpr int64_t kWideRow = 512; // packs: a block looks for a sink in such a row, else a warp
 constexpr int kGatedThreads = 128;
 constexpr unsigned kMostParts = 65535; // a grid's second dimension has no more
 
@@ -61,106 +60,95 @@ __device__ float reduceWarp(float value, Combine combine)
     return value;
 }
 
-// Every thread of the block, which is at most `kWarps` whole warps, gets the sum of all threads'
-// values.
-template <int kWarps>
-__device__ float sumOverBlock(float value)
+// Every thread of the block gets the combination of its warps' values, at most `kWarps` of them;
+// 0 must be neutral.
+template <int kWarps, typename Combine>
+__device__ float reduceBlock(float ofWarp, Combine combine)
 {
     __shared__ float perWarp[kWarps];
     unsigned const warps = blockDim.x / kWarp;
-    value = reduceWarp(value, Sum{});
     if (threadIdx.x % kWarp == 0)
     {
-        perWarp[threadIdx.x / kWarp] = value;
+        perWarp[threadIdx.x / kWarp] = ofWarp;
     }
     if (threadIdx.x + warps < kWarps)
     {
         perWarp[threadIdx.x + warps] = 0.0F;
     }
     __syncthreads();
-    float total = 0.0F;
+    float all = perWarp[0];
     IQ_UNROLL
-    for (float const part : perWarp)
+    for (int warp = 1; warp < kWarps; ++warp)
     {
-        total += part;
+        all = combine(all, perWarp[warp]);
     }
     __syncthreads(); // perWarp is written again by the next call
-    return total;
+    return all;
+}
+
+template <int kWarps>
+__device__ float sumOverBlock(float value)
+{
+    return reduceBlock<kWarps>(reduceWarp(value, Sum{}), Sum{});
+}
+
+// A row of a sink op is read by a warp, or by a block of kThreads.
+template <int kLanes, typename Combine>
+__device__ float reduceLanes(float value, Combine combine)
+{
+    value = reduceWarp(value, combine);
+    if constexpr (kLanes > kWarp)
+    {
+        value = reduceBlock<kLanes / kWarp>(value, combine);
+    }
+    return value;
 }
 
 // The template that a sink is nearest to, plus one.
-template <int kWidth, typename T>
-__device__ int32_t nearest(T const* row, float const* table, Shape const& shape)
+template <int kWidth, int kLanes, typename T>
+__device__ int32_t nearest(
+    T const* row, float const* table, int32_t templates, int32_t hidden, int32_t lane)
 {
-    auto const hidden = static_cast<int32_t>(shape.hidden);
     float best = 0.0F;
     int32_t matched = 0;
-    for (int64_t k = 0; k < shape.templates; ++k)
+    for (int32_t k = 1; k <= templates; ++k, table += hidden)
     {
-        float const distance = sumOverBlock<kWarps>(partialDistance<kWidth>(
-            row, table + k * hidden, hidden, threadIdx.x, blockDim.x));
-        if (k == 0 || distance < best)
+        float const distance = reduceLanes<kLanes>(
+            partialDistance<kWidth>(row, table, hidden, lane, kLanes), Sum{});
+        if (k == 1 || distance < best)
         {
             best = distance;
-            matched = static_cast<int32_t>(k) + 1;
+            matched = k;
         }
     }
     return matched;
 }
 
-// A block takes `rows` rows, each read by `warps` of its warps, both powers of two; a sink, which is
-// rare, is matched by all.
-template <typename T, int kWidth>
+// All branches depend on the row alone, so its threads stay together.
+template <typename T, int kWidth, int kLanes>
 __global__ void __launch_bounds__(kThreads, kDetectBlocks)
     detectKernel(T const* x, bool const* first, bool const* valid, float const* table,
-        float threshold, Shape shape, int32_t* index, int rows, int warps)
+        float threshold, Shape shape, int32_t* index)
 {
-    __shared__ float peaks[kWarps];
-    int const warp = static_cast<int>(threadIdx.x) / kWarp;
-    int const lane = static_cast<int>(threadIdx.x) % kWarp;
+    constexpr int kRows = kThreads / kLanes;
+    constexpr int kAhead = kLanes == kWarp ? 4 : 2; // 1,024 or 4,096 halves are read at once
+    int const lane = static_cast<int>(threadIdx.x) % kLanes;
     auto const hidden = static_cast<int32_t>(shape.hidden);
-    int64_t const step = static_cast<int64_t>(gridDim.x) * rows;
-    for (int64_t from = static_cast<int64_t>(blockIdx.x) * rows; from < shape.rows; from += step)
+    int64_t const step = static_cast<int64_t>(gridDim.x) * kRows;
+    int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kLanes;
+    for (; row < shape.rows; row += step)
     {
-        // In every warp a lane decides on a row; what it needs is read before anything waits.
-        bool const decides = lane < rows && from + lane < shape.rows;
-        bool const isFirst = decides && first[from + lane];
-        bool const isValid = decides && valid[from + lane];
-        int64_t const row = from + warp * rows / kWarps;
-        float const peak = row < shape.rows
-            ? partialPeak<kWidth>(x + row * hidden, hidden,
-                static_cast<int>(threadIdx.x) & (warps * kWarp - 1), warps * kWarp)
-            : 0.0F;
-        float const largest = reduceWarp(peak, Maximum{});
+        bool const isFirst = first[row], isValid = valid[row];
+        T const* const values = x + row * hidden;
+        float const peak = reduceLanes<kLanes>(
+            partialPeak<kWidth, kAhead>(values, hidden, lane, kLanes), Maximum{});
+        int32_t const matched = isSink(peak, threshold, isFirst, isValid)
+            ? nearest<kWidth, kLanes>(
+                values, table, static_cast<int32_t>(shape.templates), hidden, lane)
+            : 0;
         if (lane == 0)
         {
-            peaks[warp] = largest;
-        }
-        __syncthreads();
-        float peakOfRow = 0.0F;
-        IQ_UNROLL
-        for (int other = 0; other < kWarps; ++other)
-        {
-            bool const own = other >= lane * warps && other < (lane + 1) * warps;
-            peakOfRow = own ? fmaxf(peakOfRow, peaks[other]) : peakOfRow;
-        }
-        bool const sink = isSink(peakOfRow, threshold, isFirst, isValid);
-        if (warp == 0 && decides && !sink)
-        {
-            index[from + lane] = 0;
-        }
-        for (unsigned sinks = __ballot_sync(kAllLanes, sink); sinks != 0; sinks &= sinks - 1)
-        {
-            int64_t const at = from + __ffs(static_cast<int>(sinks)) - 1;
-            int32_t const matched = nearest<kWidth>(x + at * hidden, table, shape);
-            if (threadIdx.x == 0)
-            {
-                index[at] = matched;
-            }
-        }
-        if (from + step < shape.rows)
-        {
-            __syncthreads(); // peaks is written again
+            index[row] = matched;
         }
     }
 }
@@ -235,12 +223,10 @@ __global__ void __launch_bounds__(kGatedThreads) siluMulKernel(SiluMul op)
              worker < whole; worker += stride)
         {
             int const at = worker * kPer;
-            GatedPacks<T, kWidth, kPer> packs{};
-            if (!sink)
-            {
-                loadGated(what, at, packs);
-            }
-            auto values = products(packs, what.unit);
+            // A sink's are read as well: the loads need not wait for its index.
+            GatedPacks<T, kWidth, kPer> packs;
+            loadGated(what, at, packs);
+            auto values = sink ? Pack<float, kPer>{} : products(packs, what.unit);
             takeSide(what, at, values);
             turnWithin(values, op.block);
             turnAcross(values, op.block);
@@ -298,6 +284,17 @@ cudaError_t startSiluMul(SiluMul const& op, cudaStream_t stream)
     return cudaGetLastError();
 }
 
+template <typename T, int kWidth, int kLanes>
+cudaError_t startDetect(void const* x, bool const* first, bool const* valid, float const* table,
+    float threshold, Shape const& shape, int32_t* index, cudaStream_t stream)
+{
+    constexpr int64_t kRows = kThreads / kLanes;
+    detectKernel<T, kWidth, kLanes>
+        <<<blocks((shape.rows + kRows - 1) / kRows), kThreads, 0, stream>>>(
+            static_cast<T const*>(x), first, valid, table, threshold, shape, index);
+    return cudaGetLastError();
+}
+
 } // namespace
 
 cudaError_t launchDetect(Element element, void const* x, bool const* first, bool const* valid,
@@ -311,18 +308,11 @@ cudaError_t launchDetect(Element element, void const* x, bool const* first, bool
         element, canPack(element, shape.hidden, {x, table}), [&](auto type, auto width) {
             using T = decltype(type);
             constexpr int kWidth = decltype(width)::value;
-            // A power of two: each thread reads about kAhead packs.
-            int warps = 1;
-            while (warps < kWarps && shape.hidden > kAhead * kWarp * kWidth * warps)
-            {
-                warps *= 2;
-            }
-            int const rows = kWarps / warps;
-            detectKernel<T, kWidth>
-                <<<blocks((shape.rows + rows - 1) / rows), kThreads, 0, stream>>>(
-                    static_cast<T const*>(x), first, valid, table, threshold, shape, index, rows,
-                    warps);
-            return cudaGetLastError();
+            return shape.hidden < kWideRow * kWidth
+                ? startDetect<T, kWidth, kWarp>(
+                    x, first, valid, table, threshold, shape, index, stream)
+                : startDetect<T, kWidth, kThreads>(
+                    x, first, valid, table, threshold, shape, index, stream);
         });
 }
 

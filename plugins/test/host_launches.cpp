@@ -30,7 +30,7 @@ int32_t detectRow(T const* row, float const* table, Shape const& shape,
     float peak = 0.0F;
     for (int32_t lane = 0; lane < lanes; ++lane)
     {
-        peak = std::max(peak, partialPeak<kWidth>(row, hidden, lane, lanes));
+        peak = std::max(peak, partialPeak<kWidth, 2>(row, hidden, lane, lanes));
     }
     if (!isSink(peak, threshold, first, valid))
     {
@@ -147,12 +147,9 @@ void siluMulRow(SiluMul const& op, int64_t row)
     for (size_t worker = 0; worker < all.size(); ++worker)
     {
         int32_t const at = static_cast<int32_t>(worker) * kPer;
-        GatedPacks<T, kWidth, kPer> packs{};
-        if (!sink)
-        {
-            loadGated(what, at, packs);
-        }
-        all[worker] = products(packs, what.unit);
+        GatedPacks<T, kWidth, kPer> packs;
+        loadGated(what, at, packs);
+        all[worker] = sink ? Pack<float, kPer>{} : products(packs, what.unit);
         takeSide(what, at, all[worker]);
         turnWithin(all[worker], op.block);
     }

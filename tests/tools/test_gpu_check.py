@@ -432,7 +432,7 @@ def test_what_is_timed_is_the_ops(host: ctypes.CDLL, monkeypatch: pytest.MonkeyP
     calls, moved = bandwidth._calls(host, rows=128, hidden=512)
     assert list(calls) == list(moved) and set(bandwidth.SHARES) < set(calls)
     for name, call in calls.items():
-        for turn in range(bandwidth._SETS + 1):
+        for turn in range(bandwidth.SETS + 1):
             call(turn)
         assert moved[name] > 128 * 512
     assert moved["rms norm"] == 128 * 512 * 7 + 512 * 2

@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.plugins.calls import ELEMENTS
 from tools.gpu_check.statistics import paired_ratio, spread
+from tools.gpu_check.timing import SETS, graph_time
 
 ROWS, HIDDEN = 8192, 4096
 # Bars: of the copy's bandwidth, and with insertion against without.
@@ -36,11 +37,10 @@ FEW_ROWS, FEATURES = (1, 8, 32), 11_008
 LAUNCHES = {"rms norm": 3.0, "gated product, blocks of 64": 2.6, "detect": 2.2}
 # Other widths and types are reported without bars.
 WIDTHS, OTHER = (1024, 2048, 4096, 8192), ("float16", "bfloat16", "float32")
-_SETS, _ROUNDS, _FEW_ROUNDS, _WARM_UP, _TEMPLATES = 3, 60, 12, 6, 3
+_ROUNDS, _FEW_ROUNDS, _WARM_UP, _TEMPLATES = 60, 12, 6, 3
 _SINK_EVERY = 64
 _DEVICE = "cuda"
 _BLOCKS = (1, 64, 512)
-_IN_A_GRAPH, _REPLAYS = 20, 30
 # GPU cycles to wait so that the CPU is ahead of the GPU, and no launch is timed.
 _HEAD_START = 8_000_000
 
@@ -58,7 +58,7 @@ def measure(library: Path) -> dict[str, Any]:
     mixed = interleaved(calls, rounds=_ROUNDS, warm_up=_WARM_UP, alone=False)
     result["mixed"] = {name: row["of_copy"] for name, row in _rows(mixed, sizes).items()}
     result["shape"] = [ROWS, HIDDEN]
-    result["note"] = f"fp16, {_SETS} sets of tensors take turns; every {_SINK_EVERY}th row a sink"
+    result["note"] = f"fp16, {SETS} sets of tensors take turns; every {_SINK_EVERY}th row a sink"
     result["launches"], missed = launches(opened)
     result["missed"] += missed
     result["widths"] = _widths(opened)
@@ -150,33 +150,11 @@ def launches(library: ctypes.CDLL) -> tuple[dict[str, float], list[str]]:
             **{name: call for name, call in wide.items() if name.startswith("gated")},
         }
         for name, call in calls.items():
-            time = _graph_time(call) * 1e6
+            time = graph_time(call)
             found[f"{name}, {rows} rows"] = time
             if time > LAUNCHES.get(name, time):
                 missed.append(f"{name} of {rows} rows takes {time:.2f} us")
     return found, missed
-
-
-def _graph_time(call: Call) -> float:
-    """Seconds of one call of several in a CUDA graph: the median over replays."""
-    import torch
-
-    for turn in range(_SETS):
-        call(turn)  # loads the kernel, which cannot be done in a capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for turn in range(_IN_A_GRAPH):
-            call(turn)
-    times = []
-    for _ in range(_REPLAYS + _WARM_UP):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / _IN_A_GRAPH)
-    return spread(times[_WARM_UP:])["median"]
 
 
 def _widths(library: ctypes.CDLL) -> dict[str, dict[str, float]]:
@@ -207,13 +185,13 @@ def _calls(
     size = dtype.itemsize
     generator = torch.Generator().manual_seed(0)
     x, branch, total = (
-        [torch.randn(rows, hidden, device=_DEVICE, dtype=dtype) for _ in range(_SETS)]
+        [torch.randn(rows, hidden, device=_DEVICE, dtype=dtype) for _ in range(SETS)]
         for _ in range(3)
     )
-    codes = [torch.empty(rows, hidden, device=_DEVICE, dtype=torch.int8) for _ in range(_SETS)]
+    codes = [torch.empty(rows, hidden, device=_DEVICE, dtype=torch.int8) for _ in range(SETS)]
     norm_bytes = count * (3 * size + 1)
     source, copy = (
-        [torch.zeros(norm_bytes // 2, device=_DEVICE, dtype=torch.uint8) for _ in range(_SETS)]
+        [torch.zeros(norm_bytes // 2, device=_DEVICE, dtype=torch.uint8) for _ in range(SETS)]
         for _ in range(2)
     )
     weight = on_device(torch.ones(hidden, dtype=dtype))
@@ -241,7 +219,7 @@ def _calls(
         replaced = (index, inserted) if insert else (None, None)
 
         def call(turn: int) -> None:
-            at = turn % _SETS
+            at = turn % SETS
             launch(
                 "add_norm", x[at], branch[at], weight, None, *replaced, 1e-5, scale, *sizes,
                 total[at], codes[at],
@@ -251,14 +229,14 @@ def _calls(
 
     def change(restore: bool) -> Call:
         def call(turn: int) -> None:
-            at = turn % _SETS
+            at = turn % SETS
             launch("change", ctypes.c_bool(restore), x[at], index, table, *sizes, total[at])
 
         return call
 
     def gated(block: int) -> Call:
         def call(turn: int) -> None:
-            at = turn % _SETS
+            at = turn % SETS
             launch(
                 "silu_mul", x[at], branch[at], index, block, float(block**-0.5), scale,
                 *sizes[:2], codes[at],
@@ -267,10 +245,10 @@ def _calls(
         return call
 
     def detect(turn: int) -> None:
-        launch("detect", x[turn % _SETS], first, valid, table, 200.0, *sizes, found)
+        launch("detect", x[turn % SETS], first, valid, table, 200.0, *sizes, found)
 
     def plain_copy(turn: int) -> None:
-        copy[turn % _SETS].copy_(source[turn % _SETS])
+        copy[turn % SETS].copy_(source[turn % SETS])
 
     calls: dict[str, Call] = {
         "copy": plain_copy,

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tools.gpu_check.timing import SETS, graph_time
 
 CASES, MOVES, SEED = 300, 40, 0
 # The bar, in microseconds of a launch in a graph.
@@ -29,7 +29,6 @@ KINDS = (
     "normal", "narrow", "wide", "rounded", "equal", "two values", "outlier", "falling", "nan",
     "inf", "-inf",
 )  # fmt: skip
-_BUFFERS, _LAUNCHES, _REPLAYS, _WARM_UP = 3, 21, 30, 5
 _SPARE = 8  # elements by which the first logit may be displaced
 
 
@@ -287,7 +286,7 @@ def _time_choice(
 
     generator = torch.Generator("cuda").manual_seed(SEED)
     buffers = []
-    for _ in range(_BUFFERS):
+    for _ in range(SETS):
         logits = torch.randn(batch, 1, VOCAB, device="cuda", generator=generator) * 2.5
         if row == "equal":
             logits.fill_(1.5)
@@ -295,7 +294,7 @@ def _time_choice(
             logits = (logits > 0).float()
         buffers.append(logits.to(getattr(torch, type_)))
     choice = Choice(library, batch, VOCAB, "cuda")
-    return graph_time(lambda turn: choice.launch(type_, buffers[turn % _BUFFERS], 1, rule, SEED))
+    return graph_time(lambda turn: choice.launch(type_, buffers[turn % SETS], 1, rule, SEED))
 
 
 def _time_moves(library: ctypes.CDLL) -> dict[str, float]:
@@ -310,29 +309,6 @@ def _time_moves(library: ctypes.CDLL) -> dict[str, float]:
         graph_time(lambda turn: target.copy_(source)),
     )
     return {"bytes": bytes_, "microseconds": moved, "copy_microseconds": copied}
-
-
-def graph_time(call: Callable[[int], object]) -> float:
-    """Microseconds of one call of several in a CUDA graph: the median over replays."""
-    import torch
-
-    for turn in range(_BUFFERS):
-        call(turn)  # loads the kernels, which cannot be done in a capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for turn in range(_LAUNCHES):
-            call(turn)
-    times = []
-    for number in range(_WARM_UP + _REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= _WARM_UP:
-            times.append(start.elapsed_time(end) * 1e3 / _LAUNCHES)
-    return statistics.median(times)
 
 
 def _tensor(values: np.ndarray) -> Any:

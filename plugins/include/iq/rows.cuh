@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include <cuda_bf16.h>
@@ -14,11 +15,13 @@
 
 #define IQ_HOST_DEVICE __host__ __device__ inline
 
-// The host's compiler would warn of the pragma.
+// The host's compiler would warn of the pragmas.
 #ifdef __CUDA_ARCH__
 #define IQ_UNROLL _Pragma("unroll")
+#define IQ_KEEP_LOOP _Pragma("unroll 1")
 #else
 #define IQ_UNROLL
+#define IQ_KEEP_LOOP
 #endif
 
 namespace iq
@@ -76,16 +79,33 @@ struct alignas(sizeof(T) * kWidth) Pack
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
+// What is read or written by one instruction: of a Pack the compiler makes accesses to its elements
+// where it thinks of them one by one.
+template <size_t kBytes>
+using Access = std::conditional_t<kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2,
+        std::conditional_t<kBytes == 4, uint32_t,
+            std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
+
 template <int kWidth, typename T>
 IQ_HOST_DEVICE Pack<T, kWidth> load(T const* from)
 {
-    return *reinterpret_cast<Pack<T, kWidth> const*>(from);
+    using Whole = Access<sizeof(Pack<T, kWidth>)>;
+    static_assert(sizeof(Whole) == sizeof(Pack<T, kWidth>));
+    Whole const whole = *reinterpret_cast<Whole const*>(from);
+    Pack<T, kWidth> pack;
+    memcpy(&pack, &whole, sizeof(pack));
+    return pack;
 }
 
 template <int kWidth, typename T>
 IQ_HOST_DEVICE void store(T* to, Pack<T, kWidth> const& pack)
 {
-    *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
+    using Whole = Access<sizeof(Pack<T, kWidth>)>;
+    static_assert(sizeof(Whole) == sizeof(Pack<T, kWidth>));
+    Whole whole;
+    memcpy(&whole, &pack, sizeof(pack));
+    *reinterpret_cast<Whole*>(to) = whole;
 }
 
 // In pairs, as the device converts them.
@@ -187,9 +207,7 @@ IQ_HOST_DEVICE void eachPack(int32_t hidden, int32_t lane, int32_t lanes, Visit 
 }
 
 // A worker's share of max |row|; a NaN never wins. `kAhead` packs are read before the first is used.
-constexpr int kAhead = 2;
-
-template <int kWidth, typename T>
+template <int kWidth, int kAhead, typename T>
 IQ_HOST_DEVICE float partialPeak(T const* row, int32_t hidden, int32_t lane, int32_t lanes)
 {
     float peak = 0.0F;
@@ -219,6 +237,7 @@ IQ_HOST_DEVICE float partialDistance(
     T const* row, float const* table, int32_t hidden, int32_t lane, int32_t lanes)
 {
     float sum = 0.0F;
+    IQ_KEEP_LOOP // it is rare, and is to take no registers from what is not
     for (int32_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
     {
         auto const values = toFloats(load<kWidth>(row + i));
