@@ -110,6 +110,15 @@ def test_nothing_is_left_of_a_work_folder_that_is_not_kept(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_graph_that_a_killed_run_left_beside_kept_weights_goes(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "out", None, keep=True) as work:
+        work.traced.mkdir()
+        (work.traced / "traced.onnx").write_text("kept")
+        (work.traced / ".taps-x.onnx").write_text("left")
+    with work_folder(tmp_path / "out", None, keep=True) as work:
+        assert [path.name for path in work.traced.iterdir()] == ["traced.onnx"]
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_folder_of_the_user_is_never_deleted(tmp_path: Path, named: bool) -> None:
     """`--work D` deleted D/traced, and a compile without it whatever was called .OUT.work."""

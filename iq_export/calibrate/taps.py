@@ -18,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph import io
+from iq_export.graph.model_files import PASSING_PREFIX
 from iq_export.progress import Progress
 from iq_export.run.ort import empty_cache, open_session, ort_errors
 
@@ -85,7 +86,7 @@ def tapped_session(
     # Beside the weights, because external data may only be referenced from its own folder, but
     # where the graph is rounded: a finished bundle may lie in a folder that cannot be written.
     beside = None if round_half and providers[0] == "CPUExecutionProvider" else folder
-    with NamedTemporaryFile(dir=beside, prefix=".taps-", suffix=".onnx") as file:
+    with NamedTemporaryFile(dir=beside, prefix=PASSING_PREFIX, suffix=".onnx") as file:
         path = Path(file.name)
         io.save_skeleton(model, path)
         return open_session(path, providers, round_half=round_half, weights=folder)

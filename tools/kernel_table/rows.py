@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-HIDDEN, FEATURES = 4096, 8192
+HIDDEN = 4096
 
 # Ordinary values: between 1/4 and 2 in magnitude, of either sign, and every float16 and bfloat16.
 ORDINARY = [(-1) ** (i * i % 7) * (1 + 71 * i % 128 / 128) * 2.0 ** (i % 3 - 2) for i in range(127)]
@@ -44,9 +44,8 @@ def _rows_of(element: str) -> list[Row]:
     name, width, ordinary = _ELEMENTS[element]
     semantic, sink = struct.pack("<i", 0), struct.pack("<i", 1)
     shared: dict[str, float | bytes | None] = {
-        "rows": 1, "hidden": HIDDEN, "templates": 4, "features": FEATURES, "sides": 2,
-        "slotCount": FEATURES, "epsilon": 1e-5, "scale": 0.03, "factor": 0.5, "threshold": 100.0,
-        "block": 1, "table": struct.pack("<f", 1.25), "index": semantic, "bias": None,
+        "rows": 1, "hidden": HIDDEN, "templates": 4, "sides": 2, "epsilon": 1e-5, "scale": 0.03, "factor": 0.5, "threshold": 100.0,
+        "block": 1, "table": struct.pack("<f", 1.25), "inserted": b"\7", "index": semantic, "bias": None,
         "slots": b"\0", "first": b"\0", "valid": b"\1",
         **dict.fromkeys(("x", "branch", "weight", "gate", "up"), ordinary),
         **dict.fromkeys(("sum", "codes", "y", "side"), b"\0"),
@@ -55,20 +54,24 @@ def _rows_of(element: str) -> list[Row]:
     chunks = HIDDEN // width // 256
     norm = rf"addNormKernel<{name}, {width}, {chunks}>"
     made = [
-        Row("add + norm", "addNormKernel", norm, 256, HIDDEN, {"index": None, "table": None}),
+        Row("add + norm", "addNormKernel", norm, 256, HIDDEN,
+            {"index": None, "table": None, "inserted": None}),
         Row("add + norm, insertion, other row", "addNormKernel", norm, 256, HIDDEN, {}),
         Row("add + norm, insertion, sink", "addNormKernel", norm, 256, HIDDEN, {"index": sink}),
     ]
     for block in (1, 64, 512):
+        # What one of a row's blocks takes of it: of each thread as many elements as `per`.
         per = 8 if block <= 256 else 16
+        features = 128 * per
         made.append(
             Row(
                 f"SiLU x up, block {block}", "siluMulKernel",
-                rf"siluMulKernel<{name}, {width}, {per}>", 256, FEATURES, {"block": block},
+                rf"siluMulKernel<{name}, {width}, {per}>", 128, features,
+                {"block": block, "features": features, "slotCount": features},
             )
         )  # fmt: skip
     made.append(
-        Row("detect, other row", "detectKernel", rf"detectKernel<{name}, {width}>", 256, HIDDEN, {})
+        Row("detect, other row", "detectKernel", rf"detectKernel<{name}, {width}(, 256)?>", 256, HIDDEN, {})
     )
     for number, change in enumerate(("insert", "restore")):
         pattern = rf"changeKernel<\(iq::Change\){number}, {name}, {width}>"

@@ -40,8 +40,9 @@ cudaError_t launchClampInsert(Element element, void const* x, int32_t const* ind
 cudaError_t launchRestore(Element element, void const* x, int32_t const* index, float const* table,
     Shape const& shape, void* y, cudaStream_t stream);
 
-// sum = x + branch; codes = the quantized norm of the sum, or `inserted` [templates, hidden] on sink
-// rows. `bias` is null for an RMSNorm, `index` and `inserted` where nothing is inserted.
+// sum = x + branch; codes = the quantized norm of the sum, on sink rows those of `inserted`
+// [templates, hidden]. `bias` is null for an RMSNorm, `index` and `inserted` where there is no
+// insertion.
 struct AddNorm
 {
     void const* x;

@@ -105,7 +105,16 @@ IQ_HOST_DEVICE void store(T* to, Pack<T, kWidth> const& pack)
     static_assert(sizeof(Whole) == sizeof(Pack<T, kWidth>));
     Whole whole;
     memcpy(&whole, &pack, sizeof(pack));
-    *reinterpret_cast<Whole*>(to) = whole;
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(Whole) > 4)
+    {
+        __stwb(reinterpret_cast<Whole*>(to), whole); // an assignment is taken apart again
+    }
+    else
+#endif
+    {
+        *reinterpret_cast<Whole*>(to) = whole;
+    }
 }
 
 // In pairs, as the device converts them.
@@ -180,8 +189,8 @@ IQ_HOST_DEVICE float bounded(float value)
     return value < kLowest ? kLowest : (value > kHighest ? kHighest : value);
 }
 
-// Calls visit(position, number of the pack) for each pack of a worker: at most `kChunks` of them, so
-// that arrays of them stay in registers, or with 0 as many as there are.
+// Calls visit(position, number of the pack) for each pack of a worker: at most `kChunks`, for an
+// array of them to stay in registers, or with 0 as many as there are.
 template <int kWidth, int kChunks, typename Visit>
 IQ_HOST_DEVICE void eachPack(int32_t hidden, int32_t lane, int32_t lanes, Visit visit)
 {
@@ -206,7 +215,7 @@ IQ_HOST_DEVICE void eachPack(int32_t hidden, int32_t lane, int32_t lanes, Visit 
     }
 }
 
-// A worker's share of max |row|; a NaN never wins. `kAhead` packs are read before the first is used.
+// A worker's share of max |row|; a NaN never wins. `kAhead` packs are read before one is used.
 template <int kWidth, int kAhead, typename T>
 IQ_HOST_DEVICE float partialPeak(T const* row, int32_t hidden, int32_t lane, int32_t lanes)
 {
