@@ -17,7 +17,7 @@ from tools.kernel_table.rows import Row, rows
 # Kinds of instructions that a processor issues more slowly than others, and what they are.
 KINDS = {
     "MUFU": ("MUFU",),
-    "conversions": ("F2I", "I2F", "F2F", "FRND"),
+    "conversions": ("F2I", "F2IP", "I2F", "F2F", "FRND"),
     "shuffles": ("SHFL",),
 }
 # Of the first warp: between them every bit of a thread's number is 0 and 1.

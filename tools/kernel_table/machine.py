@@ -605,6 +605,14 @@ class Thread:
         whole = 0 if value != value else int(min(max(value, low), high))
         self._put(o[0], whole & ((1 << max(width, 32)) - 1), 8 if width == 64 else 4)
 
+    def _do_f2ip(self, o: tuple[str, ...], m: tuple[str, ...]) -> None:
+        """Two floats as saturated bytes, the second one lowest, under 16 bits of the third."""
+        if m[:2] != ("S8", "F32"):
+            raise _Unknown
+        high, low = (_rounded(self._float(operand), m) for operand in o[1:3])
+        codes = [0 if v != v else int(min(max(v, -128), 127)) & 0xFF for v in (low, high)]
+        self._put(o[0], codes[0] | codes[1] << 8 | (self._bits(o[3]) & 0xFFFF) << 16)
+
     def _do_frnd(self, o: tuple[str, ...], m: tuple[str, ...]) -> None:
         self._give(o[0], _rounded(self._float(o[1]), m))
 

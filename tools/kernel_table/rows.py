@@ -54,8 +54,14 @@ def _rows_of(element: str) -> list[Row]:
     chunks = HIDDEN // width // 256
     norm = rf"addNormKernel<{name}, {width}, {chunks}>"
     made = [
-        Row("add + norm", "addNormKernel", norm, 256, HIDDEN,
-            {"index": None, "table": None, "inserted": None}),
+        Row(
+            "add + norm",
+            "addNormKernel",
+            norm,
+            256,
+            HIDDEN,
+            {"index": None, "table": None, "inserted": None},
+        ),
         Row("add + norm, insertion, other row", "addNormKernel", norm, 256, HIDDEN, {}),
         Row("add + norm, insertion, sink", "addNormKernel", norm, 256, HIDDEN, {"index": sink}),
     ]
@@ -71,7 +77,14 @@ def _rows_of(element: str) -> list[Row]:
             )
         )  # fmt: skip
     made.append(
-        Row("detect, other row", "detectKernel", rf"detectKernel<{name}, {width}(, 256)?>", 256, HIDDEN, {})
+        Row(
+            "detect, other row",
+            "detectKernel",
+            rf"detectKernel<{name}, {width}(, 256)?>",
+            256,
+            HIDDEN,
+            {},
+        )
     )
     for number, change in enumerate(("insert", "restore")):
         pattern = rf"changeKernel<\(iq::Change\){number}, {name}, {width}>"

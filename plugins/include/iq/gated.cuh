@@ -86,10 +86,14 @@ IQ_HOST_DEVICE Pack<float, kPer> products(GatedPacks<T, kWidth, kPer> const& pac
 {
     Pack<float, kPer> values;
     IQ_UNROLL
-    for (int j = 0; j < kPer; ++j)
+    for (int part = 0; part < kPer / kWidth; ++part)
     {
-        values.at[j] = siluMul(toFloat(packs.gate[j / kWidth].at[j % kWidth]),
-            toFloat(packs.up[j / kWidth].at[j % kWidth]), unit);
+        auto const gate = toFloats(packs.gate[part]), up = toFloats(packs.up[part]);
+        IQ_UNROLL
+        for (int j = 0; j < kWidth; ++j)
+        {
+            values.at[part * kWidth + j] = siluMul(gate.at[j], up.at[j], unit);
+        }
     }
     return values;
 }

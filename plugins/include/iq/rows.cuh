@@ -117,15 +117,60 @@ IQ_HOST_DEVICE void store(T* to, Pack<T, kWidth> const& pack)
     }
 }
 
-// In pairs, as the device converts them.
+// A pack's elements come and go in pairs on the device: that is one instruction for each, or for
+// both, where single halves would be cut out of their registers first.
+template <typename T, int kWidth>
+constexpr bool kPaired = sizeof(T) == 2 && kWidth % 2 == 0;
+
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+#ifdef __CUDA_ARCH__
+__device__ inline float2 toFloats(__half2 pair)
+{
+    return __half22float2(pair);
+}
+
+__device__ inline float2 toFloats(__nv_bfloat162 pair)
+{
+    return __bfloat1622float2(pair);
+}
+
+__device__ inline void fromFloats(float low, float high, __half2& pair)
+{
+    pair = __floats2half2_rn(low, high);
+}
+
+__device__ inline void fromFloats(float low, float high, __nv_bfloat162& pair)
+{
+    pair = __floats2bfloat162_rn(low, high);
+}
+#endif
+
 template <typename T, int kWidth>
 IQ_HOST_DEVICE Pack<float, kWidth> toFloats(Pack<T, kWidth> const& pack)
 {
     Pack<float, kWidth> values;
-    IQ_UNROLL
-    for (int j = 0; j < kWidth; ++j)
+#ifdef __CUDA_ARCH__
+    if constexpr (kPaired<T, kWidth>)
     {
-        values.at[j] = toFloat(pack.at[j]);
+        auto const* const pairs = reinterpret_cast<Pair<T> const*>(pack.at);
+        IQ_UNROLL
+        for (int j = 0; j < kWidth; j += 2)
+        {
+            float2 const both = toFloats(pairs[j / 2]);
+            values.at[j] = both.x;
+            values.at[j + 1] = both.y;
+        }
+    }
+    else
+#endif
+    {
+        IQ_UNROLL
+        for (int j = 0; j < kWidth; ++j)
+        {
+            values.at[j] = toFloat(pack.at[j]);
+        }
     }
     return values;
 }
@@ -135,21 +180,13 @@ IQ_HOST_DEVICE Pack<T, kWidth> fromFloats(Pack<float, kWidth> const& values)
 {
     Pack<T, kWidth> pack;
 #ifdef __CUDA_ARCH__
-    if constexpr (sizeof(T) == 2 && kWidth % 2 == 0)
+    if constexpr (kPaired<T, kWidth>)
     {
-        using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-        auto* const pairs = reinterpret_cast<Pair*>(pack.at);
+        auto* const pairs = reinterpret_cast<Pair<T>*>(pack.at);
         IQ_UNROLL
         for (int j = 0; j < kWidth; j += 2)
         {
-            if constexpr (std::is_same_v<T, __half>)
-            {
-                pairs[j / 2] = __floats2half2_rn(values.at[j], values.at[j + 1]);
-            }
-            else
-            {
-                pairs[j / 2] = __floats2bfloat162_rn(values.at[j], values.at[j + 1]);
-            }
+            fromFloats(values.at[j], values.at[j + 1], pairs[j / 2]);
         }
     }
     else
@@ -296,7 +333,9 @@ IQ_HOST_DEVICE void changeRow(
 {
     for (int32_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
     {
-        auto values = load<kWidth>(row + i);
+        // Rows that are replaced are not read.
+        bool const read = kChange == Change::kRestore || entry == nullptr;
+        Pack<T, kWidth> values = read ? load<kWidth>(row + i) : Pack<T, kWidth>{};
         if (entry != nullptr)
         {
             auto const entries = loadEntries<kWidth>(entry + i);
