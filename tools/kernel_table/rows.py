@@ -44,8 +44,9 @@ def _rows_of(element: str) -> list[Row]:
     name, width, ordinary = _ELEMENTS[element]
     semantic, sink = struct.pack("<i", 0), struct.pack("<i", 1)
     shared: dict[str, float | bytes | None] = {
-        "rows": 1, "hidden": HIDDEN, "templates": 4, "sides": 2, "epsilon": 1e-5, "scale": 0.03, "factor": 0.5, "threshold": 100.0,
-        "block": 1, "table": struct.pack("<f", 1.25), "inserted": b"\7", "index": semantic, "bias": None,
+        "rows": 1, "hidden": HIDDEN, "templates": 4, "sides": 2, "block": 1,
+        "epsilon": 1e-5, "scale": 0.03, "factor": 0.5, "threshold": 100.0, "bias": None,
+        "table": struct.pack("<f", 1.25), "inserted": b"\7", "index": semantic,
         "slots": b"\0", "first": b"\0", "valid": b"\1",
         **dict.fromkeys(("x", "branch", "weight", "gate", "up"), ordinary),
         **dict.fromkeys(("sum", "codes", "y", "side"), b"\0"),

@@ -317,35 +317,32 @@ enum class Change
     kRestore
 };
 
-// T, or x + T with both of the row's type, rounded once, as an ONNX Add of that type.
-template <Change kChange, typename T>
-IQ_HOST_DEVICE T changed(T value, float entry)
-{
-    T const inserted = fromFloat<T>(entry);
-    return kChange == Change::kInsert ? inserted
-                                      : fromFloat<T>(toFloat(value) + toFloat(inserted));
-}
-
-// A worker's share of a row of SinkClampInsert or SinkRestore; `entry` is null for a semantic row.
+// A worker's share of a row of SinkClampInsert, T, or SinkRestore, x + T with both of the row's type,
+// rounded once, as an ONNX Add of that type. `entry` is null for a semantic row.
 template <Change kChange, int kWidth, typename T>
 IQ_HOST_DEVICE void changeRow(
     T const* row, float const* entry, T* out, int32_t hidden, int32_t lane, int32_t lanes)
 {
     for (int32_t i = lane * kWidth; i < hidden; i += lanes * kWidth)
     {
-        // Rows that are replaced are not read.
-        bool const read = kChange == Change::kRestore || entry == nullptr;
-        Pack<T, kWidth> values = read ? load<kWidth>(row + i) : Pack<T, kWidth>{};
-        if (entry != nullptr)
+        if (entry == nullptr)
         {
-            auto const entries = loadEntries<kWidth>(entry + i);
+            store<kWidth>(out + i, load<kWidth>(row + i));
+            continue;
+        }
+        auto made = fromFloats<T>(loadEntries<kWidth>(entry + i));
+        if constexpr (kChange == Change::kRestore)
+        {
+            auto sum = toFloats(load<kWidth>(row + i));
+            auto const inserted = toFloats(made);
             IQ_UNROLL
             for (int j = 0; j < kWidth; ++j)
             {
-                values.at[j] = changed<kChange>(values.at[j], entries.at[j]);
+                sum.at[j] += inserted.at[j];
             }
+            made = fromFloats<T>(sum);
         }
-        store<kWidth>(out + i, values);
+        store<kWidth>(out + i, made);
     }
 }
 
