@@ -317,8 +317,8 @@ enum class Change
     kRestore
 };
 
-// A worker's share of a row of SinkClampInsert, T, or SinkRestore, x + T with both of the row's type,
-// rounded once, as an ONNX Add of that type. `entry` is null for a semantic row.
+// A worker's share of a row of SinkClampInsert, T, or of SinkRestore, x + T with both in the row's
+// type, rounded once, as an ONNX Add of that type. `entry` is null for a semantic row.
 template <Change kChange, int kWidth, typename T>
 IQ_HOST_DEVICE void changeRow(
     T const* row, float const* entry, T* out, int32_t hidden, int32_t lane, int32_t lanes)
