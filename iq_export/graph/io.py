@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from iq_export.errors import GraphError
+from iq_export.errors import GraphError, IqError
 from iq_export.graph.external import check_external
 from iq_export.graph.proto import read
 from iq_export.sinks import ops as sink_ops
@@ -36,7 +38,8 @@ def load(path: Path) -> ir.Model:
 
 def save_skeleton(model: ir.Model, path: Path) -> None:
     """Write the graph only. Its weights must be external tensors in the folder of `path`."""
-    ir.save(model, path)
+    with _own_words():
+        ir.save(model, path)
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -45,7 +48,22 @@ def save(model: ir.Model, path: Path) -> None:
     Small tensors (scales, shapes) stay in the graph: TensorRT reads Q/DQ scales as build-time
     constants, and people read the file.
     """
-    ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024)
+    with _own_words():
+        ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024)
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """What computing a small tensor raises, without onnx_ir's wrapping: IqError, OSError."""
+    try:
+        yield
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, (IqError, OSError)):
+            raise cause from None
+        raise
 
 
 def add_sink_functions(model: ir.Model) -> None:

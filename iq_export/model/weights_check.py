@@ -113,15 +113,25 @@ def check_finite(weights: Iterable[tuple[str, Any]], name: str) -> None:
 
 
 def check_finite_graph(model: ir.Model, name: str) -> None:
-    """As `check_finite` for the constants of an ONNX graph, one in memory at a time: GraphError.
+    """As `check_finite` for the constants of an ONNX graph, one in memory at a time: GraphError,
+    also for one that cannot be read.
 
     Infinity in a mask (a constant with one finite value at most) is in order.
     """
     for key, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or not tensor.size or not tensor.dtype.is_floating_point():
+        if tensor is None:
             continue
-        array = tensor.numpy().astype(np.float32, copy=False)
+        try:
+            read = tensor.numpy()
+        except (ValueError, TypeError) as error:
+            raise GraphError(
+                f"The constant '{key}' of {name} cannot be read: {error}; the model is damaged, "
+                "get or save it again."
+            ) from error
+        if not read.size or not tensor.dtype.is_floating_point():
+            continue
+        array = read.astype(np.float32, copy=False)
         low, high = float(array.min()), float(array.max())
         if np.isfinite(low) and np.isfinite(high):
             continue

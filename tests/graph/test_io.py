@@ -15,7 +15,7 @@ import pytest
 from iq_export.engine.onnx_header import read_header
 from iq_export.errors import EngineError, GraphError, IqError, ModelError
 from iq_export.graph import io
-from iq_export.graph.edit import constant, own_constant
+from iq_export.graph.edit import constant, own_constant, recompute
 from iq_export.graph.model_files import model_files
 from iq_export.graph.vocabulary import position_rows
 from iq_export.model.trace import _read_onnx
@@ -30,6 +30,18 @@ DOWN = "layers.1.mlp.down_proj.weight"
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return planted.save(planted.NO_SPIKES, tmp_path)
+
+
+def test_what_computing_a_small_weight_raises_comes_in_its_own_words(path: Path) -> None:
+    model = io.load(path)
+
+    def refuse(_: np.ndarray) -> np.ndarray:
+        raise GraphError("beyond half")
+
+    value = next(v for v in model.graph.initializers.values() if v.const_value.nbytes < 1024)
+    recompute(value, refuse)
+    with pytest.raises(GraphError, match=r"^beyond half$"):
+        io.save(model, path.with_name("other.onnx"))
 
 
 def test_weights_stay_in_their_file(path: Path) -> None:

@@ -72,6 +72,17 @@ def test_a_constant_of_an_onnx_file_that_is_not_finite(llama: Path, tmp_path: Pa
     assert not (tmp_path / "traced").exists()
 
 
+def test_a_constant_of_an_onnx_file_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
+    model = onnx.load(planted.save(planted.NO_SPIKES, tmp_path))
+    ids = onnx.helper.make_tensor("ids", onnx.TensorProto.INT64, [2], [1, 2])
+    del ids.dims[:]  # two values, and no axis
+    model.graph.initializer.append(ids)
+    onnx.save(model, tmp_path / "damaged.onnx")
+    source = resolve(str(tmp_path / "damaged.onnx"), tokenizer=llama)
+    with pytest.raises(GraphError, match=r"'ids' of damaged\.onnx cannot be read: .*reshape"):
+        trace(source, tmp_path / "traced")
+
+
 def test_a_mask_may_hold_infinity(tmp_path: Path) -> None:
     values = planted.weights(planted.NO_SPIKES)
     values["mask"] = np.triu(np.full((4, 4), -np.inf, np.float32), 1)

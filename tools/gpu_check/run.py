@@ -55,7 +55,7 @@ def run(folder: Path, out: Path, work: Path) -> int:
     record = Record(
         out,
         {
-            "command": sys.argv,
+            "command": ["python", "-m", "tools.gpu_check", *sys.argv[1:]],
             "iq_export": index["iq_export"],
             "pack_sha256": sha256_file(folder / INDEX),
             "pack": {key: value for key, value in index.items() if key != "files"},
