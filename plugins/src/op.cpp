@@ -384,6 +384,10 @@ void Op::checkHidden(int64_t hidden) const
 {
     std::string const axis = std::string("the last axis of '") + mKind.inputs[0].name + "' has "
         + std::to_string(hidden) + " elements";
+    if (hidden > kLongestRow)
+    {
+        throw std::invalid_argument(axis + ", at most are " + std::to_string(kLongestRow));
+    }
     if (!mSettings->templates.empty() && hidden != mSettings->templateShape[1])
     {
         throw std::invalid_argument(

@@ -131,7 +131,7 @@ def test_pack(packed: tuple[Path, list[Any]], bundles: dict[str, Path]) -> None:
     ]  # fmt: skip
     # Plans of what ships, each from the graph that ships, with kernels for an H100 besides.
     assert asked == [
-        [80, 86, 89, 90, 120],
+        [80, 86, 89, 120],
         ("fp16", "model.onnx", "fp16.plan", False),
         ("w8a8", "model.onnx", "w8a8-body.plan", False),
         ("w8a8", "model.onnx", "w8a8-plugin.plan", True),

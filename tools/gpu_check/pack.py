@@ -55,8 +55,6 @@ PROFILES = {
     "serve": Profile(Range(1, 1, 32), Range(1, 128, 512), Range(0, 512, 1024)),
     "long": Profile(Range(1, 1, 1), Range(1, 2048, 2048), Range(0, 0, 1)),
 }
-# H100 and H200: TensorRT for RTX has no target for them, but plans are tried there.
-_TRIED_AS_WELL = (90,)
 # Tokens of a prompt; the last ones are decoded one by one.
 LENGTH, DECODED = 64, 8
 _PROMPTS = (
@@ -309,7 +307,7 @@ def reference(model: Path, ids: np.ndarray, decoded: int) -> np.ndarray:
 def _build_plans(work: Path, engines: Sequence[Engine], target_name: str) -> list[Engine]:
     """Plans of the three that ship, each from its bundle's graph as `iq-export build` does it."""
     target = resolve_target(target_name)
-    plugin = build_plugin(work / "plans", sorted({*target.compute_capabilities, *_TRIED_AS_WELL}))
+    plugin = build_plugin(work / "plans", sorted(target.compute_capabilities))
     if plugin.path is None:
         raise EngineError(plugin.reason)
     done = []

@@ -20,6 +20,9 @@ enum class Element
 // Of the Hadamard transform.
 constexpr int32_t kLargestBlock = 512;
 
+// Elements of a row at most: kernels count them with 32 bits.
+constexpr int64_t kLongestRow = 1 << 30;
+
 // Rows of a tensor [rows, hidden] against a table [templates, hidden] of float.
 struct Shape
 {
