@@ -129,7 +129,7 @@ def test_pack(packed: tuple[Path, list[Any]], bundles: dict[str, Path]) -> None:
     assert [e["name"] for e in index["engines"]] == [
         "fp16", "w8a8-body", "w8a8-plugin", "w8a8-body-bare", "w8a8-plugin-bare",
     ]  # fmt: skip
-    # Plans of what ships, each from the graph that ships, with kernels for an H100 besides.
+    # Plans of what ships, each from the graph that ships.
     assert asked == [
         [80, 86, 89, 120],
         ("fp16", "model.onnx", "fp16.plan", False),
