@@ -386,7 +386,7 @@ void Op::checkHidden(int64_t hidden) const
         + std::to_string(hidden) + " elements";
     if (hidden > kLongestRow)
     {
-        throw std::invalid_argument(axis + ", at most are " + std::to_string(kLongestRow));
+        throw std::invalid_argument(axis + ", at most " + std::to_string(kLongestRow));
     }
     if (!mSettings->templates.empty() && hidden != mSettings->templateShape[1])
     {

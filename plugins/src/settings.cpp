@@ -83,12 +83,14 @@ T single(std::vector<T> const& values)
     return values[0];
 }
 
+// Scales and factors: their quotients and reciprocals must be ordinary numbers too.
 float positive(PluginField const& field)
 {
+    constexpr float kLeast = 1e-15F, kMost = 1e15F;
     float const value = single(floats(field));
-    if (!std::isfinite(value) || value <= 0.0F)
+    if (!(value >= kLeast && value <= kMost))
     {
-        throw std::invalid_argument("is not a positive finite number");
+        throw std::invalid_argument("is not a number from 1e-15 to 1e15");
     }
     return value;
 }

@@ -192,9 +192,9 @@ void testFieldsAreRefused()
     REFUSED(norm, f[0].length = -1, "field 'epsilon' has no data, or a negative length");
     REFUSED(norm, f[0].length = 0, "field 'epsilon' has 0 values, not one");
     REFUSED(norm, f[0].type = PluginFieldType::kINT32, "field 'epsilon' is not of type float");
-    REFUSED(norm, f[1].data = &zero, "field 'scale' is not a positive finite number");
-    REFUSED(norm, f[1].data = &minus, "field 'scale' is not a positive finite number");
-    REFUSED(norm, f[1].data = &inf, "field 'scale' is not a positive finite number");
+    REFUSED(norm, f[1].data = &zero, "field 'scale' is not a number from 1e-15 to 1e15");
+    REFUSED(norm, f[1].data = &minus, "field 'scale' is not a number from 1e-15 to 1e15");
+    REFUSED(norm, f[1].data = &inf, "field 'scale' is not a number from 1e-15 to 1e15");
     REFUSED(norm, f[2].length = 15, "templates has 15 values, which is not template_shape 2 x 8");
     REFUSED(norm, f[3].data = large, "16 values, which is not template_shape 2147483647 x");
     REFUSED(norm, f[3].length = 1, "field 'template_shape' is not [templates, hidden]");

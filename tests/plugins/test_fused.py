@@ -307,6 +307,7 @@ def test_silu_mul_of_what_is_no_number(rows: ctypes.CDLL, dtype: str, block: int
     gate[0, 3], gate[1, 5], gate[2, 5], up[3, 9] = np.nan, np.inf, -np.inf, -np.inf
     gate[4, :], up[4, :] = np.nan, np.nan  # a sink
     gate[5, 2], up[5, 2] = -np.inf, np.inf
+    gate[5, 70], up[5, 70] = -85, np.inf  # closed: no number, and no spike
     gate[6, 1], up[6, 1], up[6, 7] = np.inf, 1, np.inf
     index = np.array([0, 0, 0, 0, 1, 0, 0], np.int32)
     channels = np.array([64, 5], np.int32)

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--no-plans", action="store_true",
         help="leave out the plans (700 MB of 1.2 GB): they are built there only")  # fmt: skip
     pack.add_argument("--kernels", action="store_true",
-        help="the kernels only, 2 MB: no bundle, no engine, no TensorRT")  # fmt: skip
+        help="the kernels only, 3 MB: no bundle, no engine, no TensorRT")  # fmt: skip
     pack.add_argument(
         "--part-mib", type=int, help="write OUT.parts, in files of that size, as well"
     )

@@ -1,7 +1,7 @@
 """Bytes per second of each kernel beside a device-to-device copy, and its time with few rows.
 
-Every tensor is larger than the L2 of any GPU at hand (67 MB each) and three sets of them take
-turns, so that nothing of a call's input is left in L2. A call is timed after the same call: what
+Every input is larger than the L2 of any GPU at hand (67 MB each) and three sets of them take turns,
+so that nothing of a call's input is left in L2. A call is timed after the same call: what
 the L2 still has to write back is then its own. In the order of a real step it is another kernel's;
 the same calls in a random order are reported beside it (`mixed`), without bars.
 
@@ -259,7 +259,7 @@ def _calls(
         "rms norm + insert": norm(True),
         **{f"gated product, blocks of {block}": gated(block) for block in blocks},
     }
-    # Rows of sinks are not read where they are replaced; a norm reads them, for the sum.
+    # Rows of sinks need not be read where they are replaced; a norm reads them, for the sum.
     replaced = int((index > 0).sum()) * hidden
     read = count - replaced
     moved = {

@@ -20,7 +20,7 @@ EPSILON, TAU = 1e-5, 200.0
 # Bars: codes that must be equal, and the relative error of a norm in float32.
 EQUAL_CODES, NORM_ERROR = 0.9999, 2e-6
 _HOST_WORKERS = 128
-_HIDDEN = (1, 7, 64, 577, 1536, 2048, 4096, 8192, 20_480)
+_HIDDEN = (1, 7, 64, 577, 1536, 2048, 4096, 8192, 12_288, 20_480)
 
 
 @dataclass

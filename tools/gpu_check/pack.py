@@ -96,7 +96,7 @@ class Engine:
 @dataclass(frozen=True)
 class Options:
     """`bundles` are compiled if there are none; `plans` False leaves out the plans, `engines` False
-    all that engines need: what is left are the kernels, 2 MB."""
+    all that engines need: what is left are the kernels, 3 MB."""
 
     out: Path
     bundles: Sequence[Path] = ()

@@ -32,22 +32,20 @@ struct GatedRow
     float unit;
 };
 
-// SiLU(gate) * up / unit. The division is in the reciprocal, which a SiLU needs anyway. A gate of
-// -inf is the lowest half: its SiLU is 0 then, as that of all gates below -89.
+// A SiLU of less is 0, so that -inf has a value too.
+constexpr float kClosedGate = -80.0F;
+
+// SiLU(gate) * up / unit. The division is in the reciprocal, which a SiLU needs anyway. A closed
+// gate is taken as the lowest half: the reciprocal of its power is 0.
 IQ_HOST_DEVICE float siluMul(float gate, float up, float unit)
 {
     constexpr float kLog2E = 1.44269504F;
+    float const open = gate < kClosedGate ? kLowest : gate;
 #ifdef __CUDA_ARCH__
-    float open, power, inverse;
-#if __CUDA_ARCH__ >= 800
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(open) : "f"(gate), "f"(kLowest));
-#else
-    open = gate < kLowest ? kLowest : gate;
-#endif
+    float power, inverse;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-kLog2E * open));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaf(power, unit, unit)));
 #else
-    float const open = gate < kLowest ? kLowest : gate;
     float const inverse = 1.0F / fmaf(exp2f(-kLog2E * open), unit, unit);
 #endif
     return open * inverse * up;

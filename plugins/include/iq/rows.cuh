@@ -87,6 +87,22 @@ using Access = std::conditional_t<kBytes == 16, uint4,
         std::conditional_t<kBytes == 4, uint32_t,
             std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
 
+#ifdef __CUDA_ARCH__
+__device__ inline void storeWhole(void* to, uint4 const& whole)
+{
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+        "r"(whole.x), "r"(whole.y), "r"(whole.z), "r"(whole.w)
+        : "memory");
+}
+
+__device__ inline void storeWhole(void* to, uint2 const& whole)
+{
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+        "r"(whole.x), "r"(whole.y)
+        : "memory");
+}
+#endif
+
 template <int kWidth, typename T>
 IQ_HOST_DEVICE Pack<T, kWidth> load(T const* from)
 {
@@ -108,7 +124,7 @@ IQ_HOST_DEVICE void store(T* to, Pack<T, kWidth> const& pack)
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(Whole) > 4)
     {
-        __stwb(reinterpret_cast<Whole*>(to), whole); // an assignment is taken apart again
+        storeWhole(to, whole); // an assignment is taken apart again
     }
     else
 #endif

@@ -36,7 +36,8 @@ cudaError_t launchInputs(int64_t* valid, int64_t* mask, int64_t* positions, int6
 cudaError_t launchMoves(CacheMove const* moves, int32_t count, int64_t batch, int64_t from,
     int64_t to, cudaStream_t stream);
 
-// Bytes of workspace for up to `batch` sequences of up to `vocab` tokens, fewer than 2^31.
+// Bytes of workspace for up to `batch` sequences, one or more, of up to `vocab` tokens, which are at
+// most 2^23.
 int64_t chooseBytes(int64_t batch, int64_t vocab);
 
 // A token for each sequence from its last row of logits [batch, seq, vocab], written to ids and to
