@@ -79,7 +79,7 @@ def test_what_a_manifest_says_is_shown_and_not_obeyed(
     )  # fmt: skip
     assert main(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out
-    assert text.count(written) >= 11 and text.count("\nengines:\n") == 1
+    assert text.count(written) >= 12 and text.count("\nengines:\n") == 1
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
     assert main(["inspect", str(bundle), "--json"]) == 0
     text = capsys.readouterr().out
