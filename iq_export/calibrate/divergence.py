@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
 # Rows of logits whose distributions are held at a time: 64 x 262144 x 4 bytes = 67 MB at the worst.
@@ -30,8 +29,8 @@ class Divergence:
 
 
 def divergence(
-    reference: Path,
-    graph: Path,
+    reference: Graph,
+    graph: Graph,
     windows: Sequence[Window],
     indices: Sequence[str],
     *,
@@ -41,8 +40,8 @@ def divergence(
     """Run both graphs over `windows`; `indices` are the sink indices of `graph` (0: no sink)."""
     kl, nll, sinks = [], [], []
     runs = [
-        tapped_runs(path, [["logits", *also]], windows, providers=providers, progress=progress)
-        for path, also in ((reference, ()), (graph, tuple(indices)))
+        walk(each, ["logits"], windows, always=also, providers=providers, progress=progress)
+        for each, also in ((reference, ()), (graph, tuple(indices)))
     ]
     for (number, exact), (_, found) in zip(*runs, strict=True):
         targets = np.asarray(windows[number].ids[1:])
