@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 
 from iq_export.calibrate.data import Window
-from iq_export.errors import GraphError
+from iq_export.errors import EngineError, GraphError
 from iq_export.observe import walk as walking
 from iq_export.observe.segments import segments
 from iq_export.observe.walk import Graph, walk
