@@ -11,6 +11,7 @@ import numpy as np
 
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.taps import tapped_runs
+from iq_export.observe.loss import token_losses
 from iq_export.progress import Progress
 
 # Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. Single
@@ -92,9 +93,6 @@ def _loss(
     runs = tapped_runs(model, [["logits"]], windows, providers=providers, progress=progress)
     for number, values in runs:
         targets = np.asarray(windows[number].ids[1:])
-        logits = values["logits"][:-1]
-        top = logits.max(axis=-1)
-        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
-        total += float((log_sum - logits[np.arange(targets.size), targets]).sum(dtype=np.float64))
+        total += float(token_losses(values["logits"][:-1], targets).sum())
         tokens += targets.size
     return total / tokens
