@@ -27,7 +27,7 @@ from iq_export.cli import options
 from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine, check_timing_cache
 from iq_export.engine.onnx_header import read_header
-from iq_export.engine.plugin import MODES, provide_plugin
+from iq_export.engine.plugin import provide_plugin
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import (
     AttentionForm,
@@ -41,6 +41,7 @@ from iq_export.engine.trt import builder_gap, check_levers, why_not_here
 from iq_export.errors import BundleError, EngineError, UsageError
 from iq_export.files import move_inside, read_inside
 from iq_export.lengths import bundle_limit, engine_profile
+from iq_export.options import SHAPES, add
 from iq_export.progress import Progress
 from iq_export.report.html import REPORT_NAME, check_report, update_with_report
 
@@ -63,11 +64,8 @@ def add_parser(subparsers: Any) -> None:
         "--target", action="append", metavar="NAME", dest="targets",
         help="device to build for, repeatable (default: the bundle's targets)",
     )  # fmt: skip
-    parser.add_argument(
-        "--plugin", choices=MODES, default="auto",
-        help="sink ops as TensorRT plugin layers: auto if it can be compiled here (default)",
-    )  # fmt: skip
-    options.add_shapes(parser)
+    add(parser, "plugin")
+    add(parser.add_argument_group(SHAPES), "profile")
     group = parser.add_argument_group("TensorRT, as in trtexec")
     group.add_argument("--timingCacheFile", type=Path, metavar="FILE", dest="timing_cache")
     group.add_argument("--versionCompatible", action="store_true", dest="version_compatible")

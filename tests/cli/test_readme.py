@@ -10,6 +10,8 @@ import pytest
 
 from iq_export import errors
 from iq_export.cli import parser
+from tools.pages import part
+from tools.readme import tables
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
@@ -42,3 +44,9 @@ def test_exit_codes_are_listed() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     real = {kind.exit_code for kind in kinds if issubclass(kind, errors.IqError)}
     assert listed == {0, errors.INTERRUPTED_EXIT_CODE} | real
+
+
+@pytest.mark.parametrize(("page", "name"), tables())
+def test_generated_tables_are_up_to_date(page: Path, name: str) -> None:
+    """`python -m tools.readme` writes them."""
+    assert part(page, name) == tables()[page, name]
