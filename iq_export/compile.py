@@ -436,6 +436,7 @@ def _manifest(
     manifest = Manifest(
         name=traced.name,
         recipe=options.recipe,
+        recipe_settings=asdict(checked.recipe),
         dtype=options.dtype,
         opset=options.opset,
         source={

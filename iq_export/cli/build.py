@@ -16,6 +16,7 @@ from iq_export.bundle.manifest import (
     reading_records,
 )
 from iq_export.bundle.package import Bundle
+from iq_export.bundle.recipe import recipe_of
 from iq_export.bundle.update import (
     LARGEST_MANIFEST,
     UPDATED,
@@ -102,8 +103,9 @@ def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> i
     )
     for remark in remarks:
         progress.note(remark)
+    bits = weight_bits(bundle, progress)
     for target in targets:
-        _check(bundle, target, args)
+        _check(bundle, target, bits, args)
     reports = []
     failures: dict[str, EngineError] = {}
     for target in targets:
@@ -131,11 +133,34 @@ def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
         return Profile.from_json(bundle.manifest.profile)
 
 
-def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
+def weight_bits(bundle: Bundle, progress: Progress) -> int | None:
+    """Bits of the quantized weights; None where only a name is known that does not tell them.
+
+    Raises UsageError for a recipe that no engine is built of.
+    """
+    recipe = recipe_of(bundle.manifest)
+    if recipe is not None:
+        if recipe.simulated:
+            raise UsageError(
+                f"recipe '{recipe.name}' is for study: no kernel multiplies what it makes, so no "
+                "engine is built of it. Compile with another recipe, such as w8a8."
+            )
+        return recipe.weight_bits
+    name = bundle.manifest.recipe
+    named = re.match(r"w(\d+)", name)
+    if named is None:
+        return None
+    progress.note(
+        f"{bundle.folder} is of an older version: its weights' bits are taken from the recipe's "
+        f"name, {name}"
+    )
+    return int(named.group(1))
+
+
+def _check(bundle: Bundle, target: Target, bits: int | None, args: argparse.Namespace) -> None:
     """Refuse before the first build what cannot be built."""
-    weight_bits = re.match(r"w(\d+)", bundle.manifest.recipe)
-    if weight_bits:
-        check_recipe(target, int(weight_bits.group(1)))
+    if bits is not None:
+        check_recipe(target, bits)
     check_opset(target, bundle.manifest.opset)
     check_levers(
         target, version_compatible=args.version_compatible, strip_weights=args.strip_weights
