@@ -1,6 +1,6 @@
 """Run a graph block by block, so that each block is calibrated behind blocks already quantized.
 
-(method.md step 8.) Between two blocks only the residual stream and the sink indices are carried,
+Between two blocks only the residual stream and the sink indices are carried,
 one window after another; masks and angles are computed again in every block. Two passes per block:
 one to observe it as it is, one through its quantized form to get the next block's input.
 """

@@ -1,6 +1,6 @@
 """Choose every activation's range and round every weight, one block behind the other.
 
-Every block sees what the quantized blocks before it give (method.md step 8).
+Every block sees what the quantized blocks before it give.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choose the form of insertion of each lifecycle by its calibration loss (method.md step 6)."""
+"""Choose the form of insertion of each lifecycle by its calibration loss."""
 
 from __future__ import annotations
 
