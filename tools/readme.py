@@ -1,6 +1,7 @@
-"""Write the generated tables of options: python -m tools.readme
+"""Write the generated tables of the documents: python -m tools.readme
 
-README.md has those of `compile`, docs/commands.md those of the other commands.
+README.md has the options of `compile`, docs/commands.md those of the other commands, and
+docs/targets.md the targets.
 """
 
 from __future__ import annotations
@@ -9,18 +10,39 @@ import argparse
 from pathlib import Path
 
 from iq_export.cli import parser
+from iq_export.engine.targets import SINGLE_OPS_TENSORRT, TARGETS
 from iq_export.options import markdown
 from tools.pages import fill
 
 ROOT = Path(__file__).parents[1]
 README, COMMANDS = ROOT / "README.md", ROOT / "docs" / "commands.md"
+DEVICES = ROOT / "docs" / "targets.md"
 # Every command has these, which the README says once.
 _COMMON = ("help", "json", "verbose", "quiet")
 
 
 def tables() -> dict[tuple[Path, str], str]:
     """(page, name of its marks) -> what belongs there."""
-    return {(README, "options"): markdown(), (COMMANDS, "options"): other_commands()}
+    return {
+        (README, "options"): markdown(),
+        (COMMANDS, "options"): other_commands(),
+        (DEVICES, "targets"): targets(),
+    }
+
+
+def targets() -> str:
+    """Every target, with the TensorRT that builds for it."""
+    lines = ["| target | GPUs | compute capability | built by | |", "|---|---|---|---|---|"]
+    for target in TARGETS.values():
+        capabilities = ", ".join(f"sm_{sm}" for sm in target.compute_capabilities)
+        builder = "TensorRT for RTX" if target.portable else "TensorRT"
+        oldest = ".".join(map(str, target.tensorrt))
+        refused = target.tensorrt and target.tensorrt < SINGLE_OPS_TENSORRT
+        lines.append(
+            f"| `{target.name}` | {target.device} | {capabilities} | {builder} {oldest}".rstrip()
+            + f" | {'refused' if refused else ''} |"
+        )
+    return "\n".join(lines)
 
 
 def other_commands() -> str:
@@ -53,7 +75,7 @@ def _cells(action: argparse.Action, title: str) -> str:
 
 
 def main() -> None:
-    """Rewrite both pages."""
+    """Rewrite the pages."""
     for (page, name), text in tables().items():
         fill(page, name, text)
 
