@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ from iq_export.errors import BundleError, DataError, EngineError, ModelError
 from iq_export.files import copy_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
-from iq_export.precheck import Checked, CompileOptions, check, disk_need, model_source, with_limit
+from iq_export.options import CompileOptions, record, repeated
+from iq_export.precheck import Checked, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, recall_graphs, work_folder
@@ -170,14 +171,13 @@ def reference_graphs(
     work: Path | None,
     progress: Progress | None = None,
     hold: ExitStack | None = None,
-    *,
-    trust_remote_code: bool = False,
-    accept_terms: bool = False,
+    **permitted: bool,
 ) -> dict[str, Path]:
     """Graphs to compare a bundle with, label -> file: from the work folder, or made again.
 
     They are made by the same steps from the options in the manifest; the order is the table's.
-    What permits code or terms is not taken from there, whoever wrote it: it is asked for anew.
+    What permits code or terms (`options.PERMISSIONS`) is not taken from there, whoever wrote it: it
+    is asked for anew.
     Until `hold` is closed no other run changes them. Raises ModelError if the model is not what
     the bundle was made of, and BundleError if another run replaced the graphs at once.
     """
@@ -188,9 +188,7 @@ def reference_graphs(
     found = _hold(folder, expected, progress, hold)
     if found:
         return found
-    options = _options_of(
-        bundle, folder, trust_remote_code=trust_remote_code, accept_terms=accept_terms
-    )
+    options = _options_of(bundle, folder, **permitted)
     progress.note(f"no graphs of this bundle in {folder}: making them again from {options.model!r}")
     if "alpha" in bundle.manifest.options:
         progress.note(
@@ -439,6 +437,7 @@ def _manifest(
     manifest = Manifest(
         name=traced.name,
         recipe=options.recipe,
+        recipe_settings=asdict(checked.recipe),
         dtype=options.dtype,
         opset=options.opset,
         source={
@@ -448,7 +447,7 @@ def _manifest(
             "license": traced.license_note,
         },
         versions=_versions(),
-        options={**_option_record(options), "calibration_sha256": checked.calibration_sha256},
+        options={**record(options), "calibration_sha256": checked.calibration_sha256},
         inputs=inputs,
         outputs=outputs,
         profile=options.profile.to_json(),
@@ -490,46 +489,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-# What makes the references; what permits something is never read from a file.
-_REPEATED = ("model", "recipe", "calibration", "samples", "length", "opset", "dtype", "seed",
-             "device", "max_relative_deviation", "insertion")  # fmt: skip
-_RECORDED = (*_REPEATED, "budget", "trust_remote_code")
-
-
-def _option_record(options: CompileOptions) -> dict[str, Any]:
-    record = {name: getattr(options, name) for name in _RECORDED}
-    if options.tokenizer is not None:
-        record["tokenizer"] = str(options.tokenizer)
-    return record
-
-
-def _options_of(
-    bundle: Bundle, work: Path, *, trust_remote_code: bool = False, accept_terms: bool = False
-) -> CompileOptions:
+def _options_of(bundle: Bundle, work: Path, **permitted: bool) -> CompileOptions:
     """The options that a bundle was compiled with, as far as its references depend on them.
 
     Raises BundleError if one is of another kind than this version writes.
     """
-    recorded = bundle.manifest.options
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-    wanted = {field.name: kinds.get(str(field.type), ()) for field in fields(CompileOptions)}
-    values = {name: recorded[name] for name in _REPEATED if name in recorded}
-    for name, value in {"model": None, **values}.items():
-        if not isinstance(value, wanted[name]) or isinstance(value, bool):
-            raise BundleError(
-                f"{bundle.folder / MANIFEST_NAME} records no {name} that can be used: compile the "
-                "bundle again, or measure it alone with --bundle-only"
-            )
-    tokenizer = recorded.get("tokenizer")
-    return CompileOptions(
-        out=bundle.folder,
-        work=work,
-        targets=(),
-        tokenizer=Path(str(tokenizer)) if tokenizer else None,
-        trust_remote_code=trust_remote_code,
-        accept_terms=accept_terms,
-        **values,
-    )
+    values = permitted | repeated(bundle.manifest.options, bundle.folder / MANIFEST_NAME)
+    return CompileOptions(**values, out=bundle.folder, work=work, targets=())
 
 
 def _peak_rss() -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iq_export.bundle.package import check_output, require_space
 from iq_export.calibrate.data import load_text, text_sha256
 from iq_export.engine.onnx_header import read_header
-from iq_export.engine.plugin import MODES, find_headers, why_no_plugin
-from iq_export.engine.profile import Profile
+from iq_export.engine.plugin import find_headers, why_no_plugin
 from iq_export.engine.targets import (
     AttentionForm,
     Target,
@@ -23,6 +22,7 @@ from iq_export.engine.trt import builder_gap, why_not_here
 from iq_export.errors import EngineError, ModelError, UsageError
 from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit, engine_profile, window_length
+from iq_export.options import DEFAULT_TARGETS, CompileOptions, check_values
 from iq_export.progress import Progress
 from iq_export.quant.recipe import Recipe, load_recipe
 from iq_export.run.ort import PROVIDERS, require_providers
@@ -31,44 +31,8 @@ if TYPE_CHECKING:
     from iq_export.model.limits import PositionLimit
     from iq_export.model.load import ModelSource
 
-DEFAULT_TARGETS = ("rtx-ampere",)
 # Float32 bytes per byte of a 4-bit GGUF file, rounded up.
 _GGUF_FACTOR = 8
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What `iq-export compile` is asked for; see the README for each option's meaning.
-
-    `samples` windows of `length` tokens calibrate (0: 512, or as many as the model has positions);
-    `work` holds intermediate graphs (a temporary folder beside `out` if None), which `keep_work`
-    leaves there for `iq-export eval`. `targets` None is DEFAULT_TARGETS: where it is known that
-    their builder cannot build the model, the bundle is made without that engine, while a target
-    that was asked for is refused.
-    """
-
-    model: str
-    out: Path
-    recipe: str = "w8a8"
-    targets: tuple[str, ...] | None = None
-    calibration: str = "builtin"
-    samples: int = 16
-    length: int = 0
-    profile: Profile = field(default_factory=Profile)
-    opset: int = 23
-    dtype: str = "fp16"
-    seed: int = 0
-    plugin: str = "auto"
-    tokenizer: Path | None = None
-    force: bool = False
-    keep_work: bool = False
-    work: Path | None = None
-    device: str = "cpu"
-    max_relative_deviation: float = 0.10
-    insertion: str = "auto"
-    budget: float | None = None
-    trust_remote_code: bool = False
-    accept_terms: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +72,6 @@ def check(options: CompileOptions) -> Checked:
     """Refuse in a second what would fail after minutes; raises a subclass of IqError."""
     from iq_export.model.fetch import EMBEDDED
     from iq_export.model.trace import check_traced_opset
-    from iq_export.sinks.form import INSERTIONS
 
     recipe = load_recipe(options.recipe)
     check_traced_opset(options.opset)
@@ -117,21 +80,8 @@ def check(options: CompileOptions) -> Checked:
     for target in targets:
         check_recipe(target, recipe.weight_bits)
         check_opset(target, options.opset)
-    if options.device not in PROVIDERS:
-        raise UsageError(f"unknown device '{options.device}': use {', '.join(PROVIDERS)}.")
+    check_values(options)
     require_providers(PROVIDERS[options.device])
-    if options.plugin not in MODES:
-        raise UsageError(f"unknown plugin mode '{options.plugin}': use {', '.join(MODES)}.")
-    if options.dtype not in ("fp16", "fp32"):
-        raise UsageError(f"unknown dtype '{options.dtype}': use fp16 or fp32.")
-    if options.insertion not in INSERTIONS:
-        raise UsageError(f"unknown insertion '{options.insertion}': use {', '.join(INSERTIONS)}.")
-    if not 0 < options.max_relative_deviation < 1:
-        raise UsageError("max_relative_deviation lies between 0 and 1.")
-    if options.seed < 0:
-        raise UsageError(f"seed {options.seed} must not be negative.")
-    if options.budget is not None and options.budget <= 1:
-        raise UsageError(f"a budget of {options.budget:g} is not above 1: fp32 itself has 1.")
     if options.budget is not None and recipe.activation_max is None:
         raise UsageError(
             f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "

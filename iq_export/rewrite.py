@@ -89,7 +89,7 @@ class _Run(TypedDict):
 class Calibration:
     """What to calibrate on. `windows` measure ranges; `probes` are short ones that only add first
     tokens, since most sinks stand at position 0. `heldout` only tells how well sinks are found and
-    matched on text that nothing was made from. `insertion` is one of form.INSERTIONS. With a finite
+    matched on text that nothing was made from. `insertion` is of `--insertion`. With a finite
     `budget` (perplexity over the traced graph's) as few products as possible stay in half precision
     to keep within it."""
 

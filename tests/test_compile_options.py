@@ -12,6 +12,7 @@ import pytest
 
 from iq_export.bundle.manifest import FileRecord, Manifest
 from iq_export.errors import DataError, ModelError, UsageError
+from iq_export.options import record
 from iq_export.progress import Progress
 
 compile_module = importlib.import_module("iq_export.compile")
@@ -28,7 +29,7 @@ def test_options_of_an_older_manifest(tmp_path: Path) -> None:
     bundle = SimpleNamespace(folder=tmp_path, manifest=SimpleNamespace(options=recorded))
     options = compile_module._options_of(bundle, tmp_path / "work")
     assert (options.samples, options.length, options.work) == (4, 64, tmp_path / "work")
-    assert "alpha" not in compile_module._option_record(options)
+    assert "alpha" not in record(options)
     assert recorded["alpha"] == 64.0
 
 

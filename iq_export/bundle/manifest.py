@@ -56,6 +56,7 @@ class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
     `manifest.schema.json` beside this module says what each may be.
 
+    `recipe_settings` is all that the recipe asked for (None in a bundle of an older version).
     `check` compares the finished file with fp32 (`evaluate.final_check`; None in a bundle of an
     older version). `mixed` says what a `--budget` left in half precision (None without one).
     `engines` maps a target's name to its engine report, `engine_failures` to why TensorRT refused
@@ -69,6 +70,7 @@ class Manifest:
     dtype: str
     opset: int
     format_version: int = FORMAT_VERSION
+    recipe_settings: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from iq_export.calibrate.data import Window
+from iq_export.observe.loss import chunks, kl, log_softmax, nll
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
-
-# Rows of logits whose distributions are held at a time: 64 x 262144 x 4 bytes = 67 MB at the worst.
-_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -38,30 +36,22 @@ def divergence(
     progress: Progress,
 ) -> Divergence:
     """Run both graphs over `windows`; `indices` are the sink indices of `graph` (0: no sink)."""
-    kl, nll, sinks = [], [], []
+    divergences, losses, sinks = [], [], []
     runs = [
         walk(each, ["logits"], windows, always=also, providers=providers, progress=progress)
         for each, also in ((reference, ()), (graph, tuple(indices)))
     ]
     for (number, exact), (_, found) in zip(*runs, strict=True):
         targets = np.asarray(windows[number].ids[1:])
-        for start in range(0, targets.size, _ROWS):
-            rows = slice(start, min(start + _ROWS, targets.size))
+        for rows in chunks(targets.size):
             p, q = (log_softmax(values["logits"][rows]) for values in (exact, found))
-            kl.append((np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64))
-            nll.append(-np.take_along_axis(q, targets[rows, None], axis=-1)[:, 0])
+            divergences.append(kl(p, q))
+            losses.append(nll(q, targets[rows]))
         sinks.append(np.any([found[name][:-1] > 0 for name in indices] or [targets < 0], axis=0))
-    each, sink = np.concatenate(kl), np.concatenate(sinks)
+    each, sink = np.concatenate(divergences), np.concatenate(sinks)
     semantic = each[~sink]
     return Divergence(
         float(each.mean()),
         float(semantic.mean()) if semantic.size else 0.0,
-        float(np.concatenate(nll).mean(dtype=np.float64)),
+        float(np.concatenate(losses).mean()),
     )
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural-log probabilities, float32 `[rows, vocab]`."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted

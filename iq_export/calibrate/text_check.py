@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from iq_export.calibrate.data import Window
+from iq_export.observe.loss import token_losses
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
@@ -91,9 +92,6 @@ def _loss(
     runs = walk(model, ["logits"], windows, providers=providers, progress=progress)
     for number, values in runs:
         targets = np.asarray(windows[number].ids[1:])
-        logits = values["logits"][:-1]
-        top = logits.max(axis=-1)
-        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
-        total += float((log_sum - logits[np.arange(targets.size), targets]).sum(dtype=np.float64))
+        total += float(token_losses(values["logits"][:-1], targets).sum())
         tokens += targets.size
     return total / tokens

@@ -1,4 +1,4 @@
-"""Per-token magnitudes of every block: what lifecycle discovery looks at (method.md step 1)."""
+"""Per-token magnitudes of every block: what lifecycle discovery looks at (docs/discovery.md)."""
 
 from __future__ import annotations
 

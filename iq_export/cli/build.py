@@ -16,6 +16,7 @@ from iq_export.bundle.manifest import (
     reading_records,
 )
 from iq_export.bundle.package import Bundle
+from iq_export.bundle.recipe import recipe_of
 from iq_export.bundle.update import (
     LARGEST_MANIFEST,
     UPDATED,
@@ -27,7 +28,7 @@ from iq_export.cli import options
 from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.build import VERBOSITIES, EngineReport, build_engine, check_timing_cache
 from iq_export.engine.onnx_header import read_header
-from iq_export.engine.plugin import MODES, provide_plugin
+from iq_export.engine.plugin import provide_plugin
 from iq_export.engine.profile import Profile
 from iq_export.engine.targets import (
     AttentionForm,
@@ -41,6 +42,7 @@ from iq_export.engine.trt import builder_gap, check_levers, why_not_here
 from iq_export.errors import BundleError, EngineError, UsageError
 from iq_export.files import move_inside, read_inside
 from iq_export.lengths import bundle_limit, engine_profile
+from iq_export.options import SHAPES, add
 from iq_export.progress import Progress
 from iq_export.report.html import REPORT_NAME, check_report, update_with_report
 
@@ -63,11 +65,8 @@ def add_parser(subparsers: Any) -> None:
         "--target", action="append", metavar="NAME", dest="targets",
         help="device to build for, repeatable (default: the bundle's targets)",
     )  # fmt: skip
-    parser.add_argument(
-        "--plugin", choices=MODES, default="auto",
-        help="sink ops as TensorRT plugin layers: auto if it can be compiled here (default)",
-    )  # fmt: skip
-    options.add_shapes(parser)
+    add(parser, "plugin")
+    add(parser.add_argument_group(SHAPES), "profile")
     group = parser.add_argument_group("TensorRT, as in trtexec")
     group.add_argument("--timingCacheFile", type=Path, metavar="FILE", dest="timing_cache")
     group.add_argument("--versionCompatible", action="store_true", dest="version_compatible")
@@ -104,8 +103,9 @@ def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> i
     )
     for remark in remarks:
         progress.note(remark)
+    bits = weight_bits(bundle, progress)
     for target in targets:
-        _check(bundle, target, args)
+        _check(bundle, target, bits, args)
     reports = []
     failures: dict[str, EngineError] = {}
     for target in targets:
@@ -133,11 +133,34 @@ def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
         return Profile.from_json(bundle.manifest.profile)
 
 
-def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
+def weight_bits(bundle: Bundle, progress: Progress) -> int | None:
+    """Bits of the quantized weights; None where only a name is known that does not tell them.
+
+    Raises UsageError for a recipe that no engine is built of.
+    """
+    recipe = recipe_of(bundle.manifest)
+    if recipe is not None:
+        if recipe.simulated:
+            raise UsageError(
+                f"recipe '{recipe.name}' is for study: no kernel multiplies what it makes, so no "
+                "engine is built of it. Compile with another recipe, such as w8a8."
+            )
+        return recipe.weight_bits
+    name = bundle.manifest.recipe
+    named = re.match(r"w(\d+)", name)
+    if named is None:
+        return None
+    progress.note(
+        f"{bundle.folder} is of an older version: its weights' bits are taken from the recipe's "
+        f"name, {name}"
+    )
+    return int(named.group(1))
+
+
+def _check(bundle: Bundle, target: Target, bits: int | None, args: argparse.Namespace) -> None:
     """Refuse before the first build what cannot be built."""
-    weight_bits = re.match(r"w(\d+)", bundle.manifest.recipe)
-    if weight_bits:
-        check_recipe(target, int(weight_bits.group(1)))
+    if bits is not None:
+        check_recipe(target, bits)
     check_opset(target, bundle.manifest.opset)
     check_levers(
         target, version_compatible=args.version_compatible, strip_weights=args.strip_weights

@@ -26,6 +26,7 @@ from iq_export.evaluate.compare import (
     time_prefill,
 )
 from iq_export.lengths import bundle_limit, window_length
+from iq_export.options import PERMISSIONS, add, positive, seed, window_tokens
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
 from iq_export.terminal import in_a_line, printable
@@ -42,12 +43,12 @@ def add_parser(subparsers: Any) -> None:
         "--text", default=BUILTIN_HELDOUT, metavar="FILE|builtin",
         help="UTF-8 text that was not used for calibration (default: builtin's held-out part)",
     )  # fmt: skip
-    parser.add_argument("--windows", type=options.positive, default=16, help="default 16")
+    parser.add_argument("--windows", type=positive, default=16, help="default 16")
     parser.add_argument(
-        "--length", type=options.window_length, default=0,
+        "--length", type=window_tokens, default=0,
         help="tokens (default 512, or as many as the model has positions)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=options.seed, default=0, help="of the places of the windows")
+    parser.add_argument("--seed", type=seed, default=0, help="of the places of the windows")
     parser.add_argument(
         "--work", type=Path, metavar="DIR",
         help="folder with the other graphs (compile --keep-work); rebuilt if absent",
@@ -55,9 +56,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--bundle-only", action="store_true", help="only this bundle: no other graph is rebuilt"
     )
-    options.add_permissions(parser)
+    add(parser, *PERMISSIONS)
     parser.add_argument("--no-speed", action="store_true", help="do not time the prefill")
-    options.add_device(parser)
+    add(parser, "device")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,7 +144,7 @@ def _graphs(bundle: Bundle, args: argparse.Namespace, hold: ExitStack) -> dict[s
     if not args.bundle_only:
         progress = options.progress(args, 1)
         with progress.step("Prepare the graphs to compare with"):
-            permitted = {name: getattr(args, name) for name in options.PERMISSIONS}
+            permitted = {name: getattr(args, name) for name in PERMISSIONS}
             graphs.update(build_references(bundle, args.work, progress, hold, **permitted))
     graphs[bundle_label(bundle)] = bundle.model
     return graphs

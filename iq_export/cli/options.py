@@ -1,4 +1,4 @@
-"""Argument groups that several subcommands share, and what their values mean."""
+"""What several subcommands share: arguments that all have, progress, and output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from iq_export.bundle.manifest import json_safe
@@ -14,9 +13,6 @@ from iq_export.errors import BundleError
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
 from iq_export.terminal import drop_stdout, printable
-
-# No window, count or seed is larger; a slip of the finger is.
-_LARGEST = 10**9
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -30,40 +26,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*flags, action="store_true", help=text)
 
 
-def add_shapes(parser: argparse.ArgumentParser) -> None:
-    """trtexec's shape options, for the three axes of a causal LM."""
-    group = parser.add_argument_group("engine shapes (tokens), e.g. batch:1,seq:128,past:0")
-    for name in ("min", "opt", "max"):
-        group.add_argument(
-            f"--{name}Shapes", default="", metavar="SHAPES", dest=f"{name}_shapes",
-            help=f"{name}imum sizes of batch, seq and past; axes left out keep their default",
-        )  # fmt: skip
-
-
-def add_device(parser: argparse._ActionsContainer) -> None:
-    """`--device`: where ONNX Runtime runs."""
-    parser.add_argument(
-        "--device", choices=tuple(PROVIDERS), default="cpu",
-        help="where ONNX Runtime runs (cuda needs the extra 'gpu'; default cpu)",
-    )  # fmt: skip
-
-
-# What one run permits. Nothing that is read from a file ever sets one of these.
-PERMISSIONS = ("trust_remote_code", "accept_terms")
-
-
-def add_permissions(parser: argparse._ActionsContainer) -> None:
-    """`--trust-remote-code` and `--accept-terms`, for what loads a model."""
-    parser.add_argument(
-        "--trust-remote-code", action="store_true",
-        help="run the Python code that comes with a model",
-    )  # fmt: skip
-    parser.add_argument(
-        "--accept-terms", action="store_true",
-        help="you have read and accept the terms of a gated model (gemma3-270m)",
-    )  # fmt: skip
-
-
 def providers(device: str) -> tuple[str, ...]:
     """The ONNX Runtime providers for `device`; `run.ort` refuses what is not installed."""
     return PROVIDERS[device]
@@ -72,29 +34,6 @@ def providers(device: str) -> tuple[str, ...]:
 def progress(args: argparse.Namespace, total: int | None = None) -> Progress:
     """Progress on stderr, unless `--quiet`."""
     return Progress(total, quiet=args.quiet)
-
-
-def whole(lowest: int, unit: str = "") -> Callable[[str], int]:
-    """argparse type: an integer from `lowest` to a thousand millions."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {lowest}{unit}")
-        if value > _LARGEST:
-            raise argparse.ArgumentTypeError(f"{value} is more than {_LARGEST}{unit}")
-        return value
-
-    return read
-
-
-positive = whole(1)
-# The first token of a window is never predicted.
-window_length = whole(2, " tokens")
-seed = whole(0)
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from iq_export.cli import options
 from iq_export.errors import DataError, UsageError
 from iq_export.lengths import bundle_limit, generated
 from iq_export.memory import memory_bytes
+from iq_export.options import add, positive
 from iq_export.terminal import printable
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ def add_parser(subparsers: Any) -> None:
         "--raw", action="store_true", help="continue the prompt as it is, without chat template"
     )
     parser.add_argument(
-        "--max-new-tokens", type=options.positive, default=128, metavar="N", help="(default 128)"
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="(default 128)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    options.add_device(parser)
+    add(parser, "device")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from iq_export.calibrate.data import Bos, Window, check_windows, windows
 from iq_export.errors import GraphError, UsageError
 from iq_export.evaluate.perplexity import Scored, exp_or_inf, score
+from iq_export.observe.loss import kl
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -179,9 +180,7 @@ def _row(
         return Row(label, bos, value, None, None, None, tokens, seconds)
     pairs = list(zip(scores, reference, strict=True))
     agreement = float(np.mean([np.mean(s.top1 == r.top1) for s, r in pairs]))
-    divergence = float(
-        np.mean([(np.exp(r.sample) * (r.sample - s.sample)).sum(axis=-1) for s, r in pairs])
-    )
+    divergence = float(np.mean([kl(r.sample, s.sample) for s, r in pairs]))
     ratio = exp_or_inf(mean - _mean_nll(reference))
     return Row(label, bos, value, ratio, agreement, divergence, tokens, seconds)
 

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from iq_export.calibrate.attention import attentions, product_peak
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.divergence import log_softmax
 from iq_export.errors import GraphError
 from iq_export.graph.sites import NORM_OPS, Sites
+from iq_export.observe.loss import kl, log_softmax
 from iq_export.observe.walk import CPU, Graph, loaded, raw_walk, walk
 from iq_export.passes.to_half import HALF_MAX
 from iq_export.progress import Progress
@@ -94,18 +94,18 @@ def final_check(
     tensors = len(watched(loaded(shipped)))
     exact_runs = walk(traced, ["logits"], short, providers=providers, progress=progress)
     found_runs = finite_logits(shipped, short, parts, providers=providers, progress=progress)
-    same, kl, logs = [], [], []
+    same, divergences, logs = [], [], []
     for (_, values), logits in zip(exact_runs, found_runs, strict=True):
         p, q = log_softmax(values["logits"]), log_softmax(logits)
         same.append(p.argmax(axis=-1) == q.argmax(axis=-1))
-        kl.append((np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64))
+        divergences.append(kl(p, q))
         logs.append(p)
     agree = np.concatenate(same)
     return FinalCheck(
         windows=len(short),
         tokens=agree.size,
         top1=float(agree.mean()),
-        kl=max(0.0, float(np.concatenate(kl).mean())),  # float32 may round below zero
+        kl=max(0.0, float(np.concatenate(divergences).mean())),  # float32 may round below zero
         kl_no_context=_without_context(logs),
         tensors=tensors,
     )
@@ -130,7 +130,7 @@ def _without_context(logs: Sequence[np.ndarray]) -> float:
     count = sum(len(p) for p in logs)
     mean = sum(np.exp(p).sum(axis=0, dtype=np.float64) for p in logs) / count
     log_mean = np.log(np.maximum(mean, 1e-30)).astype(np.float32)
-    return sum(float((np.exp(p) * (p - log_mean)).sum(dtype=np.float64)) for p in logs) / count
+    return sum(float(kl(p, log_mean).sum()) for p in logs) / count
 
 
 def watched(model: ir.Model) -> dict[str, str]:

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iq_export.errors import DataError, GraphError
+from iq_export.observe.loss import log_softmax, token_losses
 
 if TYPE_CHECKING:
     from iq_export.calibrate.data import Window
     from iq_export.progress import Progress
     from iq_export.run.ort import CausalLM
-
-# Rows of logits turned into float64 at a time: 64 x 262144 x 8 bytes = 134 MB at the worst.
-_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -95,19 +93,5 @@ def _logits(model: CausalLM, window: Window) -> np.ndarray:
 
 
 def _score_window(logits: np.ndarray, targets: np.ndarray, sample_rows: Sequence[int]) -> Scored:
-    nll = np.empty(len(targets))
-    for start in range(0, len(targets), _ROWS):
-        rows = slice(start, start + _ROWS)
-        nll[rows] = -np.take_along_axis(
-            log_softmax(logits[rows]), targets[rows, None], axis=-1
-        ).squeeze(-1)
-    sample = log_softmax(logits[list(sample_rows)]).astype(np.float32)
-    return Scored(nll, logits.argmax(axis=-1), sample)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural-log probabilities [rows, vocab], in float64."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
+    sample = log_softmax(logits[list(sample_rows)], np.float64).astype(np.float32)
+    return Scored(token_losses(logits, targets, np.float64), logits.argmax(axis=-1), sample)

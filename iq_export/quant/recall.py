@@ -16,7 +16,7 @@ from iq_export.quant.blockwise import Quantizer
 from iq_export.quant.budget import smallest_prefix
 from iq_export.sinks.templates import SinkTemplates
 
-# Least share of the sinks that the quantized graph must still find (method.md step 8).
+# Least share of the sinks that the quantized graph must still find.
 LEAST_RECALL = 0.8
 
 

@@ -6,8 +6,6 @@ import difflib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from iq_export.errors import UsageError
 
 SINK_POLICIES = ("always", "for-half")
@@ -71,6 +69,8 @@ def recipe_folder() -> Path:
 
 def load_recipe(name: str) -> Recipe:
     """The recipe called `name`; UsageError with the nearest names if there is none."""
+    import yaml  # a light install has none, and reads recipes from manifests only
+
     known = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)

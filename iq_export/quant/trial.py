@@ -9,8 +9,8 @@ from typing import TypedDict
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.divergence import log_softmax
 from iq_export.errors import GraphError
+from iq_export.observe.loss import kl, log_softmax, token_losses
 from iq_export.observe.walk import Graph, loaded, named, walk, window_feeds
 from iq_export.passes.switches import switch_name
 from iq_export.progress import Progress
@@ -87,7 +87,7 @@ class Trial:
         reference = self._reference
         for window, exact in zip(reference.short, reference.log_probabilities, strict=True):
             found = log_softmax(self._run(window, {activation})[::_HARM_STRIDE])
-            total += float((np.exp(exact) * (exact - found)).sum(dtype=np.float64))
+            total += float(kl(exact, found).sum())
             rows += len(exact)
         return total / rows
 
@@ -111,6 +111,5 @@ def _losses(windows: Sequence[Window], logits: Iterator[np.ndarray]) -> np.ndarr
     found = []
     for window, rows in zip(windows, logits, strict=True):
         targets = np.asarray(window.ids[1:])
-        likely = log_softmax(rows[:-1])[np.arange(targets.size), targets]
-        found.append(-float(likely.mean(dtype=np.float64)))
+        found.append(float(token_losses(rows[:-1], targets).mean()))
     return np.asarray(found)

@@ -1,4 +1,4 @@
-"""From lifecycles to templates that the graph can carry (method.md steps 2, 3 and 7)."""
+"""From lifecycles to templates that the graph can carry."""
 
 from __future__ import annotations
 

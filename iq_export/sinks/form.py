@@ -1,4 +1,4 @@
-"""Choose the form of insertion of each lifecycle by its calibration loss (method.md step 6)."""
+"""Choose the form of insertion of each lifecycle by its calibration loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from iq_export.calibrate.divergence import Divergence
 from iq_export.errors import GraphError
 from iq_export.sinks.templates import KV, NORM, NORM_AND_KV, SinkTemplates
 
-INSERTIONS = ("norm", "kv", "auto")
 # Losses within 0.02 % of perplexity are equal: the form with the fewest changes is taken.
 TIE_NATS = 2e-4
 
@@ -26,7 +25,7 @@ class Insertion:
 def possible_forms(
     templates: SinkTemplates, wanted: str, *, int8_cache: bool = False
 ) -> tuple[str, ...]:
-    """The forms that `wanted` (one of INSERTIONS) leaves open, those that change least first.
+    """The forms that `wanted` (see `--insertion`) leaves open, those that change least first.
 
     A sink's keys and values do not fit an int8 cache, so with `int8_cache` they are always
     templates. Raises GraphError if a form needs them and the attention is no single op.

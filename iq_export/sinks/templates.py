@@ -43,7 +43,7 @@ class EarlyTemplates:
     norms: dict[str, np.ndarray]
 
 
-# What replaces a sink's rows in the persistence phase (method.md step 6): `norm` the templates
+# What replaces a sink's rows in the persistence phase: `norm` the templates
 # after each norm, `kv` keys and values at the attention products and zeros after the norms,
 # `norm+kv` templates at both, where quantizers cannot hold a sink's row.
 NORM, KV, NORM_AND_KV = "norm", "kv", "norm+kv"

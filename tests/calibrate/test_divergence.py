@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iq_export.calibrate.divergence import divergence
-from iq_export.evaluate.perplexity import log_softmax
+from iq_export.observe.loss import log_softmax
 from iq_export.passes.insert_sinks import index_name, insert_sinks
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM
@@ -32,7 +32,8 @@ def test_values(spiky: Planted) -> None:
     found = divergence(spiky.path, path, windows, [index_name(0)], **OPTIONS)
     kl, nll = [], []
     for window in windows:
-        p, q = (log_softmax(logits(CausalLM(x), [window.ids])[0, :-1]) for x in (spiky.path, path))
+        rows = (logits(CausalLM(x), [window.ids])[0, :-1] for x in (spiky.path, path))
+        p, q = (log_softmax(found, np.float64) for found in rows)
         kl.append((np.exp(p) * (p - q)).sum(-1))
         nll.append(-q[np.arange(len(window.ids) - 1), window.ids[1:]])
     assert found.kl == pytest.approx(np.mean(kl), rel=1e-3)

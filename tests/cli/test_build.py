@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from iq_export.bundle.package import Bundle, atomic_folder
 from iq_export.cli import main
 from iq_export.engine import plugin as plugin_module
 from iq_export.errors import EngineError
+from iq_export.quant.recipe import load_recipe
 from tests.tiny_bundle import REQUIRED, fill
 
 SHAPES = ["--maxShapes", "batch:2,seq:8,past:8"]
@@ -146,6 +147,47 @@ def test_four_bit_weights_on_turing(built: Path, capsys: pytest.CaptureFixture[s
     manifest.write(built)
     assert main(["build", str(built), "--target", "rtx-turing"]) == 2
     assert "cannot run 4-bit weights" in capsys.readouterr().err
+
+
+def _made_by(folder: Path, name: str, like: str) -> None:
+    """Record in the manifest of `folder` a recipe `name` with the settings of the recipe `like`."""
+    settings = asdict(replace(load_recipe(like), name=name))
+    replace(_manifest(folder), recipe=name, recipe_settings=settings).write(folder)
+
+
+@pytest.mark.parametrize("name", ["mine", "w8a8-but-not-really"])
+def test_the_recipes_settings_decide_and_not_its_name(
+    built: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _made_by(built, name, "w4a16")
+    assert main(["build", str(built), "--target", "rtx-turing"]) == 2
+    assert "cannot run 4-bit weights" in capsys.readouterr().err
+
+
+def test_no_engine_is_built_of_a_recipe_for_study(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _made_by(built, "mine", "w4a8")
+    assert main(["build", str(built), "--target", "rtx-ampere"]) == 2
+    assert "recipe 'mine' is for study: no kernel multiplies" in capsys.readouterr().err
+
+
+def test_that_an_older_bundle_tells_only_the_recipes_name_is_said(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(_manifest(built), recipe="w4a16").write(built)
+    assert main(["build", str(built), "--target", "rtx-turing"]) == 2
+    said = capsys.readouterr().err
+    assert "of an older version: its weights' bits are taken from the recipe's name, w4a16" in said
+
+
+def test_settings_that_are_no_recipe_are_refused(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for settings in ({"name": "mine"}, {"colour": 1}, asdict(load_recipe("w8a8")) | {"kv_bits": 3}):
+        replace(_manifest(built), recipe_settings=settings).write(built)
+        assert main(["build", str(built), "--target", "rtx-ampere"]) == 7
+        assert "recipe_settings" in capsys.readouterr().err
 
 
 def test_plugin_form(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

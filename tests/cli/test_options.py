@@ -8,25 +8,26 @@ import json
 import pytest
 
 from iq_export.cli import options
+from iq_export.options import positive, seed, window_tokens
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5", "nan", "1e3", "9" * 5000, "0x10"])
 def test_no_whole_number(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number"):
-        options.positive(text)
+        positive(text)
 
 
 def test_bounds() -> None:
-    assert options.positive("1") == 1 and options.seed("0") == 0
-    assert options.window_length("512") == 512
+    assert positive("1") == 1 and seed("0") == 0
+    assert window_tokens("512") == 512
     with pytest.raises(argparse.ArgumentTypeError, match="0 is not at least 1"):
-        options.positive("0")
+        positive("0")
     with pytest.raises(argparse.ArgumentTypeError, match="1 is not at least 2 tokens"):
-        options.window_length("1")
+        window_tokens("1")
     with pytest.raises(argparse.ArgumentTypeError, match="-1 is not at least 0"):
-        options.seed("-1")
+        seed("-1")
     with pytest.raises(argparse.ArgumentTypeError, match="is more than"):
-        options.positive("9" * 400)
+        positive("9" * 400)
 
 
 def test_what_is_printed_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""What README.md shows exists: examples parse, options are options, exit codes are real."""
+"""What README.md and docs/ show exists: examples parse, options are options, exit codes are real,
+links lead somewhere."""
 
 from __future__ import annotations
 
@@ -10,9 +11,14 @@ import pytest
 
 from iq_export import errors
 from iq_export.cli import parser
+from tools.pages import part
+from tools.readme import tables
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+TEXTS = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", TEXTS, re.DOTALL | re.MULTILINE)
 EXAMPLES = [line for block in BLOCKS for line in block.splitlines() if line.startswith("iq-export")]
 
 
@@ -42,3 +48,29 @@ def test_exit_codes_are_listed() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     real = {kind.exit_code for kind in kinds if issubclass(kind, errors.IqError)}
     assert listed == {0, errors.INTERRUPTED_EXIT_CODE} | real
+
+
+@pytest.mark.parametrize(("page", "name"), tables())
+def test_generated_tables_are_up_to_date(page: Path, name: str) -> None:
+    """`python -m tools.readme` writes them."""
+    assert part(page, name) == tables()[page, name]
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    """Its prose; tables and code are looked up."""
+    prose = re.sub(r"```.*?```|<!--.*?-->", "", README, flags=re.DOTALL)
+    lines = [line for line in prose.splitlines() if not line.startswith("|")]
+    assert len(" ".join(lines).split()) <= 1000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads}

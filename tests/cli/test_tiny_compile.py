@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from iq_export.bundle.package import Bundle, update_manifest
+from iq_export.bundle.recipe import recipe_of
 from iq_export.cli import main
+from iq_export.quant.recipe import load_recipe
 from iq_export.work import Work
 
 SMALL = ("--samples", "4", "--length", "64", "--quiet")
@@ -38,7 +40,7 @@ def compiled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_bundle_is_whole(compiled: Path) -> None:
     assert main(["verify", str(compiled), "--quiet"]) == 0
     manifest = Bundle.open(compiled).manifest
-    assert manifest.recipe == "w8a8"
+    assert manifest.recipe == "w8a8" and recipe_of(manifest) == load_recipe("w8a8")
     assert {"model.onnx", "plan.json", "report.html", "tokenizer.json"} <= set(manifest.files)
     assert manifest.inputs and manifest.outputs and manifest.timings and manifest.versions
     assert not list(compiled.parent.glob(".*"))

@@ -16,9 +16,9 @@ import pytest
 
 from iq_export.calibrate.data import Window
 from iq_export.errors import DataError, UsageError
-from iq_export.evaluate.perplexity import log_softmax
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
+from iq_export.observe.loss import log_softmax
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM, Step, left_pad
@@ -131,7 +131,8 @@ def test_log_likelihood_in_a_padded_batch_is_that_of_a_single_run(spiky: planted
     found = measure._log_likelihoods(model, wanted, [0, 1])
     for request, total in zip(wanted, found, strict=True):
         row = request.context + request.continuation
-        alone = log_softmax(planted.logits(model, [row[:-1]])[0])[len(request.context) - 1 :]
+        single = planted.logits(model, [row[:-1]])[0]
+        alone = log_softmax(single, np.float64)[len(request.context) - 1 :]
         exact = sum(alone[i, token] for i, token in enumerate(request.continuation))
         assert total == pytest.approx(exact, abs=1e-3)
 

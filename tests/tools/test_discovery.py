@@ -12,7 +12,7 @@ from iq_export.sinks.lifecycle import discover
 from tools.discovery.models import Model
 from tools.discovery.score import check_planted, judge, judged, observed, summary, truth
 from tools.discovery.sweep import CALM, HALF_BILLION, PER_KIND, SPIKED, sweep
-from tools.discovery.table import BEGIN, END, write_tables
+from tools.discovery.table import write_tables
 
 MODELS = sweep()
 # One of every kind, not the largest ones.
@@ -63,7 +63,9 @@ def test_recall_and_false_alarms() -> None:
 
 def test_tables_stand_between_the_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    page.write_text(
+        "before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n", encoding="utf-8"
+    )
     write_tables(summary([judged(SAMPLE[0])]), page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

@@ -15,7 +15,8 @@ import numpy as np
 
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
-from iq_export.evaluate.perplexity import exp_or_inf, log_softmax, score
+from iq_export.evaluate.perplexity import exp_or_inf, score
+from iq_export.observe.loss import kl, log_softmax, nll
 from iq_export.progress import Progress
 from iq_export.run.ort import Step, left_pad
 from tools.compare.data import Item, Request
@@ -65,27 +66,27 @@ def measure_text(
     Also returns what a reference keeps. Logits that are not finite give `error` instead.
     """
     rows = np.linspace(0, len(windows[0].ids) - 2, _SAMPLE_ROWS, dtype=int).tolist()
-    nll, top1, samples = [], [], []
+    losses, top1, samples = [], [], []
     divergence, agreement = [], []
     try:
         for number, scored in enumerate(score(model, windows, rows)):
-            nll.append(scored.nll)
+            losses.append(scored.nll)
             top1.append(scored.top1)
             if reference is None:
                 samples.append(scored.sample)
             else:
                 exact = reference.sample[number].astype(np.float64)
-                divergence.append((np.exp(exact) * (exact - scored.sample)).sum(axis=-1).mean())
+                divergence.append(kl(exact, scored.sample).mean())
                 agreement.append(np.mean(scored.top1 == reference.top1[number]))
             progress.update(number + 1, len(windows))
     except GraphError as error:
         return {"error": str(error)}, None
     result = {
-        "perplexity": exp_or_inf(float(np.concatenate(nll).mean())),
+        "perplexity": exp_or_inf(float(np.concatenate(losses).mean())),
         "kl": float(np.mean(divergence)) if reference else None,
         "top1": float(np.mean(agreement)) if reference else None,
-        "tokens": int(sum(map(len, nll))),
-        "window_nll": [float(window.mean()) for window in nll],
+        "tokens": int(sum(map(len, losses))),
+        "window_nll": [float(window.mean()) for window in losses],
     }
     kept = None if reference else Reference(np.stack(top1), np.stack(samples))
     return result, kept
@@ -142,8 +143,8 @@ def _log_likelihoods(
     totals = []
     for row, number in enumerate(batch):
         target = np.asarray(requests[number].continuation)
-        found = log_softmax(logits[row, -len(target) :])
-        totals.append(float(np.take_along_axis(found, target[:, None], axis=-1).sum()))
+        found = log_softmax(logits[row, -len(target) :], np.float64)
+        totals.append(-float(nll(found, target).sum()))
     return totals
 
 

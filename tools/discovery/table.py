@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+from tools.pages import fill
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -29,7 +29,4 @@ def tables(found: dict[str, Any]) -> str:
 
 def write_tables(found: dict[str, Any], page: Path) -> None:
     """Replace what stands between the marks of `page`."""
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    text = f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{after}"
-    page.write_text(text, encoding="utf-8")
+    fill(page, "measured", tables(found))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from iq_export.observe.loss import kl, log_softmax
+
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and number of `samples`."""
@@ -21,16 +23,10 @@ def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> dict[str, f
 def distance(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     """Of logits [..., vocab]: share of rows with the same likeliest token, largest difference, mean
     KL(expected || found) in nats."""
-    a, b = (_log_softmax(logits.astype(np.float64)) for logits in (expected, found))
-    kl = (np.exp(a) * (a - b)).sum(-1)
+    divergence = kl(*(log_softmax(logits, np.float64) for logits in (expected, found)))
     return {
-        "rows": int(kl.size),
+        "rows": int(divergence.size),
         "top1": float((found.argmax(-1) == expected.argmax(-1)).mean()),
         "max_abs": float(np.abs(found.astype(np.float64) - expected).max()),
-        "kl": float(kl.mean()),
+        "kl": float(divergence.mean()),
     }
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+from tools.pages import fill
+
 # What the last table is of: the accesses and the slow instructions hardly differ.
 _DETAILED = "87"
 
@@ -82,7 +83,4 @@ def _spilled(when: str, record: Mapping[str, Any]) -> list[str]:
 
 def write_tables(record: Mapping[str, Any], page: Path) -> None:
     """Replace what stands between the marks of `page`."""
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    text = f"{before}{BEGIN}\n\n{tables(record)}\n\n{END}{after}"
-    page.write_text(text, encoding="utf-8")
+    fill(page, "measured", tables(record))

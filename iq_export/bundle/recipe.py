@@ -1,0 +1,23 @@
+"""The recipe that a bundle was made by, read back from its manifest."""
+
+from __future__ import annotations
+
+from iq_export.bundle.manifest import MANIFEST_NAME, Manifest
+from iq_export.errors import BundleError, UsageError
+from iq_export.quant.recipe import Recipe
+
+
+def recipe_of(manifest: Manifest) -> Recipe | None:
+    """The recipe with its settings; None of a bundle by an older version, which recorded its name.
+
+    Raises BundleError if the settings are no recipe that this version knows.
+    """
+    if manifest.recipe_settings is None:
+        return None
+    try:
+        return Recipe(**manifest.recipe_settings)
+    except (TypeError, UsageError) as error:
+        raise BundleError(
+            f"recipe_settings in {MANIFEST_NAME} are no recipe of this version ({error}): compile "
+            "the bundle again, or use the version that wrote it"
+        ) from error
