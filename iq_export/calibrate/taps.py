@@ -18,9 +18,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph import io
+from iq_export.graph.interface import Interface
 from iq_export.graph.model_files import PASSING_PREFIX
 from iq_export.progress import Progress
-from iq_export.run.ort import empty_cache, open_session, ort_errors
+from iq_export.run.ort import open_session, ort_errors
 
 GROUP_BYTES = 1 << 30
 
@@ -96,20 +97,7 @@ def window_feeds(
     session: Any, window: Window, given: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
     """Inputs of one window with an empty cache; `given` are inputs that only this graph has."""
-    ids = np.asarray(window.ids, np.int64)[None]
-    known = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "position_ids": np.arange(ids.shape[1], dtype=np.int64)[None],
-    }
-    known |= given or {}
-    feeds = {}
-    for node in session.get_inputs():
-        if node.name in known:
-            feeds[node.name] = known[node.name]
-        else:
-            feeds[node.name] = empty_cache(node, 1)
-    return feeds
+    return Interface.of_session(session).feeds(window.ids, given)
 
 
 def run_window(
