@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-IDS = "input_ids"
+from iq_export.graph.interface import Role, name_of
+
 # Weights of a piece, in bytes as they are run: small models stay in one piece.
 SEGMENT_BYTES = 64 << 20
 # What may stand between a stored weight and its reader.
@@ -82,7 +83,7 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
 
 def _bound_nodes(graph: ir.Graph) -> list[ir.Node]:
     """The nodes whose values depend on the tokens, not on their number alone, in graph order."""
-    bound = {value for value in graph.inputs if value.name == IDS}
+    bound = {value for value in graph.inputs if value.name == name_of(Role.IDS)}
     inputs = set(graph.inputs)
     found = []
     for node in graph:

@@ -19,9 +19,10 @@ from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import separate_types
+from iq_export.graph.interface import Interface
 from iq_export.observe.segments import segments
 from iq_export.progress import Progress
-from iq_export.run.ort import empty_cache, model_session, ort_errors
+from iq_export.run.ort import model_session, ort_errors
 
 CPU = ("CPUExecutionProvider",)
 
@@ -155,17 +156,10 @@ def window_feeds(
     session: Any, window: Window, given: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
     """Inputs of one window with an empty cache; `given` are inputs that only this graph has."""
-    ids = np.asarray(window.ids, np.int64)[None]
-    known = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "position_ids": np.arange(ids.shape[1], dtype=np.int64)[None],
-    }
-    known |= given or {}
-    feeds = {}
-    for node in session.get_inputs():
-        feeds[node.name] = known[node.name] if node.name in known else empty_cache(node, 1)
-    return feeds
+    interface = Interface.of_session(session)
+    wanted = {tensor.name for tensor in interface.inputs}
+    known = {name: value for name, value in (given or {}).items() if name in wanted}
+    return interface.feeds(window.ids, known)
 
 
 def checked(name: str, value: np.ndarray, window: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from iq_export.errors import EngineError, GraphError
 from iq_export.graph.external import check_external
+from iq_export.graph.interface import FEATURES, HEADS, VOCABULARY, Interface, Role
 from iq_export.graph.proto import read
 from iq_export.graph.vocabulary import read_vocabulary
 
@@ -32,15 +32,9 @@ PROVIDERS = {
 # The first release whose CPU attention puts the softcap before the mask, as ONNX defines it: up to
 # 1.26 masked tokens take part where a model has a softcap. (QuantizeLinear of opset 23 needs 1.24.)
 OLDEST_RELEASE = (1, 27)
-_NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(int32)": np.int32,
-}
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
-# Which rows of an int8 cache are sinks, one tensor per lifecycle (passes/quantize_cache.py).
-_PAST_SINKS = re.compile(r"past_sinks\.\d+$")
+
+# What `forward` is given besides the cache; a graph may do without the last two.
+_GIVEN = (Role.IDS, Role.MASK, Role.POSITIONS)
 
 Ids = NDArray[np.int64]
 
@@ -83,42 +77,25 @@ class CausalLM:
         self._session = open_session(
             self.path, providers, threads, round_half=round_half, unpack=unpack, literal=literal
         )
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        outputs = [value.name for value in self._session.get_outputs()]
-        self._past = _past_inputs(inputs, self.path)
-        self.num_layers = len(self._past) // 2
-        self._present = [
-            f"present.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")
-        ]
-        sinks = sorted(name for name in inputs if _PAST_SINKS.match(name))
-        self._past += sinks
-        self._present += [name.replace("past_", "present_", 1) for name in sinks]
+        interface = Interface.of_session(self._session)
+        interface.check_causal_lm(self.path.name)
+        self.num_layers = interface.layers
+        self._roles = {t.role: t.name for t in interface.inputs if t.role in _GIVEN}
+        self._past = interface.past
+        self._present = [tensor.name for tensor in interface.present]
         self.extra_outputs = tuple(extra_outputs)
-        for name in ("logits", *self._present, *self.extra_outputs):
+        outputs = {tensor.name for tensor in interface.outputs}
+        for name in self.extra_outputs:
             if name not in outputs:
                 raise GraphError(f"{self.path.name} has no output '{name}'.")
-        self._inputs = tuple(
-            name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs
-        )
-        self._caches = [inputs[name] for name in self._past]
-        for cache in self._caches:
-            if cache.type not in _NUMPY_TYPES:
-                raise GraphError(
-                    f"{self.path.name}: cache input '{cache.name}' has type {cache.type}."
-                )
-            rank = 2 if _PAST_SINKS.match(cache.name) else 4
-            if len(cache.shape) != rank:
-                raise GraphError(
-                    f"{self.path.name}: cache input '{cache.name}' must have {rank} axes; its "
-                    f"shape is {cache.shape}."
-                )
-            if rank == 4:
-                _fixed(cache, 1), _fixed(cache, 3)
-        first = self._caches[0]
-        self.kv_dtype = np.dtype(_NUMPY_TYPES[first.type])
-        self.kv_heads, self.head_dim = _fixed(first, 1), _fixed(first, 3)
-        logits = next(value for value in self._session.get_outputs() if value.name == "logits")
-        self.vocab_size = _fixed(logits, 2)
+        self.empty_past(1)  # refuses a cache of another form
+        first = self._past[0]
+        self.kv_dtype = first.numpy_type
+        self.kv_heads, self.head_dim = first.fixed(HEADS), first.fixed(FEATURES)
+        logits = interface.find(Role.LOGITS)
+        assert logits is not None
+        self._logits = logits.name
+        self.vocab_size = logits.fixed(VOCABULARY)
 
     @cached_property
     def embedding_rows(self) -> int:
@@ -128,7 +105,7 @@ class CausalLM:
 
     def empty_past(self, batch: int) -> list[NDArray[Any]]:
         """An empty cache for `batch` sequences: what a prefill starts from."""
-        return [empty_cache(cache, batch) for cache in self._caches]
+        return [cache.empty(batch) for cache in self._past]
 
     def forward(
         self,
@@ -146,21 +123,19 @@ class CausalLM:
         in `Step.present` of the step before (None: empty). Raises GraphError with ONNX Runtime's
         message if the run fails.
         """
+        caches = [tensor.name for tensor in self._past]
         feeds: dict[str, NDArray[Any]] = dict(
-            zip(self._past, past or self.empty_past(len(input_ids)), strict=True)
+            zip(caches, past or self.empty_past(len(input_ids)), strict=True)
         )
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        feeds.update({name: np.asarray(given[name], np.int64) for name in self._inputs})
-        logits = ["logits"] if need_logits else []
+        given = dict(zip(_GIVEN, (input_ids, attention_mask, position_ids), strict=True))
+        for role, name in self._roles.items():
+            feeds[name] = np.asarray(given[role], np.int64)
+        logits = [self._logits] if need_logits else []
         present = self._present if need_present else []
         found = self._run([*logits, *present, *self.extra_outputs], feeds)
         empty = np.zeros((*input_ids.shape, 0), np.float32)
         return Step(
-            logits=found["logits"].astype(np.float32, copy=False) if need_logits else empty,
+            logits=found[self._logits].astype(np.float32, copy=False) if need_logits else empty,
             present=[found[name] for name in present],
             extras={name: found[name] for name in self.extra_outputs},
         )
@@ -370,15 +345,6 @@ def _allowed_cores() -> int | None:
     return allowed if allowed < (os.cpu_count() or allowed) else None
 
 
-def empty_cache(value: Any, batch: int) -> NDArray[Any]:
-    """Zero rows for a cache input of a session: `[batch, kv_heads, 0, head_dim]`, or `[batch, 0]`
-    for a sink index."""
-    shape = list(value.shape)
-    rows = -2 if len(shape) > 2 else -1
-    shape[0], shape[rows] = batch, 0
-    return np.zeros(shape, _NUMPY_TYPES[value.type])
-
-
 def _with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph `model` with a Concat of one input after every op that gives a half value.
 
@@ -414,28 +380,6 @@ def _read(path: Path) -> onnx.ModelProto:
         return read(path)
     except DecodeError as error:
         raise GraphError(f"{path.name} is not a readable ONNX model: {error}") from error
-
-
-def _past_inputs(inputs: Mapping[str, Any], path: Path) -> list[str]:
-    """Names of the cache inputs in layer order; GraphError if the graph is no causal LM."""
-    if "input_ids" not in inputs:
-        raise GraphError(f"{path.name} is not a causal LM: it has no input 'input_ids'.")
-    layers = {int(match[1]) for name in inputs if (match := _PAST.match(name))}
-    names = [f"past_key_values.{i}.{kind}" for i in range(len(layers)) for kind in ("key", "value")]
-    lacking = [name for name in names or ["past_key_values.0.key"] if name not in inputs]
-    if lacking:
-        raise GraphError(f"{path.name} has no input '{lacking[0]}': it was exported without cache.")
-    return names
-
-
-def _fixed(value: Any, axis: int) -> int:
-    """The size of an axis that must not be dynamic."""
-    size = value.shape[axis] if axis < len(value.shape) else None
-    if not isinstance(size, int):
-        raise GraphError(
-            f"Axis {axis} of '{value.name}' must have a fixed size; its shape is {value.shape}."
-        )
-    return size
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
