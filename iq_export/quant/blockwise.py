@@ -22,7 +22,7 @@ from iq_export.graph.sites import Block, Linear, Sites
 from iq_export.passes.insert_sinks import index_scopes
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
-from iq_export.quant.gptq import gptq_int4, gptq_int8
+from iq_export.quant.gptq import Curvature, gptq_int4, gptq_int8
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
 from iq_export.sinks.templates import SinkTemplates
@@ -122,11 +122,12 @@ def calibrate_blocks(
                 found[name] = _quantizer(
                     name, linears, weights, tensor, before, recipe, blocks, strength
                 )
+            curvature = Curvature(hessians.pop(name)) if recipe.gptq else None
             for linear in linears:
                 importance[linear.weight] = (tensor.rows**2).mean(0)
-                if recipe.gptq:
+                if curvature is not None:
                     codes[linear.weight] = _gptq(
-                        _weight(model, linear), hessians[name], blocks.get(linear.weight)
+                        _weight(model, linear), curvature, blocks.get(linear.weight)
                     )
         plan = QuantizePlan(
             tuple(x for name in names for x in readers[name]),
@@ -154,9 +155,9 @@ def _weight(model: ir.Model, linear: Linear) -> np.ndarray:
 
 
 def _gptq(
-    weight: np.ndarray, hessian: np.ndarray, block: int | None
+    weight: np.ndarray, curvature: Curvature, block: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    return gptq_int8(weight, hessian) if block is None else gptq_int4(weight, hessian, block)
+    return gptq_int8(weight, curvature) if block is None else gptq_int4(weight, curvature, block)
 
 
 def _quantizer(

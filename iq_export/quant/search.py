@@ -72,10 +72,9 @@ def choose_smoothing(
     range, then the rest is rotated in blocks of `rotation`. Where only weights are rounded, this is
     the idea of AWQ (arXiv 2306.00978), and every token counts by its relative error.
     """
-    weight = np.concatenate(list(weights), axis=1)
-    weight_rows = np.abs(weight).max(1)
-    side = min(side, weight.shape[0] // 8)
-    weight = _some_outputs(weight)
+    weight_rows = _row_absmax(weights)
+    side = min(side, len(weight_rows) // 8)
+    weight = _some_outputs(weights)
     if rounding.activation_max is None:
         rows = unit_rows(rows)
     rms = np.sqrt((rows**2).mean(0))
@@ -123,7 +122,7 @@ def choose_clip(
 
     `clip` is that of least squared error to the power `strength`, 0 being no clipping at all.
     """
-    weight = _some_outputs(np.concatenate(list(weights), axis=1))
+    weight = _some_outputs(weights)
     exact = rows @ weight
     energy = float((exact**2).sum()) or 1.0
     rounded = rounded_weight(weight, rounding, rows)
@@ -142,10 +141,21 @@ def rounded_weight(weight: np.ndarray, rounding: Rounding, rows: np.ndarray) -> 
     return codes * scale
 
 
-def _some_outputs(weight: np.ndarray) -> np.ndarray:
-    """Evenly spaced columns of `[in, out]`: they tell the error as well as all, and cost less."""
-    step = max(1, weight.shape[1] // _MOST_OUTPUTS)
-    return np.ascontiguousarray(weight[:, ::step])
+def _some_outputs(weights: Sequence[np.ndarray]) -> np.ndarray:
+    """Evenly spaced columns of `[in, out]` side by side: they tell the error as well as all, and
+    cost less time and memory."""
+    step = max(1, sum(weight.shape[1] for weight in weights) // _MOST_OUTPUTS)
+    chosen, first = [], 0
+    for weight in weights:
+        chosen.append(weight[:, first::step])
+        first = (first - weight.shape[1]) % step
+    return np.concatenate(chosen, axis=1)
+
+
+def _row_absmax(weights: Sequence[np.ndarray]) -> np.ndarray:
+    """Of each input channel, over all outputs; no copy of a weight."""
+    tops = [np.maximum(weight.max(1), -weight.min(1)) for weight in weights]
+    return np.maximum.reduce(tops)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -164,5 +174,7 @@ def _output_error(
 ) -> float:
     if scale == 0:  # a tensor of zeros: nothing to round
         return float((exact**2).sum())
-    rounded = np.clip(np.round(rows * np.float32(1 / scale)), -most - 1, most) * np.float32(scale)
+    rounded = rows * np.float32(1 / scale)
+    np.clip(np.round(rounded, out=rounded), -most - 1, most, out=rounded)
+    rounded *= np.float32(scale)
     return float(((rounded @ weight - exact) ** 2).sum())

@@ -12,6 +12,8 @@ import numpy as np
 from iq_export.errors import UsageError
 
 INT4_BLOCKS = (128, 64)
+# Rows rounded at a time: temporaries are small beside a weight.
+_ROWS = 256
 # Shares of absmax / 7 tried as scale; 7/8 maps a largest value that is negative to -8.
 _INT4_CLIPS = (1.0, 0.95, 0.9, 7 / 8, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -19,7 +21,11 @@ _INT4_CLIPS = (1.0, 0.95, 0.9, 7 / 8, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6)
 def int8_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round `weight` `[in, out]` to int8 with one absmax scale per output: `(q, scale [out])`."""
     scale = int8_scales(weight)
-    return np.clip(np.round(weight / scale), -127, 127).astype(np.int8), scale
+    codes = np.empty(weight.shape, np.int8)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        codes[rows] = np.clip(np.round(weight[rows] / scale), -127, 127)
+    return codes, scale
 
 
 def int8_scales(weight: np.ndarray) -> np.ndarray:
@@ -27,7 +33,7 @@ def int8_scales(weight: np.ndarray) -> np.ndarray:
 
     A column of tiny weights gets half's smallest normal number: it is off by 3e-5 at most.
     """
-    top = np.abs(weight).max(axis=0).astype(np.float32)
+    top = np.maximum(weight.max(axis=0), -weight.min(axis=0)).astype(np.float32)
     scale = np.maximum(top / np.float32(127), np.finfo(np.float16).smallest_normal)
     return as_shipped(np.where(top > 0, scale, np.float32(1)))
 
@@ -62,27 +68,39 @@ def int4_blocked(
     The scale of each block minimises `sum_c importance_c (w_c - q_c s)^2` over a grid of clips;
     `importance` `[in]` is the mean squared activation of each input channel (1 if None).
     """
-    rows, columns = weight.shape
-    blocks = weight.reshape(rows // block, block, columns)
-    top = np.abs(blocks).max(axis=1)
+    codes = np.empty(weight.shape, ml_dtypes.int4)
+    scales = np.empty((len(weight) // block, weight.shape[1]), np.float32)
+    cost = np.ones(len(weight), np.float32) if importance is None else importance
+    for group in range(len(scales)):  # a group of all columns fits a cache
+        rows = slice(group * block, (group + 1) * block)
+        scales[group] = _int4_scale(weight[rows], cost[rows, None].astype(np.float32))
+        codes[rows] = np.clip(np.round(weight[rows] / scales[group]), -8, 7)
+    return codes, scales
+
+
+def _int4_scale(weight: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """The scale of each column of one block `[block, out]`; `cost`: `[block, 1]`."""
+    top = np.abs(weight).max(axis=0)
     base = np.where(top > 0, top / np.float32(7), np.float32(1)).astype(np.float32)
-    weights = np.ones(rows, np.float32) if importance is None else importance
-    cost = weights.reshape(rows // block, block, 1).astype(np.float32)
     best, best_error = base, np.full(base.shape, np.inf, np.float32)
     for clip in _INT4_CLIPS:
         scale = as_shipped(base * np.float32(clip))
-        rounded = np.clip(np.round(blocks / scale[:, None]), -8, 7) * scale[:, None]
-        error = (cost * (blocks - rounded) ** 2).sum(axis=1)
+        left = np.clip(np.round(weight / scale), -8, 7)
+        left *= scale
+        np.subtract(weight, left, out=left)
+        error = (cost * left**2).sum(axis=0)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best = np.where(better, scale, best)
-    codes = np.clip(np.round(blocks / best[:, None]), -8, 7)
-    return codes.reshape(rows, columns).astype(ml_dtypes.int4), best
+    return best
 
 
 def int4_rounded(
     weight: np.ndarray, block: int, importance: np.ndarray | None = None
 ) -> np.ndarray:
     """`weight` after rounding to int4 and back, float32 `[in, out]`."""
-    codes, scale = int4_blocked(weight, block, importance)
-    return codes.astype(np.float32) * np.repeat(scale, block, axis=0)
+    codes, scales = int4_blocked(weight, block, importance)
+    values = codes.astype(np.float32)
+    groups = values.reshape(len(scales), block, -1)  # a view
+    groups *= scales[:, None]
+    return values

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from iq_export.quant import gptq
-from iq_export.quant.gptq import gptq_int4, gptq_int8
+from iq_export.quant.gptq import Curvature, gptq_int4, gptq_int8, invert_factor
 from iq_export.quant.weights import int4_blocked, int8_per_channel
 
 
@@ -26,7 +26,7 @@ def error(rows: np.ndarray, found: np.ndarray, weight: np.ndarray) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_int8_error_is_well_below_rounding(seed: int) -> None:
     rows, weight = correlated(seed)
-    codes, scale = gptq_int8(weight, rows.T @ rows)
+    codes, scale = gptq_int8(weight, Curvature(rows.T @ rows))
     plain, same = int8_per_channel(weight)
     assert codes.dtype == np.int8
     np.testing.assert_array_equal(scale, same)
@@ -37,7 +37,7 @@ def test_int8_error_is_well_below_rounding(seed: int) -> None:
 def test_int4_error_is_well_below_rounding(block: int) -> None:
     rows, weight = correlated()
     hessian = rows.T @ rows
-    codes, scale = gptq_int4(weight, hessian, block)
+    codes, scale = gptq_int4(weight, Curvature(hessian), block)
     assert codes.dtype == ml_dtypes.int4
     assert scale.shape == (128 // block, 40)
     plain, plain_scale = int4_blocked(weight, block, np.diag(hessian))
@@ -55,7 +55,7 @@ def test_later_rounds_leave_less_error_than_the_first_pass(monkeypatch: pytest.M
     hessian = rows.T @ rows
 
     def found() -> float:
-        codes, scale = gptq_int4(weight, hessian, 64)
+        codes, scale = gptq_int4(weight, Curvature(hessian), 64)
         assert codes.astype(np.int8).min() >= -8 and codes.astype(np.int8).max() <= 7
         np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
         return error(rows, codes.astype(np.float32) * np.repeat(scale, 64, axis=0), weight)
@@ -67,7 +67,7 @@ def test_later_rounds_leave_less_error_than_the_first_pass(monkeypatch: pytest.M
 
 def test_uncorrelated_channels_are_rounded_plainly() -> None:
     _, weight = correlated()
-    codes, scale = gptq_int8(weight, np.eye(128, dtype=np.float32))
+    codes, scale = gptq_int8(weight, Curvature(np.eye(128, dtype=np.float32)))
     plain, _ = int8_per_channel(weight)
     np.testing.assert_array_equal(codes, plain)
     assert scale.shape == (40,)
@@ -76,7 +76,7 @@ def test_uncorrelated_channels_are_rounded_plainly() -> None:
 def test_silent_channels_and_zero_columns() -> None:
     rows, weight = correlated()
     rows[:, 7], weight[:, 3] = 0, 0
-    codes, scale = gptq_int8(weight, rows.T @ rows)
+    codes, scale = gptq_int8(weight, Curvature(rows.T @ rows))
     assert not codes[:, 3].any()
     assert np.isfinite(scale).all()
     np.testing.assert_allclose(codes[7] * scale, weight[7], atol=float(scale.max()))
@@ -84,5 +84,43 @@ def test_silent_channels_and_zero_columns() -> None:
 
 def test_deterministic() -> None:
     rows, weight = correlated()
-    first, again = (gptq_int8(weight, rows.T @ rows)[0] for _ in range(2))
+    first, again = (gptq_int8(weight, Curvature(rows.T @ rows))[0] for _ in range(2))
     np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("features", [1, 7, 128, 129, 1200])
+def test_factor_is_that_of_the_inverse(features: int) -> None:
+    rng = np.random.default_rng(features)
+    rows = (rng.normal(size=(2 * features, features)) * np.exp(rng.normal(size=features))).astype(
+        np.float32
+    )
+    curvature = Curvature(rows.T @ rows)
+    damped = curvature.hessian.astype(np.float64)
+    damped[np.diag_indices(features)] += 0.01 * np.diag(damped).mean()
+    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
+    np.testing.assert_allclose(curvature.factor, expected, rtol=1e-5, atol=1e-5 * expected.max())
+    np.testing.assert_allclose(curvature.damped, damped, rtol=1e-6)
+
+
+def test_factor_of_an_indefinite_matrix_is_refused() -> None:
+    matrix = np.diag(np.where(np.arange(300) == 299, -1.0, 1.0))
+    with pytest.raises(np.linalg.LinAlgError):
+        invert_factor(matrix)
+
+
+@pytest.mark.parametrize("features", [5, 96, 130, 1100])
+def test_compensation_is_that_of_the_paper(features: int) -> None:
+    """Channel by channel: each error, over the factor's diagonal, on all later channels."""
+    rng = np.random.default_rng(features)
+    rows = rng.normal(size=(2 * features, features)).astype(np.float32)
+    weight = rng.normal(size=(features, 6)).astype(np.float32)
+    curvature = Curvature(rows.T @ rows)
+    codes, scale = gptq_int8(weight, curvature)
+    work, factor = weight.astype(np.float64), curvature.factor.astype(np.float64)
+    expected = np.empty_like(work)
+    for row in range(features):
+        expected[row] = np.clip(np.round(work[row] / scale), -127, 127)
+        error = (work[row] - expected[row] * scale) / factor[row, row]
+        work[row + 1 :] -= factor[row, row + 1 :, None] * error
+    assert (codes != expected).mean() < 0.01  # at a tie either code is right
+    assert np.abs(codes - expected).max() <= 1

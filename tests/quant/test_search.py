@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iq_export.quant.search import CLIPS, INT8_MAX, choose_clip, choose_smoothing
+from iq_export.quant.search import (
+    CLIPS,
+    INT8_MAX,
+    _row_absmax,
+    _some_outputs,
+    choose_clip,
+    choose_smoothing,
+)
 
 
 def sample(seed: int = 0, *, loud: float = 1.0) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -128,3 +135,13 @@ def test_loudest_channels_go_aside_and_lower_the_error() -> None:
 def test_at_most_an_eighth_of_the_channels_goes_aside() -> None:
     rows, weights = sample()
     assert choose_smoothing(rows, np.abs(rows).max(0), weights, side=32).side.size == 4
+
+
+@pytest.mark.parametrize("widths", [(8, 12), (256,), (513, 1, 255), (700, 700, 701)])
+def test_sampled_outputs_are_those_of_all_side_by_side(widths: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=(4, n)).astype(np.float32) for n in widths]
+    together = np.concatenate(weights, axis=1)
+    step = max(1, sum(widths) // 256)
+    np.testing.assert_array_equal(_some_outputs(weights), together[:, ::step])
+    np.testing.assert_array_equal(_row_absmax(weights), np.abs(together).max(1))
