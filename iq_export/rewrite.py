@@ -57,7 +57,7 @@ from iq_export.quant.cache import CacheScale, cache_scale
 from iq_export.quant.recall import LEAST_RECALL, hidden, hiding_quantizer, recall_of, unclipped
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, unit_rows
-from iq_export.quant.smoothing import Smoothing, find_smoothing
+from iq_export.quant.smoothing import Smoothing, find_side_channels, find_smoothing
 from iq_export.quant.trial import Reference, Trial
 from iq_export.quant.weights import int4_block_size
 from iq_export.sinks.calibrate import Decision, decide, refit, with_restore
@@ -568,13 +568,8 @@ def _prepare(
             activation_max=recipe.activation_max, side=recipe.side_channels,
         )  # fmt: skip
         fold_smoothing(model, sites, smoothing)
+    side_channels(model, find_side_channels(sites, stats, smoothing, recipe.side_channels))
     downs = {block.mlp.output.node: block.mlp.output for block in sites.blocks}
-    chosen = {
-        node: (down, smoothing.paths[down.input].side)
-        for node, down in downs.items()
-        if down.input in smoothing.paths and smoothing.paths[down.input].side.size
-    }
-    side_channels(model, chosen)
     size = recipe.rotation
     if size:
         rotate(model, {n: (d, size) for n, d in downs.items() if d.in_features % size == 0})

@@ -7,7 +7,7 @@ sample of semantic tokens: an error in a channel that the weights ignore costs n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -48,13 +48,12 @@ INT8 = Rounding()
 @dataclass(frozen=True)
 class SmoothingChoice:
     """The best candidate's name, its factors float32 `[features]`, and its relative output error
-    beside that of no smoothing. `side`: the channels to carry beside the quantizer, int64."""
+    beside that of no smoothing."""
 
     name: str
     factors: np.ndarray
     error: float
     error_without: float
-    side: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def choose_smoothing(
@@ -68,18 +67,17 @@ def choose_smoothing(
 ) -> SmoothingChoice:
     """Try all candidates on sampled semantic `rows` `[tokens, in]`; `weights`: `[in, out]` each.
 
-    Of the smoothed channels the `side` loudest, at most an eighth of all, are left out of the
-    range, then the rest is rotated in blocks of `rotation`. Where only weights are rounded, this is
-    the idea of AWQ (arXiv 2306.00978), and every token counts by its relative error.
+    The `side` loudest of the smoothed channels are left out of the range, as they will bypass the
+    quantizer, then the rest is rotated in blocks of `rotation`. Where only weights are rounded,
+    this is the idea of AWQ (arXiv 2306.00978), and every token counts by its relative error.
     """
     weight_rows = _row_absmax(weights)
-    side = min(side, len(weight_rows) // 8)
     weight = _some_outputs(weights)
     if rounding.activation_max is None:
         rows = unit_rows(rows)
     rms = np.sqrt((rows**2).mean(0))
     energy = float(((rows @ weight) ** 2).sum()) or 1.0
-    results: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
+    results: dict[str, tuple[float, np.ndarray]] = {}
     for name, candidate in _CANDIDATES.items():
         factors = _normalised(
             candidate(
@@ -89,8 +87,8 @@ def choose_smoothing(
             )
         )
         smooth, scaled = rows / factors, weight * factors[:, None]
-        aside = np.sort(np.argsort(-np.abs(smooth).max(0), kind="stable")[:side])
         if side:
+            aside = loudest_channels(smooth, side)
             smooth[:, aside], scaled[aside] = 0, 0
         exact = smooth @ scaled
         if rotation:
@@ -105,10 +103,17 @@ def choose_smoothing(
                 _output_error(smooth, step, rounding.activation_max, rounded, exact)
                 for step in steps
             )
-        results[name] = (error / energy, factors, aside)
+        results[name] = (error / energy, factors)
     best = min(results, key=lambda name: results[name][0])
-    error, factors, aside = results[best]
-    return SmoothingChoice(best, factors, error, results["none"][0], aside)
+    error, factors = results[best]
+    return SmoothingChoice(best, factors, error, results["none"][0])
+
+
+def loudest_channels(rows: np.ndarray, count: int) -> np.ndarray:
+    """The `count` channels of `rows` `[tokens, in]` with the largest values, at most an eighth of
+    all: int64, in order."""
+    top = np.maximum(rows.max(0), -rows.min(0))
+    return np.sort(np.argsort(-top, kind="stable")[: min(count, len(top) // 8)])
 
 
 def choose_clip(

@@ -1,4 +1,5 @@
-"""Which smoothing factors to fold where (SmoothQuant, chosen per site by measured error)."""
+"""Which smoothing factors to fold where (SmoothQuant, chosen per site by measured error), and which
+channels go beside a quantizer."""
 
 from __future__ import annotations
 
@@ -9,8 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.ranges import TensorStats
-from iq_export.graph.sites import Branch, Sites
-from iq_export.quant.search import INT8_MAX, Rounding, SmoothingChoice, choose_smoothing
+from iq_export.graph.sites import Branch, Linear, Sites
+from iq_export.quant.search import (
+    INT8_MAX,
+    Rounding,
+    SmoothingChoice,
+    choose_smoothing,
+    loudest_channels,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def find_smoothing(
     that reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
     the down-projection input, None for no rotation; `int4_blocks` the block size of each weight if
     weights are rounded to int4, else to int8; `activation_max` the largest code of activations,
-    None if they are not rounded; `side` how many channels of it may bypass the quantizer."""
+    None if they are not rounded; `side` how many of its channels will bypass the quantizer."""
     sizes = int4_blocks or {}
     readers = {
         value.name: {node.name for node in value.consumers()}
@@ -82,3 +89,19 @@ def find_smoothing(
                 side=side,
             )
     return Smoothing(norms, paths)
+
+
+def find_side_channels(
+    sites: Sites, stats: Mapping[str, TensorStats], smoothing: Smoothing, count: int
+) -> dict[str, tuple[Linear, np.ndarray]]:
+    """The `count` loudest channels of every down-projection's input, smoothed or not: by the
+    product's node, what `passes.side_channels` takes. Where there is no eighth, no channel is."""
+    found: dict[str, tuple[Linear, np.ndarray]] = {}
+    for block in sites.blocks:
+        down = block.mlp.output
+        rows = stats[down.input].rows
+        if len(rows):
+            channels = loudest_channels(rows / smoothing.factors(down.input), count)
+            if channels.size:
+                found[down.node] = (down, channels)
+    return found
