@@ -256,9 +256,9 @@ def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     if checked.recipe.folded_rotation:
         steps.append("Fold rotations")
     steps += ["Observe ranges", "Smooth and rotate", "Insert sinks"]
-    if checked.recipe.activation_max is not None or checked.recipe.gptq:
+    if checked.recipe.activations is not None or checked.recipe.gptq:
         steps.append("Calibrate quantizers")
-    if checked.recipe.kv_bits == 8:
+    if checked.recipe.cache is not None:
         steps.append("Calibrate the KV cache")
     steps.append("Choose the insertion")
     if options.budget is not None:

@@ -35,7 +35,11 @@ from iq_export.evaluate.final_check import (
     scores_overflow,
     short_windows,
 )
+from iq_export.formats.base import CacheFormat, CacheScale
+from iq_export.formats.int8_activations import INT8
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph import io
+from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Linear, Refusal, Sites, find_sites
 from iq_export.passes.fold_rotation import rotate_attention_values, rotate_stream
 from iq_export.passes.fold_smoothing import fold_smoothing
@@ -49,17 +53,15 @@ from iq_export.passes.scale_query import scale_queries
 from iq_export.passes.scale_residual import scale_residual
 from iq_export.passes.side_channels import side_channels
 from iq_export.passes.switches import add_switches
-from iq_export.passes.to_half import HALF_MAX, to_half
+from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
 from iq_export.quant.blockwise import Codes, Quantizer, calibrate_blocks
 from iq_export.quant.budget import MixedPlan, Site, mixed_plan
-from iq_export.quant.cache import CacheScale, cache_scale
 from iq_export.quant.recall import LEAST_RECALL, hidden, hiding_quantizer, recall_of, unclipped
-from iq_export.quant.recipe import Recipe
-from iq_export.quant.search import INT8_MAX, unit_rows
+from iq_export.quant.search import unit_rows
 from iq_export.quant.smoothing import Smoothing, find_side_channels, find_smoothing
 from iq_export.quant.trial import Reference, Trial
-from iq_export.quant.weights import int4_block_size
+from iq_export.recipe import Recipe
 from iq_export.sinks.calibrate import Decision, decide, refit, with_restore
 from iq_export.sinks.form import Insertion, calibrated_form, choose_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
@@ -125,7 +127,7 @@ class Rewrite:
     sinks: list[SinkTemplates]
     insertions: list[Insertion]  # of `sinks`, in order
     scale_exponent: int
-    weight_bits: int
+    recipe: Recipe
     smoothing: Smoothing
     quantizers: dict[str, Quantizer]
     cache: dict[str, CacheScale]  # by the name of a step's keys or values
@@ -161,7 +163,7 @@ def rewrite(
         progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
     options = _Run(providers=data.providers, progress=progress)
 
-    blocks = _int4_blocks(sites, recipe) if recipe.weight_bits == 4 else {}
+    blocks = _weight_blocks(sites, recipe)
 
     with progress.step("Observe tokens"):
         stats = observe_tokens(traced, sites, data.all, **options)
@@ -194,9 +196,7 @@ def rewrite(
             if turned != traced:
                 ranges = _ranges(turned, sites, left_out, stats, data, progress)
         with progress.step("Smooth and rotate"):
-            smoothing = _prepare(
-                traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud
-            )
+            smoothing = _prepare(traced, work / PREPARED, sites, ranges, recipe, exponent, loud)
             found = refit(work / PREPARED, sites, decisions, stats, data.all, **options)
         lost = [
             new
@@ -208,7 +208,7 @@ def rewrite(
             break
         progress.note(_lost_note(lost))  # and now smoothing sees its tokens
     with progress.step("Insert sinks"):
-        int8_cache = recipe.kv_bits == 8
+        int8_cache = recipe.cache is not None
         sinks = [
             replace(
                 d.templates,
@@ -227,37 +227,27 @@ def rewrite(
         progress.note(f"warning: {warning}")
     quantizers: dict[str, Quantizer] = {}
     codes: Codes = {}
-    if recipe.activation_max is not None or recipe.gptq:
+    if recipe.activations is not None or recipe.gptq:
         with progress.step("Calibrate quantizers"):
             quantizers, codes = calibrate_blocks(
-                work / INSERTED, sites, before, sinks, recipe, blocks, data.windows,
+                work / INSERTED, sites, before, sinks, recipe, data.windows,
                 seed=data.seed, **options,
             )  # fmt: skip
     cache: dict[str, CacheScale] = {}
-    if recipe.kv_bits == 8:
+    if recipe.cache is not None:
         with progress.step("Calibrate the KV cache"):
-            cache = _cache_scales(work / INSERTED, sites, sinks, data, progress)
-    importance = _importance(sites, ranges, smoothing, quantizers) if blocks else None
+            cache = _cache_scales(work / INSERTED, sites, sinks, recipe.cache, data, progress)
+    importance = _importance(sites, ranges, smoothing, quantizers)
 
     def rounded(quantizers: Mapping[str, Quantizer], left: Collection[str] = ()) -> ir.Model:
         """The inserted graph with all that the recipe quantizes but the products `left`."""
         scales = {name: q.scale for name, q in quantizers.items()}
-        model = (
-            io.load(work / INSERTED)
-            if recipe.weight_bits == 16
-            else quantized_graph(
-                work / INSERTED,
-                sites,
-                scales,
-                blocks,
-                importance,
-                left,
-                recipe.activation_max,
-                codes,
-            )
+        model = quantized_graph(
+            work / INSERTED, sites, scales, recipe.rounding, importance, left, codes
         )
-        if cache:
-            quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
+        if recipe.cache is not None:
+            found = {name: each.scale for name, each in cache.items()}
+            quantize_cache(model, sites, found, recipe.cache)
         return model
 
     def write(quantizers: dict[str, Quantizer], left: Collection[str] = ()) -> None:
@@ -347,7 +337,7 @@ def rewrite(
         sinks=sinks,
         insertions=insertions,
         scale_exponent=exponent,
-        weight_bits=recipe.weight_bits,
+        recipe=recipe,
         smoothing=smoothing,
         quantizers=quantizers,
         cache=cache,
@@ -428,26 +418,20 @@ def overflows_half(lifecycle: Lifecycle) -> bool:
 def quantized_graph(
     source: Path,
     sites: Sites,
-    activations: dict[str, float],
-    blocks: dict[str, int],
+    scales: dict[str, float],
+    rounding: Rounding = W8A8,
     importance: dict[str, np.ndarray] | None = None,
     left: Collection[str] = (),
-    activation_max: int | None = None,
     codes: Codes | None = None,
 ) -> ir.Model:
     """The float32 graph `source` with Q/DQ; weights are rounded when it is saved.
 
-    `blocks` (weight name -> size) and `importance` are for int4 weights; without, int8. Products
-    (node names) in `left` stay as they are.
+    `scales` are those of activations, `importance` of input channels, by weight. Products (node
+    names) in `left` stay as they are.
     """
-    bits = 4 if blocks else 8
     model = io.load(source)
     linears = tuple(linear for linear in sites.linears if linear.node not in left)
-    plan = QuantizePlan(
-        linears, bits, activations, blocks, importance or {},
-        activation_max=activation_max or INT8_MAX, codes=codes or {},
-    )  # fmt: skip
-    quantize(model, plan)
+    quantize(model, QuantizePlan(linears, rounding, scales, importance or {}, codes or {}))
     return model
 
 
@@ -461,9 +445,9 @@ def plain_half(rewrite: Rewrite, path: Path) -> None:
 def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:
     """Write the baseline: the traced graph, absmax of all calibration tokens, nothing else."""
     scales = {
-        name: stats.absmax / INT8_MAX for name, stats in rewrite.before.items() if stats.absmax
+        name: INT8.scale(stats.absmax) for name, stats in rewrite.before.items() if stats.absmax
     }
-    model = quantized_graph(rewrite.traced, rewrite.sites, scales, {})
+    model = quantized_graph(rewrite.traced, rewrite.sites, scales)
     if dtype == "fp16":
         to_half(model)
     io.save(model, path)
@@ -548,7 +532,6 @@ def _prepare(
     sites: Sites,
     stats: dict[str, TensorStats],
     recipe: Recipe,
-    blocks: dict[str, int],
     exponent: int,
     loud: Collection[str] = (),
 ) -> Smoothing:
@@ -558,14 +541,13 @@ def _prepare(
     scale_queries(model, loud)
     if recipe.folded_rotation:
         _rotate(model, sites)
-    if recipe.activation_bits < 16:
+    if recipe.activations is not None:
         level_rows(model, sites)
     smoothing = Smoothing({}, {})
     if recipe.smoothing:
         smoothing = find_smoothing(
             model, sites, stats,
-            rotation=recipe.rotation, int4_blocks=blocks,
-            activation_max=recipe.activation_max, side=recipe.side_channels,
+            rotation=recipe.rotation, rounding=recipe.rounding, side=recipe.side_channels,
         )  # fmt: skip
         fold_smoothing(model, sites, smoothing)
     side_channels(model, find_side_channels(sites, stats, smoothing, recipe.side_channels))
@@ -587,6 +569,7 @@ def _cache_scales(
     inserted: Path,
     sites: Sites,
     sinks: Sequence[SinkTemplates],
+    cache: CacheFormat,
     data: Calibration,
     progress: Progress,
 ) -> dict[str, CacheScale]:
@@ -611,12 +594,21 @@ def _cache_scales(
         always=[index_name(n) for n in range(len(sinks))], providers=data.providers,
         progress=progress, seed=data.seed,
     )  # fmt: skip
-    return {name: cache_scale(found) for name, found in stats.items()}
+    return {name: cache.scale(found.rows, found.absmax_semantic) for name, found in stats.items()}
 
 
-def _int4_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:
-    most = recipe.weight_block
-    return {x.weight: int4_block_size(x.weight, x.in_features, most) for x in sites.linears}
+def _weight_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:
+    """Weight name -> channels that share a scale, where the format has blocks.
+
+    Raises UsageError naming a weight whose width has none.
+    """
+    found: dict[str, int] = {}
+    for linear in sites.linears:
+        if recipe.weights is not None:
+            recipe.weights.check(linear.weight, linear.in_features)
+            block = recipe.weights.block(linear.in_features)
+            found |= {} if block is None else {linear.weight: block}
+    return found
 
 
 def _importance(

@@ -16,8 +16,8 @@ from iq_export.errors import GraphError, UsageError
 from iq_export.graph import io
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
 from iq_export.quant.trial import Reference, Trial
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import (
     Calibration,
     Rewrite,
@@ -181,7 +181,7 @@ def test_quantized_graph_is_chunk_invariant(run: Run) -> None:
 def test_half(run: Run) -> None:
     done = run(SPIKY)
     scales = {name: quantizer.scale for name, quantizer in done.quantizers.items()}
-    model = quantized_graph(done.inserted, done.sites, scales, {})
+    model = quantized_graph(done.inserted, done.sites, scales)
     to_half(model)
     path = done.quantized.with_name("half.onnx")
     io.save(model, path)

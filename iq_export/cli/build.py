@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +31,8 @@ from iq_export.engine.profile import Profile
 from iq_export.engine.targets import (
     AttentionForm,
     Target,
+    check_formats,
     check_opset,
-    check_recipe,
     engine_note,
     resolve_target,
 )
@@ -42,6 +41,7 @@ from iq_export.errors import BundleError, EngineError, UsageError
 from iq_export.files import move_inside, read_inside
 from iq_export.lengths import bundle_limit, engine_profile
 from iq_export.progress import Progress
+from iq_export.recipe import load_recipe, recipe_names
 from iq_export.report.html import REPORT_NAME, check_report, update_with_report
 
 _EPILOG = """examples:
@@ -135,9 +135,15 @@ def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
 
 def _check(bundle: Bundle, target: Target, args: argparse.Namespace) -> None:
     """Refuse before the first build what cannot be built."""
-    weight_bits = re.match(r"w(\d+)", bundle.manifest.recipe)
-    if weight_bits:
-        check_recipe(target, int(weight_bits.group(1)))
+    name = bundle.manifest.recipe
+    if name in recipe_names():
+        recipe = load_recipe(name)
+        check_formats(target, recipe.formats)
+        if recipe.simulated:
+            raise UsageError(
+                f"recipe {name} is for study: no engine multiplies with its codes, so there is "
+                "nothing to build; compile with another, such as w8a8."
+            )
     check_opset(target, bundle.manifest.opset)
     check_levers(
         target, version_compatible=args.version_compatible, strip_weights=args.strip_weights

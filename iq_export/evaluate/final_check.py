@@ -21,8 +21,8 @@ from iq_export.calibrate.divergence import log_softmax
 from iq_export.calibrate.taps import tapped_runs, tapped_session, window_feeds
 from iq_export.errors import GraphError
 from iq_export.graph import io
+from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import NORM_OPS, Sites
-from iq_export.passes.to_half import HALF_MAX
 from iq_export.progress import Progress
 from iq_export.run.ort import ort_errors
 from iq_export.sinks.ops import DOMAIN

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.taps import tapped_runs
+from iq_export.formats.rounding import Rounding
 from iq_export.graph import io
 from iq_export.graph.sites import Sites
 from iq_export.passes.insert_sinks import index_name
-from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
+from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
 from iq_export.quant.blockwise import Quantizer
 from iq_export.quant.budget import smallest_prefix
@@ -34,7 +35,9 @@ def unclipped(
         for linear in branch.linears
     }
     return {
-        name: replace(q, scale=q.after.absmax / q.most, clip=1.0) if early & set(q.linears) else q
+        name: replace(q, scale=q.format.scale(q.after.absmax), clip=1.0)
+        if early & set(q.linears)
+        else q
         for name, q in quantizers.items()
     }
 
@@ -59,10 +62,8 @@ def hiding_quantizer(
     def hides(count: int) -> bool:
         scales = {quantizer.name: quantizer.scale for quantizer in ordered[:count]}
         model = io.load(inserted)
-        plan = QuantizePlan(
-            tuple(sites.linears), FLOAT_BITS, scales, activation_max=ordered[0].most
-        )
-        quantize(model, plan)
+        rounding = Rounding(None, ordered[0].format)
+        quantize(model, QuantizePlan(tuple(sites.linears), rounding, scales))
         io.save_skeleton(model, partial)
         recall = recall_of(
             partial, inserted, lifecycles, sample, providers=providers, progress=progress
@@ -88,7 +89,7 @@ def hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
         )
         text += (
             f"the range of tensor {hiding.name!r} (block {block}, {kind}) hides them from "
-            f"detection: it ends at {hiding.scale * hiding.most:.4g}, the tensor at "
+            f"detection: it ends at {hiding.scale * hiding.format.largest:.4g}, the tensor at "
             f"{hiding.after.absmax:.4g}."
         )
     return f"{text} Calibrate on text nearer to the model's use, or with more samples."

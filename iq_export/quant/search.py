@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iq_export.passes.quantize import INT8_MAX
+from iq_export.formats.base import ActivationFormat
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.passes.rotate import rotate_columns, rotate_rows
-from iq_export.quant.weights import int4_rounded, int8_per_channel
 
 # Beyond this a factor would only move the outlier, and half-precision weights lose digits.
 _MOST = 32.0
@@ -34,18 +34,6 @@ _CANDIDATES: dict[str, Candidate] = {
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """What is rounded how: `activation_max` the largest code of the activation (127 for int8), None
-    if it is not rounded; `int4_block` the block of an int4 weight, None for int8 per channel."""
-
-    activation_max: int | None = INT8_MAX
-    int4_block: int | None = None
-
-
-INT8 = Rounding()
-
-
-@dataclass(frozen=True)
 class SmoothingChoice:
     """The best candidate's name, its factors float32 `[features]`, and its relative output error
     beside that of no smoothing."""
@@ -61,7 +49,7 @@ def choose_smoothing(
     channel_absmax: np.ndarray,
     weights: Sequence[np.ndarray],
     *,
-    rounding: Rounding = INT8,
+    rounding: Rounding = W8A8,
     rotation: int | None = None,
     side: int = 0,
 ) -> SmoothingChoice:
@@ -73,7 +61,8 @@ def choose_smoothing(
     """
     weight_rows = _row_absmax(weights)
     weight = _some_outputs(weights)
-    if rounding.activation_max is None:
+    activations = rounding.activations
+    if activations is None:
         rows = unit_rows(rows)
     rms = np.sqrt((rows**2).mean(0))
     energy = float(((rows @ weight) ** 2).sum()) or 1.0
@@ -94,15 +83,12 @@ def choose_smoothing(
         if rotation:
             smooth, scaled = rotate_columns(smooth, rotation), rotate_rows(scaled, rotation)
         rounded = rounded_weight(scaled, rounding, smooth)
-        if rounding.activation_max is None:
+        if activations is None:
             error = float(((smooth @ rounded - exact) ** 2).sum())
         else:
             top = float(np.abs(smooth).max())
-            steps = [top * clip / rounding.activation_max for clip in _COARSE_CLIPS]
-            error = min(
-                _output_error(smooth, step, rounding.activation_max, rounded, exact)
-                for step in steps
-            )
+            steps = [activations.scale(top * clip) for clip in _COARSE_CLIPS]
+            error = min(_output_error(smooth, step, activations, rounded, exact) for step in steps)
         results[name] = (error / energy, factors)
     best = min(results, key=lambda name: results[name][0])
     error, factors = results[best]
@@ -120,7 +106,7 @@ def choose_clip(
     rows: np.ndarray,
     absmax: float,
     weights: Sequence[np.ndarray],
-    rounding: Rounding = INT8,
+    rounding: Rounding = W8A8,
     strength: float = 1.0,
 ) -> tuple[float, float]:
     """`(clip, relative output error)` of a per-tensor range `clip * absmax`.
@@ -131,19 +117,18 @@ def choose_clip(
     exact = rows @ weight
     energy = float((exact**2).sum()) or 1.0
     rounded = rounded_weight(weight, rounding, rows)
-    most = rounding.activation_max
-    assert most is not None
-    errors = [_output_error(rows, absmax * c / most, most, rounded, exact) for c in CLIPS]
+    found = rounding.activations
+    assert found is not None
+    errors = [_output_error(rows, found.scale(absmax * c), found, rounded, exact) for c in CLIPS]
     clip = float(CLIPS[int(np.argmin(errors))] ** strength)
-    return clip, _output_error(rows, absmax * clip / most, most, rounded, exact) / energy
+    return clip, _output_error(rows, found.scale(absmax * clip), found, rounded, exact) / energy
 
 
 def rounded_weight(weight: np.ndarray, rounding: Rounding, rows: np.ndarray) -> np.ndarray:
-    """`weight` `[in, out]` rounded and dequantized; `rows` weigh the channels of int4 blocks."""
-    if rounding.int4_block is not None:
-        return int4_rounded(weight, rounding.int4_block, (rows**2).mean(0))
-    codes, scale = int8_per_channel(weight)
-    return codes * scale
+    """`weight` `[in, out]` rounded and dequantized; `rows` tell which channels count."""
+    if rounding.weights is None:
+        return weight
+    return rounding.weights.rounded(weight, (rows**2).mean(0))
 
 
 def _some_outputs(weights: Sequence[np.ndarray]) -> np.ndarray:
@@ -175,11 +160,8 @@ def _normalised(factors: np.ndarray) -> np.ndarray:
 
 
 def _output_error(
-    rows: np.ndarray, scale: float, most: int, weight: np.ndarray, exact: np.ndarray
+    rows: np.ndarray, scale: float, found: ActivationFormat, weight: np.ndarray, exact: np.ndarray
 ) -> float:
     if scale == 0:  # a tensor of zeros: nothing to round
         return float((exact**2).sum())
-    rounded = rows * np.float32(1 / scale)
-    np.clip(np.round(rounded, out=rounded), -most - 1, most, out=rounded)
-    rounded *= np.float32(scale)
-    return float(((rounded @ weight - exact) ** 2).sum())
+    return float(((found.rounded(rows, scale) @ weight - exact) ** 2).sum())

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from iq_export.quant.search import (
     CLIPS,
-    INT8_MAX,
     _row_absmax,
     _some_outputs,
     choose_clip,
@@ -39,12 +38,12 @@ def test_clip_is_the_best_of_the_grid_to_a_power(strength: float) -> None:
     for weight in weights:
         weight[7] *= 0.01
     clip, error = choose_clip(rows, 40.0, weights, strength=strength)
-    errors = [output_error(rows, weights, 40 * c / INT8_MAX) for c in CLIPS]
+    errors = [output_error(rows, weights, 40 * c / 127) for c in CLIPS]
     best = CLIPS[int(np.argmin(errors))]
     assert best < 1
     assert clip == pytest.approx(best**strength)
     # The search rounds the weights too; they add an error of their own.
-    expected = output_error(rows, weights, 40 * clip / INT8_MAX)
+    expected = output_error(rows, weights, 40 * clip / 127)
     assert error == pytest.approx(expected, rel=0.5, abs=2e-4)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from iq_export.quant import gptq
-from iq_export.quant.gptq import Curvature, gptq_int4, gptq_int8, invert_factor
-from iq_export.quant.weights import int4_blocked, int8_per_channel
+from iq_export.formats import int4_weights
+from iq_export.formats.gptq import Curvature, invert_factor
+from iq_export.formats.int4_weights import INT4_WEIGHTS, Int4Weights
+from iq_export.formats.int8_weights import INT8_WEIGHTS
 
 
 def correlated(seed: int = 0, features: int = 128) -> tuple[np.ndarray, np.ndarray]:
@@ -19,6 +22,10 @@ def correlated(seed: int = 0, features: int = 128) -> tuple[np.ndarray, np.ndarr
     return rows, rng.normal(size=(features, 40)).astype(np.float32)
 
 
+def int4(block: int) -> Int4Weights:
+    return replace(INT4_WEIGHTS, blocks=(block,))
+
+
 def error(rows: np.ndarray, found: np.ndarray, weight: np.ndarray) -> float:
     return float(((rows @ (found - weight)) ** 2).sum())
 
@@ -26,8 +33,8 @@ def error(rows: np.ndarray, found: np.ndarray, weight: np.ndarray) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_int8_error_is_well_below_rounding(seed: int) -> None:
     rows, weight = correlated(seed)
-    codes, scale = gptq_int8(weight, Curvature(rows.T @ rows))
-    plain, same = int8_per_channel(weight)
+    codes, scale = INT8_WEIGHTS.compensate(weight, Curvature(rows.T @ rows))
+    plain, same = INT8_WEIGHTS.round(weight)
     assert codes.dtype == np.int8
     np.testing.assert_array_equal(scale, same)
     assert error(rows, codes * scale, weight) < 0.7 * error(rows, plain * same, weight)
@@ -37,10 +44,10 @@ def test_int8_error_is_well_below_rounding(seed: int) -> None:
 def test_int4_error_is_well_below_rounding(block: int) -> None:
     rows, weight = correlated()
     hessian = rows.T @ rows
-    codes, scale = gptq_int4(weight, Curvature(hessian), block)
+    codes, scale = int4(block).compensate(weight, Curvature(hessian))
     assert codes.dtype == ml_dtypes.int4
     assert scale.shape == (128 // block, 40)
-    plain, plain_scale = int4_blocked(weight, block, np.diag(hessian))
+    plain, plain_scale = int4(block).round(weight, np.diag(hessian))
 
     def value(q: np.ndarray, s: np.ndarray) -> np.ndarray:
         return q.astype(np.float32) * np.repeat(s, block, axis=0)
@@ -55,20 +62,20 @@ def test_later_rounds_leave_less_error_than_the_first_pass(monkeypatch: pytest.M
     hessian = rows.T @ rows
 
     def found() -> float:
-        codes, scale = gptq_int4(weight, Curvature(hessian), 64)
+        codes, scale = int4(64).compensate(weight, Curvature(hessian))
         assert codes.astype(np.int8).min() >= -8 and codes.astype(np.int8).max() <= 7
         np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
         return error(rows, codes.astype(np.float32) * np.repeat(scale, 64, axis=0), weight)
 
     refined = found()
-    monkeypatch.setattr(gptq, "_ROUNDS", 0)
+    monkeypatch.setattr(int4_weights, "_ROUNDS", 0)
     assert refined < 0.95 * found()
 
 
 def test_uncorrelated_channels_are_rounded_plainly() -> None:
     _, weight = correlated()
-    codes, scale = gptq_int8(weight, Curvature(np.eye(128, dtype=np.float32)))
-    plain, _ = int8_per_channel(weight)
+    codes, scale = INT8_WEIGHTS.compensate(weight, Curvature(np.eye(128, dtype=np.float32)))
+    plain, _ = INT8_WEIGHTS.round(weight)
     np.testing.assert_array_equal(codes, plain)
     assert scale.shape == (40,)
 
@@ -76,7 +83,7 @@ def test_uncorrelated_channels_are_rounded_plainly() -> None:
 def test_silent_channels_and_zero_columns() -> None:
     rows, weight = correlated()
     rows[:, 7], weight[:, 3] = 0, 0
-    codes, scale = gptq_int8(weight, Curvature(rows.T @ rows))
+    codes, scale = INT8_WEIGHTS.compensate(weight, Curvature(rows.T @ rows))
     assert not codes[:, 3].any()
     assert np.isfinite(scale).all()
     np.testing.assert_allclose(codes[7] * scale, weight[7], atol=float(scale.max()))
@@ -84,7 +91,7 @@ def test_silent_channels_and_zero_columns() -> None:
 
 def test_deterministic() -> None:
     rows, weight = correlated()
-    first, again = (gptq_int8(weight, Curvature(rows.T @ rows))[0] for _ in range(2))
+    first, again = (INT8_WEIGHTS.compensate(weight, Curvature(rows.T @ rows))[0] for _ in range(2))
     np.testing.assert_array_equal(first, again)
 
 
@@ -115,7 +122,7 @@ def test_compensation_is_that_of_the_paper(features: int) -> None:
     rows = rng.normal(size=(2 * features, features)).astype(np.float32)
     weight = rng.normal(size=(features, 6)).astype(np.float32)
     curvature = Curvature(rows.T @ rows)
-    codes, scale = gptq_int8(weight, curvature)
+    codes, scale = INT8_WEIGHTS.compensate(weight, curvature)
     work, factor = weight.astype(np.float64), curvature.factor.astype(np.float64)
     expected = np.empty_like(work)
     for row in range(features):
