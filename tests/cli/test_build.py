@@ -148,6 +148,15 @@ def test_four_bit_weights_on_turing(built: Path, capsys: pytest.CaptureFixture[s
     assert "cannot run 4-bit weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recipe", ["w8a6", "w4a8"])
+def test_recipe_for_study_has_no_engine(
+    built: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(_manifest(built), recipe=recipe).write(built)
+    assert main(["build", str(built), "--target", "rtx-ampere"]) == 2
+    assert f"recipe {recipe} is for study" in capsys.readouterr().err
+
+
 def test_plugin_form(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     if plugin_module.find_nvcc() is None or plugin_module.find_headers() is None:
