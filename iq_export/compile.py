@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
     layers = checked.known.layers
     return {
         "model": f"{checked.source.name} ({checked.source.kind})",
-        "recipe": asdict(checked.recipe),
+        "recipe": checked.recipe.record(),
         "targets": [
             f"{t.name}: {checked.gaps.get(t.name) or why_not_here(t) or 'builds here'}"
             for t in checked.targets
@@ -255,9 +255,9 @@ def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     if checked.recipe.folded_rotation:
         steps.append("Fold rotations")
     steps += ["Observe ranges", "Smooth and rotate", "Insert sinks"]
-    if checked.recipe.activation_max is not None or checked.recipe.gptq:
+    if checked.recipe.activations is not None or checked.recipe.gptq:
         steps.append("Calibrate quantizers")
-    if checked.recipe.kv_bits == 8:
+    if checked.recipe.cache is not None:
         steps.append("Calibrate the KV cache")
     steps.append("Choose the insertion")
     if options.budget is not None:
@@ -437,7 +437,7 @@ def _manifest(
     manifest = Manifest(
         name=traced.name,
         recipe=options.recipe,
-        recipe_settings=asdict(checked.recipe),
+        recipe_settings=checked.recipe.record(),
         dtype=options.dtype,
         opset=options.opset,
         source={

@@ -14,8 +14,8 @@ from iq_export.engine.plugin import find_headers, why_no_plugin
 from iq_export.engine.targets import (
     AttentionForm,
     Target,
+    check_formats,
     check_opset,
-    check_recipe,
     resolve_target,
 )
 from iq_export.engine.trt import builder_gap, why_not_here
@@ -24,7 +24,7 @@ from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.options import DEFAULT_TARGETS, CompileOptions, check_values
 from iq_export.progress import Progress
-from iq_export.quant.recipe import Recipe, load_recipe
+from iq_export.recipe import Recipe, load_recipe
 from iq_export.run.ort import PROVIDERS, require_providers
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def check(options: CompileOptions) -> Checked:
     names = DEFAULT_TARGETS if options.targets is None else options.targets
     targets = tuple(dict.fromkeys(resolve_target(name) for name in names))
     for target in targets:
-        check_recipe(target, recipe.weight_bits)
+        check_formats(target, recipe.formats)
         check_opset(target, options.opset)
     check_values(options)
     require_providers(PROVIDERS[options.device])
-    if options.budget is not None and recipe.activation_max is None:
+    if options.budget is not None and recipe.activations is None:
         raise UsageError(
             f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "
             "like w8a8."

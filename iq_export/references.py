@@ -22,13 +22,13 @@ def write_baselines(done: Rewrite, options: CompileOptions) -> dict[str, Path]:
 
     folder = done.quantized.parent
     found: dict[str, Path] = {}
-    if done.scale_exponent or done.weight_bits == 16:
+    if done.scale_exponent or done.recipe.weights is None:
         found["plain fp16"] = folder / "plain_half.onnx"
         plain_half(done, found["plain fp16"])
     if done.blocks:
         found["onnxruntime MatMulNBits RTN"] = folder / "matmulnbits.onnx"
         _matmul_nbits(done, found["onnxruntime MatMulNBits RTN"])
-    elif done.weight_bits == 8:
+    elif done.recipe.weights is not None:
         found["round-to-nearest w8a8"] = folder / "round_to_nearest.onnx"
         round_to_nearest(done, found["round-to-nearest w8a8"], options.dtype)
     return found

@@ -32,8 +32,12 @@ from iq_export.evaluate.final_check import (
     scores_overflow,
     short_windows,
 )
+from iq_export.formats.base import CacheScale
+from iq_export.formats.int8_activations import INT8
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph import io
 from iq_export.graph.edit import copied
+from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Linear, Sites
 from iq_export.observe.walk import Graph
 from iq_export.passes.insert_sinks import index_name, set_restore
@@ -49,18 +53,16 @@ from iq_export.passes.order import (
 )
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.switches import add_switches
-from iq_export.passes.to_half import HALF_MAX, to_half
+from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
-from iq_export.quant.blockwise import Quantizer, calibrate_blocks, plainly_rounded
+from iq_export.quant.blockwise import Quantizer, calibrate_blocks
 from iq_export.quant.budget import MixedPlan, Site, mixed_plan
-from iq_export.quant.cache import CacheScale, cache_scale
 from iq_export.quant.codes import CodeStore
 from iq_export.quant.recall import LEAST_RECALL, hidden, hiding_quantizer, recall_of, unclipped
-from iq_export.quant.recipe import Recipe
-from iq_export.quant.search import INT8_MAX, unit_rows
-from iq_export.quant.smoothing import Smoothing, find_smoothing
+from iq_export.quant.search import unit_rows
+from iq_export.quant.smoothing import Smoothing, find_side_channels, find_smoothing
 from iq_export.quant.trial import Reference, Trial
-from iq_export.quant.weights import int4_block_size
+from iq_export.recipe import Recipe
 from iq_export.sinks.calibrate import Decision, decide, refit, with_restore
 from iq_export.sinks.form import Insertion, calibrated_form, choose_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
@@ -150,13 +152,13 @@ class Rewrite:
         return self.chosen.exponent
 
     @property
-    def weight_bits(self) -> int:
-        return self.chosen.recipe.weight_bits
+    def recipe(self) -> Recipe:
+        return self.chosen.recipe
 
     @property
     def blocks(self) -> Mapping[str, int]:
-        """The int4 block size by weight name."""
-        return self.chosen.blocks
+        """How many channels share a scale, by weight name, where the format has blocks."""
+        return _weight_blocks(self.sites, self.recipe)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -209,7 +211,8 @@ def rewrite(
     for refusal in base.sites.refused:
         progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
     options = _Run(providers=data.providers, progress=progress)
-    chosen = Decisions(recipe, dtype, blocks=_int4_blocks(base.sites, recipe))
+    chosen = Decisions(recipe, dtype)
+    _weight_blocks(base.sites, recipe)  # refuses a width that has none
 
     with progress.step("Observe tokens"):
         stats = observe_tokens(base.model, base.sites, data.all, **options)
@@ -238,7 +241,7 @@ def rewrite(
         progress.note(f"warning: {warning}")
     chosen, quantizers = _rounded(job, chosen, before, ranges)
     cache: dict[str, CacheScale] = {}
-    if recipe.kv_bits == 8:
+    if recipe.cache is not None:
         with progress.step("Calibrate the KV cache"):
             cache = _cache_scales(job, chosen)
         chosen = replace(chosen, cache={name: found.scale for name, found in cache.items()})
@@ -322,7 +325,7 @@ def _prepared(
     while True:
         taken = [d.lifecycle for d in fits if d.replaced and _wanted(d, chosen)]
         exponent = stream_exponent(job.stats, taken) if chosen.half else 0
-        chosen = replace(chosen, exponent=exponent, smoothing=Smoothing({}, {}))
+        chosen = replace(chosen, exponent=exponent, smoothing=Smoothing({}, {}), side={})
         # Tokens of a lifecycle that stays must be rounded well like all others.
         left_out = taken if recipe.sinks == "always" else []
         with progress.step("Observe ranges"):
@@ -337,10 +340,11 @@ def _prepared(
             if recipe.smoothing:
                 smoothing = find_smoothing(
                     turned.model, job.sites, ranges,
-                    rotation=recipe.rotation, int4_blocks=chosen.blocks,
-                    activation_max=recipe.activation_max, side=recipe.side_channels,
+                    rotation=recipe.rotation, rounding=recipe.rounding, side=recipe.side_channels,
                 )  # fmt: skip
                 chosen = replace(chosen, smoothing=smoothing)
+            side = find_side_channels(job.sites, ranges, chosen.smoothing, recipe.side_channels)
+            chosen = replace(chosen, side={node: loud for node, (_, loud) in side.items()})
             prepared = lower(turned, chosen, PREPARED).model
             found = refit(prepared, job.sites, fits, job.stats, job.data.all, **job.options)
         lost = [old for old, new in zip(fits, found, strict=True) if old.replaced > new.replaced]
@@ -352,7 +356,7 @@ def _prepared(
 
 def _calibrated(job: _Job, chosen: Decisions, fits: Sequence[Decision]) -> list[SinkTemplates]:
     """The templates of what is replaced, in the form that blocks are calibrated in."""
-    int8_cache = chosen.recipe.kv_bits == 8
+    int8_cache = chosen.recipe.cache is not None
     return [
         replace(
             fit.templates,
@@ -372,20 +376,19 @@ def _rounded(
     """Ranges of activations and codes of weights."""
     recipe, options = chosen.recipe, job.options
     store = CodeStore(job.work / "codes")
-    if recipe.weight_bits == 16:
+    if recipe.weights is None:
         return chosen, {}
-    if recipe.activation_max is None and not recipe.gptq:
+    if recipe.activations is None and not recipe.gptq:
         nodes = {node.name: node for node in job.at(PREPARED, chosen).graph}
         for linear in job.sites.linears:
             weight = nodes[linear.node].inputs[1].const_value.numpy()
             power = (unit_rows(ranges[linear.input].rows) ** 2).mean(0)
             power = power / chosen.smoothing.factors(linear.input) ** 2
-            size = chosen.blocks.get(linear.weight)
-            store.add(linear.weight, *plainly_rounded(weight, size, power))
+            store.add(linear.weight, *recipe.weights.round(weight, power))
         return replace(chosen, codes=store), {}
     with options["progress"].step("Calibrate quantizers"):
         quantizers = calibrate_blocks(
-            job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe, chosen.blocks,
+            job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe,
             job.data.windows, store, seed=job.data.seed, **options,
         )  # fmt: skip
     activations = {name: q.scale for name, q in quantizers.items()}
@@ -405,7 +408,7 @@ def _formed(job: _Job, chosen: Decisions) -> tuple[Decisions, list[Insertion]]:
 
     first = [s.form for s in chosen.sinks]
     sinks, insertions = choose_forms(
-        chosen.sinks, job.data.insertion, loss, int8_cache=chosen.recipe.kv_bits == 8
+        chosen.sinks, job.data.insertion, loss, int8_cache=chosen.recipe.cache is not None
     )
     chosen = replace(chosen, sinks=tuple(sinks))
     if [s.form for s in sinks] != first:  # what is restored was measured in the first form
@@ -513,13 +516,13 @@ def overflows_half(lifecycle: Lifecycle) -> bool:
 def quantized_graph(
     source: Graph,
     sites: Sites,
-    activations: dict[str, float],
-    activation_max: int = INT8_MAX,
+    scales: Mapping[str, float],
+    rounding: Rounding = W8A8,
 ) -> ir.Model:
-    """The float32 graph `source` in W8A8 by rounding to nearest, computed when it is saved."""
+    """The float32 graph `source` with its weights rounded to nearest when it is saved; `scales` are
+    those of activations."""
     model = copied(source) if isinstance(source, ir.Model) else io.load(source)
-    plan = QuantizePlan(tuple(sites.linears), 8, activations, activation_max=activation_max)
-    quantize(model, plan)
+    quantize(model, QuantizePlan(tuple(sites.linears), rounding, scales))
     return model
 
 
@@ -533,7 +536,7 @@ def plain_half(rewrite: Rewrite, path: Path) -> None:
 def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:
     """Write the baseline: the traced graph, absmax of all calibration tokens, nothing else."""
     scales = {
-        name: stats.absmax / INT8_MAX for name, stats in rewrite.before.items() if stats.absmax
+        name: INT8.scale(stats.absmax) for name, stats in rewrite.before.items() if stats.absmax
     }
     base, _ = begin(io.load(rewrite.traced))
     model = quantized_graph(base.model, base.sites, scales)
@@ -622,14 +625,25 @@ def _cache_scales(job: _Job, chosen: Decisions) -> dict[str, CacheScale]:
         job.at(INSERTED, chosen), widths, windows, rows,
         always=[index_name(n) for n in range(len(sinks))], seed=job.data.seed, **job.options,
     )  # fmt: skip
-    return {name: cache_scale(found) for name, found in stats.items()}
+    assert chosen.recipe.cache is not None
+    return {
+        name: chosen.recipe.cache.scale(found.rows, found.absmax_semantic)
+        for name, found in stats.items()
+    }
 
 
-def _int4_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:
-    if recipe.weight_bits != 4:
-        return {}
-    most = recipe.weight_block
-    return {x.weight: int4_block_size(x.weight, x.in_features, most) for x in sites.linears}
+def _weight_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:
+    """Weight name -> channels that share a scale, where the format has blocks.
+
+    Raises UsageError naming a weight whose width has none.
+    """
+    found: dict[str, int] = {}
+    for linear in sites.linears:
+        if recipe.weights is not None:
+            recipe.weights.check(linear.weight, linear.in_features)
+            block = recipe.weights.block(linear.in_features)
+            found |= {} if block is None else {linear.weight: block}
+    return found
 
 
 def _restored(job: _Job, chosen: Decisions, stage: str) -> Decisions:

@@ -16,7 +16,7 @@ from pathlib import Path
 from iq_export.bundle.manifest import json_safe
 from iq_export.plan import plan_record, save_templates
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Calibration, rewrite
 from tests import planted
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from iq_export.plan import plan_record, save_templates
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Calibration, Rewrite, rewrite
 from tests import planted
 from tests.planted import CPU

@@ -13,9 +13,9 @@ from onnxruntime import InferenceSession
 
 from iq_export.compile import CompileOptions
 from iq_export.graph import io
-from iq_export.passes.to_half import HALF_MAX, to_half
+from iq_export.graph.half import HALF_MAX, to_half
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.references import write_baselines
 from iq_export.rewrite import Calibration, Rewrite, rewrite
 from iq_export.run.ort import CausalLM

@@ -15,7 +15,7 @@ import pytest
 
 from iq_export.observe.walk import walk
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Calibration, Rewrite, rewrite
 from tests.planted import CPU
 from tools.discovery.models import plant, windows

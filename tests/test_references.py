@@ -11,7 +11,7 @@ import pytest
 
 from iq_export.compile import CompileOptions
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.references import write_baselines
 from iq_export.rewrite import Calibration, rewrite
 from iq_export.run.ort import CausalLM

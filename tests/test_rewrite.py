@@ -17,8 +17,8 @@ from iq_export.graph import io
 from iq_export.passes.order import INSERTED, TURNED
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
 from iq_export.quant.trial import Reference, Trial
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import (
     Calibration,
     Rewrite,
@@ -241,6 +241,8 @@ def test_two_kinds_of_sinks(tmp_path: Path, smoothing: bool) -> None:
     done = rewrite(traced, work, recipe, "fp32", calibration(decoder), Progress(quiet=True))
     assert [sinks.count for sinks in done.sinks] == [2]
     assert done.recall > 0.95
+    nodes = [node.name for node in io.load(done.quantized).graph]
+    assert sum(name.endswith("/side_gather") for name in nodes) == len(done.sites.blocks)
     rows = [window.ids for window in planted.windows(decoder, count=4, seed=9)]
     semantic = np.array(rows) != planted.DELIMITER
     semantic[:, 0] = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from iq_export.bundle.manifest import MANIFEST_NAME, Manifest
 from iq_export.errors import BundleError, UsageError
-from iq_export.quant.recipe import Recipe
+from iq_export.recipe import Recipe
 
 
 def recipe_of(manifest: Manifest) -> Recipe | None:
@@ -15,7 +15,7 @@ def recipe_of(manifest: Manifest) -> Recipe | None:
     if manifest.recipe_settings is None:
         return None
     try:
-        return Recipe(**manifest.recipe_settings)
+        return Recipe.from_record(manifest.recipe_settings)
     except (TypeError, UsageError) as error:
         raise BundleError(
             f"recipe_settings in {MANIFEST_NAME} are no recipe of this version ({error}): compile "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +32,8 @@ from iq_export.engine.profile import Profile
 from iq_export.engine.targets import (
     AttentionForm,
     Target,
+    check_formats,
     check_opset,
-    check_recipe,
     engine_note,
     resolve_target,
 )
@@ -44,6 +43,7 @@ from iq_export.files import move_inside, read_inside
 from iq_export.lengths import bundle_limit, engine_profile
 from iq_export.options import SHAPES, add
 from iq_export.progress import Progress
+from iq_export.recipe import Recipe, load_recipe, recipe_names
 from iq_export.report.html import REPORT_NAME, check_report, update_with_report
 
 _EPILOG = """examples:
@@ -103,9 +103,9 @@ def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> i
     )
     for remark in remarks:
         progress.note(remark)
-    bits = weight_bits(bundle, progress)
+    recipe = choose_recipe(bundle, progress)
     for target in targets:
-        _check(bundle, target, bits, args)
+        _check(bundle, target, recipe, args)
     reports = []
     failures: dict[str, EngineError] = {}
     for target in targets:
@@ -133,34 +133,30 @@ def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
         return Profile.from_json(bundle.manifest.profile)
 
 
-def weight_bits(bundle: Bundle, progress: Progress) -> int | None:
-    """Bits of the quantized weights; None where only a name is known that does not tell them.
+def choose_recipe(bundle: Bundle, progress: Progress) -> Recipe | None:
+    """The recipe of a bundle; None where only a name is known, of no recipe of this version.
 
-    Raises UsageError for a recipe that no engine is built of.
+    Raises UsageError for one that no engine is built of.
     """
     recipe = recipe_of(bundle.manifest)
-    if recipe is not None:
-        if recipe.simulated:
-            raise UsageError(
-                f"recipe '{recipe.name}' is for study: no kernel multiplies what it makes, so no "
-                "engine is built of it. Compile with another recipe, such as w8a8."
-            )
-        return recipe.weight_bits
-    name = bundle.manifest.recipe
-    named = re.match(r"w(\d+)", name)
-    if named is None:
-        return None
-    progress.note(
-        f"{bundle.folder} is of an older version: its weights' bits are taken from the recipe's "
-        f"name, {name}"
-    )
-    return int(named.group(1))
+    if recipe is None and bundle.manifest.recipe in recipe_names():
+        recipe = load_recipe(bundle.manifest.recipe)
+        progress.note(
+            f"{bundle.folder} is of an older version: its number formats are taken from the "
+            f"recipe's name, {recipe.name}"
+        )
+    if recipe is not None and recipe.simulated:
+        raise UsageError(
+            f"recipe '{recipe.name}' is for study: no kernel multiplies what it makes, so no "
+            "engine is built of it. Compile with another recipe, such as w8a8."
+        )
+    return recipe
 
 
-def _check(bundle: Bundle, target: Target, bits: int | None, args: argparse.Namespace) -> None:
+def _check(bundle: Bundle, target: Target, recipe: Recipe | None, args: argparse.Namespace) -> None:
     """Refuse before the first build what cannot be built."""
-    if bits is not None:
-        check_recipe(target, bits)
+    if recipe is not None:
+        check_formats(target, recipe.formats)
     check_opset(target, bundle.manifest.opset)
     check_levers(
         target, version_compatible=args.version_compatible, strip_weights=args.strip_weights

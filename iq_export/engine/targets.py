@@ -7,9 +7,11 @@ each constant. A target that is not in the table is a usage error, never a guess
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iq_export.errors import EngineError, UsageError
+from iq_export.formats.base import Format
 
 RTX = "tensorrt_rtx"
 ENTERPRISE = "tensorrt"
@@ -19,8 +21,6 @@ ENTERPRISE = "tensorrt"
 SINGLE_OPS_OPSET = 23
 SINGLE_OPS_TENSORRT = (10, 15)
 
-# First compute capability with INT4 weights: an SM75 build fails.
-_INT4_SM = 80
 
 # What the Attention kernels of TensorRT RTX take, tried with this release for sm_75 to sm_120; a
 # later one may take more, and is tried instead of refused.
@@ -48,9 +48,9 @@ class Target:
         """True if the plan is built anywhere, with no GPU; else only on the device itself."""
         return self.flavour == RTX
 
-    @property
-    def int4_weights(self) -> bool:
-        return min(self.compute_capabilities) >= _INT4_SM
+    def runs(self, found: Format) -> bool:
+        """Whether TensorRT has kernels of that format for every GPU of this target."""
+        return min(self.compute_capabilities) >= found.compute_capability
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,17 @@ def engine_note(name: str) -> str:
     return f"no engine for '{name}'"
 
 
-def check_recipe(target: Target, weight_bits: int) -> None:
-    """UsageError if `target` has no kernels for weights of `weight_bits` bits."""
-    if weight_bits == 4 and not target.int4_weights:
-        lacking = ", ".join(f"sm_{sm}" for sm in target.compute_capabilities if sm < _INT4_SM)
+def check_formats(target: Target, formats: Sequence[Format]) -> None:
+    """UsageError if `target` has no kernels for one of `formats`."""
+    for found in formats:
+        if target.runs(found):
+            continue
+        first = found.compute_capability
+        lacking = ", ".join(f"sm_{sm}" for sm in target.compute_capabilities if sm < first)
         raise UsageError(
-            f"target '{target.name}' ({lacking}) cannot run 4-bit weights: TensorRT has INT4 from "
-            f"sm_{_INT4_SM} on. Use an 8-bit recipe such as w8a8, or another target."
+            f"target '{target.name}' ({lacking}) cannot run {found.dtype.bitwidth}-bit "
+            f"{found.role}: TensorRT has {found.type_name} from sm_{first} on. Use another recipe "
+            "such as w8a8, or another target."
         )
 
 

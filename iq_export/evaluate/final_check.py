@@ -17,10 +17,10 @@ import onnx_ir as ir
 from iq_export.calibrate.attention import attentions, product_peak
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
+from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.observe.loss import kl, log_softmax
 from iq_export.observe.walk import CPU, Graph, loaded, raw_walk, walk
-from iq_export.passes.to_half import HALF_MAX
 from iq_export.progress import Progress
 from iq_export.sinks.ops import DOMAIN
 

@@ -14,6 +14,8 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 
 NORM_OPS = frozenset({"RMSNormalization", "LayerNormalization"})
+# Of a norm that states none: the operators' default.
+_EPSILON = 1e-5
 # What may stand between a product and the tensor it belongs to without changing any element.
 LAYOUT_OPS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Cast"})
 
@@ -144,6 +146,12 @@ _NO_STREAM = (
     "no residual stream starts here: expected a norm and an Add that both read the embedding "
     "(pre-norm transformer)"
 )
+
+
+def norm_epsilon(norm: ir.Node) -> float:
+    """What one of NORM_OPS adds to the mean square, or to the variance."""
+    stated = norm.attributes.get("epsilon")
+    return _EPSILON if stated is None else stated.as_float()
 
 
 def _label(node: ir.Node | None) -> str:

@@ -16,8 +16,7 @@ from iq_export.errors import ModelError, UsageError
 from iq_export.memory import memory_and_swap_bytes
 from iq_export.model.capture import FULL, SLIDING
 from iq_export.model.quiet import quiet
-from iq_export.quant.recipe import Recipe
-from iq_export.quant.weights import INT4_BLOCKS
+from iq_export.recipe import Recipe
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -102,7 +101,7 @@ def check_support(
     require_memory(_weight_bytes(SimpleNamespace(**raw)), name)
     config = _completed(raw, kind, name, remote_code)
     check_config(config, name, remote_code=remote_code)
-    _check_int4(config, name, recipe)
+    _check_widths(config, name, recipe)
     size = _weight_bytes(config)
     require_memory(size, name)
     return Support(
@@ -272,22 +271,19 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _check_int4(config: Any, name: str, recipe: Recipe) -> None:
-    """UsageError if a width of the blocks' products is divisible by no int4 block."""
-    if recipe.weight_bits != 4:
+def _check_widths(config: Any, name: str, recipe: Recipe) -> None:
+    """UsageError if the weights' format does not take a width of the blocks' products."""
+    if recipe.weights is None:
         return
     widths = {
         "hidden_size": config.hidden_size,
         "heads x head_dim": config.num_attention_heads * _head_dim(config),
         "intermediate_size": _get(config, "intermediate_size"),
     }
-    smallest = min(INT4_BLOCKS)
     for what, width in widths.items():
-        if _is_size(width) and width % smallest:
-            raise UsageError(
-                f"{name} has products with {width} inputs ({what}), divisible by neither 128 nor "
-                f"64: TensorRT has no int4 blocks for them. Use recipe w8a8."
-            )
+        reason = recipe.weights.misfit(width) if _is_size(width) else None
+        if reason is not None:
+            raise UsageError(f"{name} has products with {width} inputs ({what}), {reason}.")
 
 
 def _head_dim(config: Any) -> int:

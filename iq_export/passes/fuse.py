@@ -24,12 +24,11 @@ import onnx_ir as ir
 
 from iq_export.graph import io
 from iq_export.graph.edit import constant
-from iq_export.graph.sites import NORM_OPS, Refusal
+from iq_export.graph.sites import NORM_OPS, Refusal, norm_epsilon
 from iq_export.passes.rotate import hadamard
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 
 LARGEST_BLOCK, MOST_SIDES = 512, 255  # as in plugins/include/iq
-_EPSILON = 1e-5  # the operators' default
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,8 @@ def _match_norm(graph: ir.Graph, quantizer: ir.Node) -> _Found:
     inputs = [*add.inputs, norm.inputs[1]]
     if layer:
         inputs.append(_bias(graph, norm))
-    epsilon = norm.attributes.get("epsilon")
     attributes: dict[str, ir.Attr | float | int | list[int]] = {
-        "epsilon": epsilon.as_float() if epsilon is not None else _EPSILON,
+        "epsilon": norm_epsilon(norm),
         "scale": scale,
     }
     if insert is not None:

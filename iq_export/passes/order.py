@@ -21,7 +21,7 @@ from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import insert_sinks, set_restore
 from iq_export.passes.level_rows import level_rows
 from iq_export.passes.own_weights import own_weights
-from iq_export.passes.quantize import INT8_MAX, QuantizePlan, quantize
+from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.scale_query import scale_queries
@@ -127,8 +127,8 @@ def _all_rounded(graph: Lowered, decisions: Decisions) -> str | None:
     for linear in graph.sites.linears:
         if linear.node in decisions.left:
             continue
-        sides = {1} if decisions.recipe.weight_bits < 16 else set()
-        sides |= {0} if decisions.recipe.activation_max is not None else set()
+        sides = {1} if decisions.recipe.weights is not None else set()
+        sides |= {0} if decisions.recipe.activations is not None else set()
         for side in sides:
             value = nodes[linear.node].inputs[side]
             producer = None if value is None else value.producer()
@@ -152,13 +152,8 @@ def _fold_rotations(graph: Lowered, decisions: Decisions) -> None:
 
 
 def _side_channels(graph: Lowered, decisions: Decisions) -> None:
-    paths = decisions.smoothing.paths
-    downs = [block.mlp.output for block in graph.sites.blocks]
-    chosen = {
-        down.node: (down, paths[down.input].side)
-        for down in downs
-        if down.input in paths and paths[down.input].side.size
-    }
+    linears = {linear.node: linear for linear in graph.sites.linears}
+    chosen = {node: (linears[node], loud) for node, loud in decisions.side.items()}
     side_channels(graph.model, chosen)
 
 
@@ -170,7 +165,7 @@ def _rotate(graph: Lowered, decisions: Decisions) -> None:
 
 
 def _level_rows(graph: Lowered, decisions: Decisions) -> None:
-    if decisions.recipe.activation_max is not None:
+    if decisions.recipe.activations is not None:
         level_rows(graph.model, graph.sites)
 
 
@@ -180,20 +175,14 @@ def _insert_sinks(graph: Lowered, decisions: Decisions) -> None:
 
 
 def _quantize(graph: Lowered, decisions: Decisions) -> None:
-    recipe = decisions.recipe
-    if recipe.weight_bits == 16:
-        return
     linears = tuple(x for x in graph.sites.linears if x.node not in decisions.left)
-    plan = QuantizePlan(
-        linears, recipe.weight_bits, decisions.activations, decisions.blocks,
-        activation_max=recipe.activation_max or INT8_MAX, codes=decisions.codes,
-    )  # fmt: skip
-    quantize(graph.model, plan)
+    rounding, scales = decisions.recipe.rounding, decisions.activations
+    quantize(graph.model, QuantizePlan(linears, rounding, scales, codes=decisions.codes))
 
 
 def _quantize_cache(graph: Lowered, decisions: Decisions) -> None:
-    if decisions.cache:
-        quantize_cache(graph.model, graph.sites, decisions.cache)
+    if decisions.recipe.cache is not None:
+        quantize_cache(graph.model, graph.sites, decisions.cache, decisions.recipe.cache)
 
 
 def _to_half(graph: Lowered, decisions: Decisions) -> None:

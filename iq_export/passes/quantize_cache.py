@@ -1,6 +1,6 @@
-"""Hold the KV cache in int8, one scale per tensor.
+"""Hold the KV cache in the codes of a format (int8), one scale per tensor.
 
-- This step's keys and values pass QuantizeLinear and join the int8 cache; behind it the whole
+- This step's keys and values pass QuantizeLinear and join the cache of codes; behind it the whole
   passes DequantizeLinear in front of the Attention.
 - SinkClampInsert ops on keys and values move behind that: the templates of the sinks are read in
   the graph's own precision, and scales need not hold them. The cache keeps, for each lifecycle,
@@ -9,7 +9,7 @@
 
 Precondition: float32 graph; keys and values join the cache by a Concat whose output is the graph
 output `present.*`; every lifecycle is inserted with its keys and values (not the norm form).
-Postcondition: `past_key_values.*` and `present.*` are int8.
+Postcondition: `past_key_values.*` and `present.*` hold codes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.errors import GraphError
-from iq_export.graph.edit import constant, shared_constant
+from iq_export.formats import qdq
+from iq_export.formats.base import CacheFormat
+from iq_export.formats.int8_cache import INT8_CACHE
+from iq_export.graph.edit import constant
 from iq_export.graph.sites import AttentionSite, Sites
 from iq_export.passes.insert_sinks import index_name
 from iq_export.sinks.ops import DOMAIN
 
-_ZERO_POINT = "iq.zero_point.int8"
 
-
-def quantize_cache(model: ir.Model, sites: Sites, scales: Mapping[str, float]) -> bool:
+def quantize_cache(
+    model: ir.Model,
+    sites: Sites,
+    scales: Mapping[str, float],
+    cache: CacheFormat = INT8_CACHE,
+) -> bool:
     """Rewrite all layers; `scales` maps the names of each site's key and value to their scale.
 
     Raises GraphError naming the attention that is no single op or has no cache of this form.
@@ -46,7 +52,7 @@ def quantize_cache(model: ir.Model, sites: Sites, scales: Mapping[str, float]) -
             )
         for position, name in ((1, site.key), (2, site.value)):
             concat = _cache_of(nodes[site.node], position, site)
-            past_and_present = _quantize_one(graph, concat, scales[name])
+            past_and_present = _quantize_one(graph, concat, scales[name], cache)
     assert past_and_present is not None
     _cache_indices(graph, *past_and_present)
     return True
@@ -69,7 +75,9 @@ def _cache_of(attention: ir.Node, position: int, site: AttentionSite) -> ir.Node
     return node
 
 
-def _quantize_one(graph: ir.Graph, concat: ir.Node, scale: float) -> tuple[ir.Value, ir.Value]:
+def _quantize_one(
+    graph: ir.Graph, concat: ir.Node, scale: float, cache: CacheFormat
+) -> tuple[ir.Value, ir.Value]:
     past, new = concat.inputs
     present = concat.outputs[0]
     ops: list[ir.Node] = []  # the last one is applied first
@@ -77,17 +85,17 @@ def _quantize_one(graph: ir.Graph, concat: ir.Node, scale: float) -> tuple[ir.Va
         ops.append(op)
         new = op.inputs[0]
     scale_value = constant(graph, f"{present.name}.scale", np.array(scale, np.float32))
-    zero = shared_constant(graph, _ZERO_POINT, np.array(0, np.int8))
-    q = ir.node("QuantizeLinear", [new, scale_value, zero], name=f"{present.name}/quantize")
-    q.outputs[0].name = f"{present.name}.new"
-    q.outputs[0].dtype, q.outputs[0].shape = ir.DataType.INT8, new.shape
-    operands = [present, scale_value, zero]
-    dq = ir.node("DequantizeLinear", operands, name=f"{present.name}/dequantize")
-    dq.outputs[0].name = f"{present.name}.dequantized"
-    dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, present.shape
+    zero = qdq.zero_point(graph, cache.dtype)
+    q = qdq.quantize(
+        new, scale_value, zero, name=f"{present.name}/quantize", output=f"{present.name}.new"
+    )
+    dq = qdq.dequantize(
+        present, scale_value, zero,
+        name=f"{present.name}/dequantize", output=f"{present.name}.dequantized",
+    )  # fmt: skip
     readers = [use for use in present.uses() if use.node is not dq]
     concat.replace_input_with(1, q.outputs[0])
-    past.dtype = present.dtype = ir.DataType.INT8
+    past.dtype = present.dtype = cache.dtype
     for op in ops:
         graph.remove(op)
     chain = [dq, *reversed(ops)]

@@ -21,9 +21,7 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph.edit import constant, own_constant, recompute
-from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Sites
-
-_EPSILON = 1e-5  # the operators' default
+from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Sites, norm_epsilon
 
 
 def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
@@ -48,9 +46,8 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
     for tail in tails:
         _scale_tail(graph, tail, factor)
     for norm in norms:
-        old = norm.attributes.get("epsilon")
-        epsilon = old.as_float() if old is not None else _EPSILON
-        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon * factor**2)
+        epsilon = norm_epsilon(norm) * factor**2
+        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
     return True
 
 

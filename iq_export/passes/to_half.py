@@ -18,10 +18,9 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph.edit import constant, recompute
+from iq_export.graph.half import HALF_MAX, HALF_SMALLEST_NORMAL
 from iq_export.sinks.ops import DOMAIN
 
-HALF_MAX = 65504.0
-HALF_SMALLEST_NORMAL = 6.1035e-05
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _FLOAT = ir.DataType.FLOAT
 _HALF = ir.DataType.FLOAT16
@@ -76,7 +75,7 @@ def _convert_node(
         wide.update(node.outputs)
     for output in node.outputs:
         if is_half and node.op_type == "QuantizeLinear":
-            output.dtype = ir.DataType.INT8
+            output.dtype = node.inputs[2].dtype  # the zero point says which codes
         elif is_half and output.dtype in (_FLOAT, None) and not _gives_integer(node):
             output.dtype = _HALF
             half.add(output)

@@ -1,6 +1,6 @@
 """Choose every activation's range and round every weight, one block behind the other.
 
-Every block sees what the quantized blocks before it give.
+Every block sees what the quantized blocks before it give (method.md step 8).
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from iq_export.calibrate.data import Window
 from iq_export.calibrate.ranges import TensorStats, rows_per_window, sampled_rows
 from iq_export.calibrate.sequential import BlockWalk
 from iq_export.errors import GraphError
+from iq_export.formats.base import ActivationFormat
+from iq_export.formats.gptq import Curvature
+from iq_export.formats.int8_activations import INT8
+from iq_export.formats.rounding import Rounding
 from iq_export.graph.sites import Block, Linear, Sites
 from iq_export.passes.insert_sinks import index_scopes
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
 from iq_export.quant.codes import CodeStore
-from iq_export.quant.gptq import gptq_int4, gptq_int8
-from iq_export.quant.recipe import Recipe
-from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
-from iq_export.quant.weights import int4_blocked, int8_per_channel
+from iq_export.quant.search import choose_clip, unit_rows
+from iq_export.recipe import Recipe
 from iq_export.sinks.templates import SinkTemplates
 
 # Shares of the way, as factors, from the full range to that of least error (docs/design.md). MLPs
 # write the spikes: what is clipped in front of them costs more than its squared error says. Without
-# a rotation a spike is one channel's, and clipping it hurts no other. The fewer codes, by bits, the
-# more the squared error of what is not clipped counts.
+# a rotation a spike is one channel's, and clipping it hurts no other.
 _ATTENTION_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.5
-_MLP_CLIP = {8: 0.25, 6: 0.75, 4: 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Quantizer:
     """One activation quantizer: `before` is the traced tensor, `after` the one that is quantized.
 
     `clip` is the kept share of the semantic absmax, `output_error` the relative squared error it
-    causes on the sampled outputs of its products, `most` its largest code.
+    causes on the sampled outputs of its products.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Quantizer:
     output_error: float
     before: TensorStats
     after: TensorStats
-    most: int = INT8_MAX
+    format: ActivationFormat = INT8
 
 
 def calibrate_blocks(
@@ -59,7 +59,6 @@ def calibrate_blocks(
     before: Mapping[str, TensorStats],
     sinks: Sequence[SinkTemplates],
     recipe: Recipe,
-    blocks: Mapping[str, int],
     windows: Sequence[Window],
     codes: CodeStore,
     *,
@@ -69,8 +68,8 @@ def calibrate_blocks(
 ) -> dict[str, Quantizer]:
     """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
 
-    `before`: statistics of the traced graph by a product's input; `blocks`: the int4 block size by
-    weight name, empty for int8. The weights are rounded on the way, into `codes`.
+    `before`: statistics of the traced graph by a product's input. The weights are rounded on the
+    way, into `codes`.
 
     Raises GraphError for an activation that is zero throughout.
     """
@@ -106,31 +105,30 @@ def calibrate_blocks(
                 stats[name].add(values[name], sunk, sample)
                 if recipe.gptq:
                     rows = values[name][~sunk]
-                    rows = unit_rows(rows) if recipe.activation_max is None else rows
+                    rows = unit_rows(rows) if recipe.activations is None else rows
                     hessians[name] += rows.T @ rows
         for name in names:
             linears, tensor = readers[name], stats[name]
-            if recipe.activation_max is not None:
+            if recipe.activations is not None:
                 weights = [_weight(nodes, linear) for linear in linears]
                 strength = _clip_strength(linears[0], block, recipe)
                 found[name] = _quantizer(
-                    name, linears, weights, tensor, before, recipe, blocks, strength
+                    name, linears, weights, tensor, before, recipe.rounding, strength
                 )
+            curvature = Curvature(hessians.pop(name)) if recipe.gptq else None
             for linear in linears:
-                size = blocks.get(linear.weight)
+                assert recipe.weights is not None
                 weight = _weight(nodes, linear)
-                if recipe.gptq:
-                    rounded = _gptq(weight, hessians[name], size)
+                if curvature is not None:
+                    rounded = recipe.weights.compensate(weight, curvature)
                 else:
-                    rounded = plainly_rounded(weight, size, (tensor.rows**2).mean(0))
+                    rounded = recipe.weights.round(weight, (tensor.rows**2).mean(0))
                 codes.add(linear.weight, *rounded)
             tensor.rows = tensor.rows[:0]  # all that they were for is decided
         plan = QuantizePlan(
             tuple(x for name in names for x in readers[name]),
-            recipe.weight_bits,
+            recipe.rounding,
             {name: found[name].scale for name in names if name in found},
-            blocks,
-            activation_max=recipe.activation_max or INT8_MAX,
             codes=codes,
         )
         walk.advance(partial(quantize, plan=plan))
@@ -142,7 +140,8 @@ def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
     if linear not in block.mlp.linears:
         return _ATTENTION_CLIP
     bare = linear == block.mlp.output and recipe.rotation is None
-    return _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP[recipe.activation_bits]
+    assert recipe.activations is not None
+    return _UNROTATED_DOWN_CLIP if bare else recipe.activations.mlp_clip
 
 
 def _weight(nodes: Mapping[str | None, ir.Node], linear: Linear) -> np.ndarray:
@@ -152,27 +151,13 @@ def _weight(nodes: Mapping[str | None, ir.Node], linear: Linear) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def plainly_rounded(
-    weight: np.ndarray, block: int | None, importance: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales without compensation; `importance` `[in]`: mean squared input by channel."""
-    return int8_per_channel(weight) if block is None else int4_blocked(weight, block, importance)
-
-
-def _gptq(
-    weight: np.ndarray, hessian: np.ndarray, block: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    return gptq_int8(weight, hessian) if block is None else gptq_int4(weight, hessian, block)
-
-
 def _quantizer(
     name: str,
     linears: Sequence[Linear],
     weights: Sequence[np.ndarray],
     tensor: TensorStats,
     before: Mapping[str, TensorStats],
-    recipe: Recipe,
-    blocks: Mapping[str, int],
+    rounding: Rounding,
     strength: float,
 ) -> Quantizer:
     if tensor.absmax_semantic <= 0:
@@ -180,9 +165,10 @@ def _quantizer(
             f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
             "calibration text that resembles the model's use."
         )
-    most = recipe.activation_max
-    rounding = Rounding(most, blocks.get(linears[0].weight))
+    assert rounding.activations is not None
     clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights, rounding, strength)
-    scale = clip * tensor.absmax_semantic / most
+    scale = rounding.activations.scale(clip * tensor.absmax_semantic)
     nodes = tuple(linear.node for linear in linears)
-    return Quantizer(name, nodes, scale, clip, error, before[linears[0].input], tensor, most)
+    return Quantizer(
+        name, nodes, scale, clip, error, before[linears[0].input], tensor, rounding.activations
+    )

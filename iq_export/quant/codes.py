@@ -30,7 +30,7 @@ class CodeStore(Mapping[str, Rounded]):
     def __getitem__(self, name: str) -> Rounded:
         path, is_int4 = self._files[name]
         codes = np.load(path, mmap_mode="r")
-        return codes.astype(ml_dtypes.int4) if is_int4 else codes, self._scales[name]
+        return codes.view(ml_dtypes.int4) if is_int4 else codes, self._scales[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._files

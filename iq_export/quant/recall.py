@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from iq_export.calibrate.data import Window
+from iq_export.formats.rounding import Rounding
 from iq_export.graph.edit import copied
 from iq_export.graph.sites import Sites
 from iq_export.observe.walk import Graph, loaded, walk
 from iq_export.passes.insert_sinks import index_name
-from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
+from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
 from iq_export.quant.blockwise import Quantizer
 from iq_export.quant.budget import smallest_prefix
 from iq_export.sinks.templates import SinkTemplates
 
-# Least share of the sinks that the quantized graph must still find.
+# Least share of the sinks that the quantized graph must still find (method.md step 8).
 LEAST_RECALL = 0.8
 
 
@@ -32,7 +33,9 @@ def unclipped(
         for linear in branch.linears
     }
     return {
-        name: replace(q, scale=q.after.absmax / q.most, clip=1.0) if early & set(q.linears) else q
+        name: replace(q, scale=q.format.scale(q.after.absmax), clip=1.0)
+        if early & set(q.linears)
+        else q
         for name, q in quantizers.items()
     }
 
@@ -56,10 +59,8 @@ def hiding_quantizer(
     def hides(count: int) -> bool:
         scales = {quantizer.name: quantizer.scale for quantizer in ordered[:count]}
         model = copied(loaded(inserted))
-        plan = QuantizePlan(
-            tuple(sites.linears), FLOAT_BITS, scales, activation_max=ordered[0].most
-        )
-        quantize(model, plan)
+        rounding = Rounding(None, ordered[0].format)
+        quantize(model, QuantizePlan(tuple(sites.linears), rounding, scales))
         recall = recall_of(
             model, inserted, lifecycles, sample, providers=providers, progress=progress
         )
@@ -83,7 +84,7 @@ def hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
         )
         text += (
             f"the range of tensor {hiding.name!r} (block {block}, {kind}) hides them from "
-            f"detection: it ends at {hiding.scale * hiding.most:.4g}, the tensor at "
+            f"detection: it ends at {hiding.scale * hiding.format.largest:.4g}, the tensor at "
             f"{hiding.after.absmax:.4g}."
         )
     return f"{text} Calibrate on text nearer to the model's use, or with more samples."

@@ -7,13 +7,13 @@ sample of semantic tokens: an error in a channel that the weights ignore costs n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from iq_export.passes.quantize import INT8_MAX
+from iq_export.formats.base import ActivationFormat
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.passes.rotate import rotate_columns, rotate_rows
-from iq_export.quant.weights import int4_rounded, int8_per_channel
 
 # Beyond this a factor would only move the outlier, and half-precision weights lose digits.
 _MOST = 32.0
@@ -34,27 +34,14 @@ _CANDIDATES: dict[str, Candidate] = {
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """What is rounded how: `activation_max` the largest code of the activation (127 for int8), None
-    if it is not rounded; `int4_block` the block of an int4 weight, None for int8 per channel."""
-
-    activation_max: int | None = INT8_MAX
-    int4_block: int | None = None
-
-
-INT8 = Rounding()
-
-
-@dataclass(frozen=True)
 class SmoothingChoice:
     """The best candidate's name, its factors float32 `[features]`, and its relative output error
-    beside that of no smoothing. `side`: the channels to carry beside the quantizer, int64."""
+    beside that of no smoothing."""
 
     name: str
     factors: np.ndarray
     error: float
     error_without: float
-    side: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def choose_smoothing(
@@ -62,25 +49,24 @@ def choose_smoothing(
     channel_absmax: np.ndarray,
     weights: Sequence[np.ndarray],
     *,
-    rounding: Rounding = INT8,
+    rounding: Rounding = W8A8,
     rotation: int | None = None,
     side: int = 0,
 ) -> SmoothingChoice:
     """Try all candidates on sampled semantic `rows` `[tokens, in]`; `weights`: `[in, out]` each.
 
-    Of the smoothed channels the `side` loudest, at most an eighth of all, are left out of the
-    range, then the rest is rotated in blocks of `rotation`. Where only weights are rounded, this is
-    the idea of AWQ (arXiv 2306.00978), and every token counts by its relative error.
+    The `side` loudest of the smoothed channels are left out of the range, as they will bypass the
+    quantizer, then the rest is rotated in blocks of `rotation`. Where only weights are rounded,
+    this is the idea of AWQ (arXiv 2306.00978), and every token counts by its relative error.
     """
-    weight = np.concatenate(list(weights), axis=1)
-    weight_rows = np.abs(weight).max(1)
-    side = min(side, weight.shape[0] // 8)
-    weight = _some_outputs(weight)
-    if rounding.activation_max is None:
+    weight_rows = _row_absmax(weights)
+    weight = _some_outputs(weights)
+    activations = rounding.activations
+    if activations is None:
         rows = unit_rows(rows)
     rms = np.sqrt((rows**2).mean(0))
     energy = float(((rows @ weight) ** 2).sum()) or 1.0
-    results: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
+    results: dict[str, tuple[float, np.ndarray]] = {}
     for name, candidate in _CANDIDATES.items():
         factors = _normalised(
             candidate(
@@ -90,62 +76,76 @@ def choose_smoothing(
             )
         )
         smooth, scaled = rows / factors, weight * factors[:, None]
-        aside = np.sort(np.argsort(-np.abs(smooth).max(0), kind="stable")[:side])
         if side:
+            aside = loudest_channels(smooth, side)
             smooth[:, aside], scaled[aside] = 0, 0
         exact = smooth @ scaled
         if rotation:
             smooth, scaled = rotate_columns(smooth, rotation), rotate_rows(scaled, rotation)
         rounded = rounded_weight(scaled, rounding, smooth)
-        if rounding.activation_max is None:
+        if activations is None:
             error = float(((smooth @ rounded - exact) ** 2).sum())
         else:
             top = float(np.abs(smooth).max())
-            steps = [top * clip / rounding.activation_max for clip in _COARSE_CLIPS]
-            error = min(
-                _output_error(smooth, step, rounding.activation_max, rounded, exact)
-                for step in steps
-            )
-        results[name] = (error / energy, factors, aside)
+            steps = [activations.scale(top * clip) for clip in _COARSE_CLIPS]
+            error = min(_output_error(smooth, step, activations, rounded, exact) for step in steps)
+        results[name] = (error / energy, factors)
     best = min(results, key=lambda name: results[name][0])
-    error, factors, aside = results[best]
-    return SmoothingChoice(best, factors, error, results["none"][0], aside)
+    error, factors = results[best]
+    return SmoothingChoice(best, factors, error, results["none"][0])
+
+
+def loudest_channels(rows: np.ndarray, count: int) -> np.ndarray:
+    """The `count` channels of `rows` `[tokens, in]` with the largest values, at most an eighth of
+    all: int64, in order."""
+    top = np.maximum(rows.max(0), -rows.min(0))
+    return np.sort(np.argsort(-top, kind="stable")[: min(count, len(top) // 8)])
 
 
 def choose_clip(
     rows: np.ndarray,
     absmax: float,
     weights: Sequence[np.ndarray],
-    rounding: Rounding = INT8,
+    rounding: Rounding = W8A8,
     strength: float = 1.0,
 ) -> tuple[float, float]:
     """`(clip, relative output error)` of a per-tensor range `clip * absmax`.
 
     `clip` is that of least squared error to the power `strength`, 0 being no clipping at all.
     """
-    weight = _some_outputs(np.concatenate(list(weights), axis=1))
+    weight = _some_outputs(weights)
     exact = rows @ weight
     energy = float((exact**2).sum()) or 1.0
     rounded = rounded_weight(weight, rounding, rows)
-    most = rounding.activation_max
-    assert most is not None
-    errors = [_output_error(rows, absmax * c / most, most, rounded, exact) for c in CLIPS]
+    found = rounding.activations
+    assert found is not None
+    errors = [_output_error(rows, found.scale(absmax * c), found, rounded, exact) for c in CLIPS]
     clip = float(CLIPS[int(np.argmin(errors))] ** strength)
-    return clip, _output_error(rows, absmax * clip / most, most, rounded, exact) / energy
+    return clip, _output_error(rows, found.scale(absmax * clip), found, rounded, exact) / energy
 
 
 def rounded_weight(weight: np.ndarray, rounding: Rounding, rows: np.ndarray) -> np.ndarray:
-    """`weight` `[in, out]` rounded and dequantized; `rows` weigh the channels of int4 blocks."""
-    if rounding.int4_block is not None:
-        return int4_rounded(weight, rounding.int4_block, (rows**2).mean(0))
-    codes, scale = int8_per_channel(weight)
-    return codes * scale
+    """`weight` `[in, out]` rounded and dequantized; `rows` tell which channels count."""
+    if rounding.weights is None:
+        return weight
+    return rounding.weights.rounded(weight, (rows**2).mean(0))
 
 
-def _some_outputs(weight: np.ndarray) -> np.ndarray:
-    """Evenly spaced columns of `[in, out]`: they tell the error as well as all, and cost less."""
-    step = max(1, weight.shape[1] // _MOST_OUTPUTS)
-    return np.ascontiguousarray(weight[:, ::step])
+def _some_outputs(weights: Sequence[np.ndarray]) -> np.ndarray:
+    """Evenly spaced columns of `[in, out]` side by side: they tell the error as well as all, and
+    cost less time and memory."""
+    step = max(1, sum(weight.shape[1] for weight in weights) // _MOST_OUTPUTS)
+    chosen, first = [], 0
+    for weight in weights:
+        chosen.append(weight[:, first::step])
+        first = (first - weight.shape[1]) % step
+    return np.concatenate(chosen, axis=1)
+
+
+def _row_absmax(weights: Sequence[np.ndarray]) -> np.ndarray:
+    """Of each input channel, over all outputs; no copy of a weight."""
+    tops = [np.maximum(weight.max(1), -weight.min(1)) for weight in weights]
+    return np.maximum.reduce(tops)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -160,9 +160,8 @@ def _normalised(factors: np.ndarray) -> np.ndarray:
 
 
 def _output_error(
-    rows: np.ndarray, scale: float, most: int, weight: np.ndarray, exact: np.ndarray
+    rows: np.ndarray, scale: float, found: ActivationFormat, weight: np.ndarray, exact: np.ndarray
 ) -> float:
     if scale == 0:  # a tensor of zeros: nothing to round
         return float((exact**2).sum())
-    rounded = np.clip(np.round(rows * np.float32(1 / scale)), -most - 1, most) * np.float32(scale)
-    return float(((rounded @ weight - exact) ** 2).sum())
+    return float(((found.rounded(rows, scale) @ weight - exact) ** 2).sum())

@@ -1,4 +1,5 @@
-"""Which smoothing factors to fold where (SmoothQuant, chosen per site by measured error)."""
+"""Which smoothing factors to fold where (SmoothQuant, chosen per site by measured error), and which
+channels go beside a quantizer."""
 
 from __future__ import annotations
 
@@ -9,8 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.ranges import TensorStats
-from iq_export.graph.sites import Branch, Sites
-from iq_export.quant.search import INT8_MAX, Rounding, SmoothingChoice, choose_smoothing
+from iq_export.formats.rounding import W8A8, Rounding
+from iq_export.graph.sites import Branch, Linear, Sites
+from iq_export.quant.search import (
+    SmoothingChoice,
+    choose_smoothing,
+    loudest_channels,
+)
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,13 @@ def find_smoothing(
     stats: dict[str, TensorStats],
     *,
     rotation: int | None,
-    int4_blocks: Mapping[str, int] | None = None,
-    activation_max: int | None = INT8_MAX,
+    rounding: Rounding = W8A8,
     side: int = 0,
 ) -> Smoothing:
     """Choose for every norm whose output only the branch's products read, and every up-projection
     that reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
-    the down-projection input, None for no rotation; `int4_blocks` the block size of each weight if
-    weights are rounded to int4, else to int8; `activation_max` the largest code of activations,
-    None if they are not rounded; `side` how many channels of it may bypass the quantizer."""
-    sizes = int4_blocks or {}
+    the down-projection input, None for no rotation; `side` how many of its channels will bypass the
+    quantizer."""
     readers = {
         value.name: {node.name for node in value.consumers()}
         for node in model.graph
@@ -59,7 +62,6 @@ def find_smoothing(
             return None
         found = stats[branch.norm_output]
         weights = [weight(linear.weight) for linear in branch.inputs]
-        rounding = Rounding(activation_max, sizes.get(branch.inputs[0].weight))
         return choose_smoothing(found.rows, found.channel_absmax, weights, rounding=rounding)
 
     norms: dict[str, SmoothingChoice] = {}
@@ -78,7 +80,23 @@ def find_smoothing(
                 found.channel_absmax,
                 [weight(down.weight)],
                 rotation=turned,
-                rounding=Rounding(activation_max, sizes.get(down.weight)),
+                rounding=rounding,
                 side=side,
             )
     return Smoothing(norms, paths)
+
+
+def find_side_channels(
+    sites: Sites, stats: Mapping[str, TensorStats], smoothing: Smoothing, count: int
+) -> dict[str, tuple[Linear, np.ndarray]]:
+    """The `count` loudest channels of every down-projection's input, smoothed or not: by the
+    product's node, what `passes.side_channels` takes. Where there is no eighth, no channel is."""
+    found: dict[str, tuple[Linear, np.ndarray]] = {}
+    for block in sites.blocks:
+        down = block.mlp.output
+        rows = stats[down.input].rows
+        if len(rows):
+            channels = loudest_channels(rows / smoothing.factors(down.input), count)
+            if channels.size:
+                found[down.node] = (down, channels)
+    return found

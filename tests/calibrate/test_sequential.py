@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.sequential import BlockWalk
+from iq_export.formats.rounding import W8A8
 from iq_export.observe.walk import walk
 from iq_export.passes.insert_sinks import index_name
 from iq_export.passes.quantize import QuantizePlan, quantize
@@ -57,7 +58,7 @@ def test_later_blocks_see_quantized_ones(calm: Planted) -> None:
             for branch in (calm.sites.blocks[0].attention, calm.sites.blocks[0].mlp)
             for linear in branch.linears
         )
-        quantize(model, QuantizePlan(linears, 8, {linears[0].input: 0.5}))
+        quantize(model, QuantizePlan(linears, W8A8, {linears[0].input: 0.5}))
 
     inputs = []
     for change in (as_it_is, coarse):

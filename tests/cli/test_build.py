@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def test_four_bit_weights_on_turing(built: Path, capsys: pytest.CaptureFixture[s
 
 def _made_by(folder: Path, name: str, like: str) -> None:
     """Record in the manifest of `folder` a recipe `name` with the settings of the recipe `like`."""
-    settings = asdict(replace(load_recipe(like), name=name))
+    settings = replace(load_recipe(like), name=name).record()
     replace(_manifest(folder), recipe=name, recipe_settings=settings).write(folder)
 
 
@@ -178,16 +178,29 @@ def test_that_an_older_bundle_tells_only_the_recipes_name_is_said(
     replace(_manifest(built), recipe="w4a16").write(built)
     assert main(["build", str(built), "--target", "rtx-turing"]) == 2
     said = capsys.readouterr().err
-    assert "of an older version: its weights' bits are taken from the recipe's name, w4a16" in said
+    assert "of an older version: its number formats are taken from the recipe's name, w4a16" in said
 
 
 def test_settings_that_are_no_recipe_are_refused(
     built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for settings in ({"name": "mine"}, {"colour": 1}, asdict(load_recipe("w8a8")) | {"kv_bits": 3}):
+    for settings in (
+        {"name": "mine"},
+        {"colour": 1},
+        load_recipe("w8a8").record() | {"cache": "int3"},
+    ):
         replace(_manifest(built), recipe_settings=settings).write(built)
         assert main(["build", str(built), "--target", "rtx-ampere"]) == 7
         assert "recipe_settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["w8a6", "w4a8"])
+def test_recipe_for_study_has_no_engine(
+    built: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(_manifest(built), recipe=recipe).write(built)
+    assert main(["build", str(built), "--target", "rtx-ampere"]) == 2
+    assert f"recipe '{recipe}' is for study" in capsys.readouterr().err
 
 
 def test_plugin_form(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from onnxruntime import InferenceSession
 
 from iq_export.bundle.package import Bundle
 from iq_export.calibrate.data import Window, load_text, windows
+from iq_export.graph.half import HALF_MAX
 from iq_export.model.fetch import is_cached
-from iq_export.passes.to_half import HALF_MAX
 from iq_export.run.generate import Tokenizer
 
 MODEL = "gemma3-270m"

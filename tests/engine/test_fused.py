@@ -14,7 +14,7 @@ from iq_export.errors import EngineError
 from iq_export.graph import io
 from iq_export.passes.fuse import fuse
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Rewrite, rewrite
 from tests import planted
 from tests.test_rewrite import calibration

@@ -11,7 +11,7 @@ from iq_export.engine.build import Profile, Range, build_engine
 from iq_export.engine.plugin import PluginBuild
 from iq_export.engine.targets import resolve_target
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Rewrite, rewrite
 from tests import planted
 from tests.test_rewrite import calibration

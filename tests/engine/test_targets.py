@@ -13,13 +13,15 @@ from iq_export.engine.targets import (
     TARGETS,
     AttentionForm,
     attention_gap,
+    check_formats,
     check_opset,
-    check_recipe,
     check_tensorrt_opset,
     resolve_target,
 )
 from iq_export.engine.trt import installed_version, later_than_tried
 from iq_export.errors import EngineError, UsageError
+from iq_export.formats.int4_weights import INT4_WEIGHTS
+from iq_export.recipe import load_recipe
 
 
 def test_rtx_all_is_one_plan_for_ampere_and_later() -> None:
@@ -49,9 +51,9 @@ def test_unknown_target_without_a_near_one_lists_all() -> None:
 def test_four_bit_weights_are_refused_on_turing_only() -> None:
     refused = []
     for target in TARGETS.values():
-        check_recipe(target, 8)
+        check_formats(target, load_recipe("w8a8kv8").formats)
         try:
-            check_recipe(target, 4)
+            check_formats(target, [INT4_WEIGHTS])
         except UsageError as error:
             refused.append(target.name)
             assert "sm_75" in str(error)
@@ -64,7 +66,7 @@ def test_four_bit_weights_are_refused_on_turing_only() -> None:
     [("rtx-turing", False), ("a100", True), ("orin", True), ("thor", True), ("rtx-all", True)],
 )
 def test_capabilities_follow_the_support_matrix(name: str, int4: bool) -> None:
-    assert resolve_target(name).int4_weights == int4
+    assert resolve_target(name).runs(INT4_WEIGHTS) == int4
 
 
 def test_jetpack_6_is_refused_at_opset_23_with_the_reason() -> None:

@@ -28,6 +28,7 @@ from iq_export.graph.sites import Sites, find_sites
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import quantized_graph
 from tests import planted
 from tests.planted import CPU, Decoder
@@ -145,7 +146,7 @@ def test_infinity_in_front_of_a_quantizer(traced: Path, sites: Sites) -> None:
 def test_a_clip_in_front_of_a_quantizer_hides_nothing(traced: Path) -> None:
     sites = find_sites(io.load(traced))
     scales = {linear.input: 0.05 for linear in sites.linears}
-    model = quantized_graph(traced, sites, scales, activation_max=31)
+    model = quantized_graph(traced, sites, scales, load_recipe("w8a6").rounding)
     assert watched(model)["layers.1/mlp/Mul/out"] == "the input of layers.1/mlp/down_proj"
 
 

@@ -14,7 +14,7 @@ from iq_export.graph import io
 from iq_export.model.load import resolve
 from iq_export.model.trace import trace
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Calibration, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted

@@ -11,7 +11,7 @@ from iq_export.errors import IqError, ModelError, UsageError
 from iq_export.model import support
 from iq_export.model.layout import check_layout
 from iq_export.model.support import check_support
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 
 W8A8, W4A16 = load_recipe("w8a8"), load_recipe("w4a16")
 SIZES: dict[str, Any] = {

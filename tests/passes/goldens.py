@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from iq_export.formats.int4_weights import INT4_WEIGHTS
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph.sites import find_sites
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import insert_sinks
@@ -128,13 +130,13 @@ def _quantize_cache(model: ir.Model) -> None:
 
 def _quantize_int8(model: ir.Model) -> None:
     scales = {"a": 0.0625, "mixed": 0.125, "m": 0.0625, "h_clamped": 0.25}
-    quantize(model, QuantizePlan(tuple(find_sites(model).linears), 8, scales))
+    quantize(model, QuantizePlan(tuple(find_sites(model).linears), W8A8, scales))
 
 
 def _quantize_int4(model: ir.Model) -> None:
     """Blocks of 4 to be short; TensorRT takes 64 and 128."""
     linears = tuple(find_sites(model).linears)
-    quantize(model, QuantizePlan(linears, 4, blocks={linear.weight: 4 for linear in linears}))
+    quantize(model, QuantizePlan(linears, Rounding(replace(INT4_WEIGHTS, blocks=(4,)), None)))
 
 
 PASSES: dict[str, Callable[[ir.Model], object]] = {

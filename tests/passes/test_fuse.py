@@ -17,7 +17,7 @@ from iq_export.graph.edit import constant
 from iq_export.passes.fuse import Fusion, fuse
 from iq_export.passes.rotate import hadamard
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Rewrite, rewrite
 from iq_export.run.ort import CausalLM
 from iq_export.sinks.ops import DOMAIN, FUSED_OPS

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from iq_export.formats.rounding import W8A8
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
 from iq_export.passes.level_rows import level_rows
@@ -58,7 +59,7 @@ def test_small_rows_survive_a_range_made_for_large_ones(tmp_path: Path) -> None:
         io.save(model, tmp_path / "float.onnx")
         top = peaks(tmp_path / "float.onnx", names)
         scales = {name: peak / 127 for name, peak in top.items()}
-        quantize(model, QuantizePlan(tuple(downs), 8, scales))
+        quantize(model, QuantizePlan(tuple(downs), W8A8, scales))
         io.save(model, tmp_path / "int8.onnx")
         exact, found = (logits(CausalLM(p), rows) for p in (path, tmp_path / "int8.onnx"))
         return float(((exact - found) ** 2).mean() / (exact**2).mean())

@@ -7,6 +7,9 @@ import onnx_ir as ir
 import pytest
 from onnxruntime import InferenceSession
 
+from iq_export.formats.int4_weights import INT4_WEIGHTS
+from iq_export.formats.int8_weights import INT8_WEIGHTS
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph import io
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.rotate import rotate
@@ -24,7 +27,7 @@ def w8a8(data: Planted, *, half: bool = False, rotated: bool = False) -> ir.Mode
         rotate(model, {x.mlp.output.node: (x.mlp.output, 64) for x in data.sites.blocks})
     nodes = {node.name: node for node in model.graph}
     inputs = [str(nodes[linear.node].inputs[0].name) for linear in data.sites.linears]
-    quantize(model, QuantizePlan(tuple(data.sites.linears), 8, dict.fromkeys(inputs, 0.05)))
+    quantize(model, QuantizePlan(tuple(data.sites.linears), W8A8, dict.fromkeys(inputs, 0.05)))
     if half:
         to_half(model)
     return model
@@ -32,8 +35,7 @@ def w8a8(data: Planted, *, half: bool = False, rotated: bool = False) -> ir.Mode
 
 def w4a16(data: Planted, *, half: bool = False) -> ir.Model:
     model = data.load_inserted()
-    blocks = {x.weight: 128 if x.in_features % 128 == 0 else 64 for x in data.sites.linears}
-    quantize(model, QuantizePlan(tuple(data.sites.linears), 4, blocks=blocks))
+    quantize(model, QuantizePlan(tuple(data.sites.linears), Rounding(INT4_WEIGHTS, None)))
     if half:
         to_half(model)
     return model
@@ -148,7 +150,7 @@ def test_int4_weights_are_blocked_along_the_reduction_axis(spiky: Planted) -> No
 def test_value_without_a_scale_stays_in_float(calm: Planted) -> None:
     model = calm.load()
     (block, *_) = calm.sites.blocks
-    quantize(model, QuantizePlan(block.mlp.linears, 8, {block.mlp.output.input: 0.1}))
+    quantize(model, QuantizePlan(block.mlp.linears, W8A8, {block.mlp.output.input: 0.1}))
     nodes = {node.name: node for node in model.graph}
     assert nodes[block.mlp.inputs[0].node].inputs[0].producer().op_type == "RMSNormalization"
     assert nodes[block.mlp.output.node].inputs[0].producer().op_type == "DequantizeLinear"
@@ -161,7 +163,7 @@ def test_weight_shared_by_two_products(calm: Planted) -> None:
     first, second = (calm.sites.blocks[i].mlp.output for i in (0, 1))
     nodes = {node.name: node for node in model.graph}
     nodes[second.node].replace_input_with(1, nodes[first.node].inputs[1])
-    quantize(model, QuantizePlan((first, second), 8))
+    quantize(model, QuantizePlan((first, second), Rounding(INT8_WEIGHTS, None)))
     InferenceSession(saved(calm, model, "shared.onnx"))
 
 

@@ -13,7 +13,7 @@ from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.passes.scale_query import attention_scale, scale_queries
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import Calibration, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted

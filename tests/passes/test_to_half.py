@@ -11,6 +11,8 @@ import pytest
 from onnxruntime import InferenceSession
 
 from iq_export.errors import GraphError
+from iq_export.formats.int8_weights import INT8_WEIGHTS
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph import io
 from iq_export.graph.edit import constant
 from iq_export.passes.quantize import QuantizePlan, quantize
@@ -84,7 +86,7 @@ def test_function_close_to_the_float_graph(spiky: Planted) -> None:
 def quantized(data: Planted, scale: float) -> ir.Model:
     model = data.load()
     down = data.sites.blocks[2].mlp.output
-    quantize(model, QuantizePlan((down,), 8, {down.input: scale}))
+    quantize(model, QuantizePlan((down,), W8A8, {down.input: scale}))
     return model
 
 
@@ -125,7 +127,7 @@ def test_tiny_weights_do_not_make_a_scale_underflow(calm: Planted) -> None:
     weight = value.const_value.numpy().copy()
     weight[:, 7] *= 1e-6
     value.const_value = ir.tensor(weight, name=value.name)
-    quantize(model, QuantizePlan((down,), 8, {}))
+    quantize(model, QuantizePlan((down,), Rounding(INT8_WEIGHTS, None)))
     to_half(model)
     scale = model.graph.initializers[f"{down.weight}.scale"].const_value.numpy()
     assert scale.min() == np.finfo(np.float16).smallest_normal

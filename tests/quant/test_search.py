@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iq_export.quant.search import CLIPS, INT8_MAX, choose_clip, choose_smoothing
+from iq_export.quant.search import (
+    CLIPS,
+    _row_absmax,
+    _some_outputs,
+    choose_clip,
+    choose_smoothing,
+    loudest_channels,
+)
 
 
 def sample(seed: int = 0, *, loud: float = 1.0) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -31,12 +38,12 @@ def test_clip_is_the_best_of_the_grid_to_a_power(strength: float) -> None:
     for weight in weights:
         weight[7] *= 0.01
     clip, error = choose_clip(rows, 40.0, weights, strength=strength)
-    errors = [output_error(rows, weights, 40 * c / INT8_MAX) for c in CLIPS]
+    errors = [output_error(rows, weights, 40 * c / 127) for c in CLIPS]
     best = CLIPS[int(np.argmin(errors))]
     assert best < 1
     assert clip == pytest.approx(best**strength)
     # The search rounds the weights too; they add an error of their own.
-    expected = output_error(rows, weights, 40 * clip / INT8_MAX)
+    expected = output_error(rows, weights, 40 * clip / 127)
     assert error == pytest.approx(expected, rel=0.5, abs=2e-4)
 
 
@@ -115,16 +122,26 @@ def test_silent_tensor() -> None:
     assert choice.error == 0
 
 
-def test_loudest_channels_go_aside_and_lower_the_error() -> None:
+def test_error_is_lower_when_the_loudest_channels_go_aside() -> None:
     rows, weights = sample(loud=200.0)
     top = np.abs(rows).max(0)
     plain = choose_smoothing(rows, top, weights)
-    beside = choose_smoothing(rows, top, weights, side=2)
-    assert plain.side.size == 0
-    assert beside.side.size == 2
-    assert beside.error < plain.error
+    assert choose_smoothing(rows, top, weights, side=2).error < plain.error
 
 
-def test_at_most_an_eighth_of_the_channels_goes_aside() -> None:
-    rows, weights = sample()
-    assert choose_smoothing(rows, np.abs(rows).max(0), weights, side=32).side.size == 4
+def test_loudest_channels() -> None:
+    rows, _ = sample(loud=200.0)
+    rows[3, 20] = -5000
+    np.testing.assert_array_equal(loudest_channels(rows, 2), [5, 20])
+    assert loudest_channels(rows, 0).size == 0
+    assert loudest_channels(rows, 32).size == 4  # at most an eighth
+
+
+@pytest.mark.parametrize("widths", [(8, 12), (256,), (513, 1, 255), (700, 700, 701)])
+def test_sampled_outputs_are_those_of_all_side_by_side(widths: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=(4, n)).astype(np.float32) for n in widths]
+    together = np.concatenate(weights, axis=1)
+    step = max(1, sum(widths) // 256)
+    np.testing.assert_array_equal(_some_outputs(weights), together[:, ::step])
+    np.testing.assert_array_equal(_row_absmax(weights), np.abs(together).max(1))

@@ -9,7 +9,7 @@ import pytest
 from iq_export.calibrate.ranges import TensorStats, observe_ranges
 from iq_export.graph.sites import find_sites
 from iq_export.progress import Progress
-from iq_export.quant.smoothing import find_smoothing
+from iq_export.quant.smoothing import Smoothing, find_side_channels, find_smoothing
 from tests.planted import CPU, Planted
 
 
@@ -46,7 +46,8 @@ def test_norm_with_another_reader_is_left(calm: Planted, stats: dict[str, Tensor
     assert len(found.norms) == 7
 
 
-def test_ungated_mlp_has_no_path(calm: Planted, stats: dict[str, TensorStats]) -> None:
+def ungated(calm: Planted) -> ir.Model:
+    """Block 0's down-projection reads an activation, not an elementwise product."""
     model = calm.load()
     nodes = {node.name: node for node in model.graph}
     product = nodes["layers.0/mlp/Mul"]
@@ -54,6 +55,11 @@ def test_ungated_mlp_has_no_path(calm: Planted, stats: dict[str, TensorStats]) -
     activation.outputs[0].name = "relu.out"
     model.graph.insert_after(product, activation)
     nodes["layers.0/mlp/down_proj"].replace_input_with(0, activation.outputs[0])
+    return model
+
+
+def test_ungated_mlp_has_no_path(calm: Planted, stats: dict[str, TensorStats]) -> None:
+    model = ungated(calm)
     sites = find_sites(model)
     assert sites.blocks[0].mlp.linear_path is None
     found = find_smoothing(model, sites, stats | {"relu.out": stats["layers.0/mlp/Mul/out"]},
@@ -70,3 +76,32 @@ def test_rotation_that_does_not_divide_is_left_out(
     found = find_smoothing(calm.load(), calm.sites, stats, rotation=48)
     for name, choice in plain.paths.items():
         np.testing.assert_array_equal(found.paths[name].factors, choice.factors)
+
+
+def test_side_channels_are_the_loudest_of_the_smoothed_rows(
+    calm: Planted, stats: dict[str, TensorStats]
+) -> None:
+    smoothing = find_smoothing(calm.load(), calm.sites, stats, rotation=None, side=4)
+    found = find_side_channels(calm.sites, stats, smoothing, 4)
+    assert set(found) == {block.mlp.output.node for block in calm.sites.blocks}
+    for down, channels in found.values():
+        smooth = stats[down.input].rows / smoothing.paths[down.input].factors
+        expected = np.sort(np.argsort(-np.abs(smooth).max(0), kind="stable")[:4])
+        np.testing.assert_array_equal(channels, expected)
+
+
+def test_side_channels_need_no_smoothing_and_no_gate(
+    calm: Planted, stats: dict[str, TensorStats]
+) -> None:
+    sites = find_sites(ungated(calm))
+    stats = stats | {"relu.out": stats["layers.0/mlp/Mul/out"]}
+    for smoothing in (
+        Smoothing({}, {}),
+        find_smoothing(ungated(calm), sites, stats, rotation=None, side=4),
+    ):
+        found = find_side_channels(sites, stats, smoothing, 4)
+        assert set(found) == {block.mlp.output.node for block in sites.blocks}
+        down, channels = found["layers.0/mlp/down_proj"]
+        assert down.input == "relu.out"
+        assert channels.size == 4
+    assert not find_side_channels(sites, stats, Smoothing({}, {}), 0)

@@ -22,7 +22,7 @@ from iq_export.engine.trt import TensorRT
 from iq_export.errors import BundleError, UsageError
 from iq_export.graph import io
 from iq_export.progress import Progress
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.rewrite import rewrite
 from iq_export.run.ort import CausalLM
 from iq_export.sinks.ops import DOMAIN

@@ -8,14 +8,13 @@ from typing import Any
 
 from iq_export.compile import CompileOptions
 from iq_export.errors import UsageError
-from iq_export.quant.recipe import load_recipe, recipe_folder
+from iq_export.recipe import load_recipe, recipe_folder
 from tools.compare.plain import Plain
 
 _RECIPE = re.compile(r"w(\d+)a(\d+)")
 # Strengths that a searched smoothing tries per site.
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75)
 _BUDGET = 1.005
-_FLOAT_BITS = 16
 # What nobody quantizes here, so that all rows are alike in the rest.
 ALWAYS_FLOAT = "embedding, norms, attention products, LM head"
 
@@ -124,7 +123,7 @@ def ours() -> list[Method]:
         # around their integers, like the peers.
         options["dtype"] = "fp32" if _RECIPE.match(path.stem) else "fp16"
         name, label = f"ours:{path.stem}", f"iq-export {path.stem}"
-        brief = load_recipe(path.stem).kv_bits < _FLOAT_BITS  # no peer has that
+        brief = load_recipe(path.stem).cache is not None  # no peer has that
         found.append(Method(name, label, "ours", options, "iq-export compile", brief=brief))
         for option, value in _variants() if path.stem == "w8a8" else ():
             shown = f"--{option} {value}"

@@ -19,6 +19,8 @@ import onnx_ir as ir
 
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.ranges import sampled_rows
+from iq_export.formats.base import HALF, ActivationFormat, WeightFormat, find_format
+from iq_export.formats.rounding import Rounding
 from iq_export.graph import io
 from iq_export.graph.sites import Branch, Linear, Sites, find_sites
 from iq_export.observe.walk import CPU, cut
@@ -27,11 +29,11 @@ from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.rotate import rotate, rotate_columns, rotate_rows
 from iq_export.quant.search import SmoothingChoice
 from iq_export.quant.smoothing import Smoothing
-from iq_export.quant.weights import int4_rounded, int8_per_channel
 from iq_export.run.ort import CausalLM, model_session
 from tools.compare.prefix import Prefix, choose_tokens, make_prefix
 
-INT4_BLOCK = 64
+# Weights and activations by bits; other activations are `int` and their bits.
+_WEIGHTS = {8: "int8", 4: "int4-64"}
 # Kept shares of the absmax that clipping tries; the search for a smoothing strength tries fewer.
 _CLIPS = np.geomspace(1.0, 0.02, 25)
 _COARSE_CLIPS = _CLIPS[::4]
@@ -123,11 +125,12 @@ def build(
         if activation_bits < 16:
             scales = _scales(model, linears, inputs, found, plain, bits)
     kept = tuple(linear for linear in linears if linear.node not in set(left))
-    blocks = {x.weight: INT4_BLOCK for x in kept} if weight_bits == 4 else {}
-    plan = QuantizePlan(
-        _renamed(model, kept), weight_bits, scales, blocks, activation_max=_top(activation_bits)
+    activations = find_format(
+        ActivationFormat,
+        HALF if activation_bits == 16 else f"int{activation_bits}",  # type: ignore[type-abstract]
     )
-    quantize(model, plan)
+    rounding = Rounding(_weights(weight_bits), activations)
+    quantize(model, QuantizePlan(_renamed(model, kept), rounding, scales))
     io.save(model, out)
     for file in (prepared, prepared.with_name(prepared.name + ".data")):
         file.unlink(missing_ok=True)
@@ -324,10 +327,13 @@ def _top(bits: int) -> int:
 
 def rounded_weight(weight: np.ndarray, bits: int) -> np.ndarray:
     """`weight` `[in, out]` after rounding and back."""
-    if bits == 4:
-        return int4_rounded(weight, INT4_BLOCK)
-    codes, scale = int8_per_channel(weight)
-    return np.asarray(codes * scale)
+    return _weights(bits).rounded(weight)
+
+
+def _weights(bits: int) -> WeightFormat:
+    found = find_format(WeightFormat, _WEIGHTS[bits])  # type: ignore[type-abstract]
+    assert found is not None
+    return found
 
 
 def _scales(

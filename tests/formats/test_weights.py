@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iq_export.errors import UsageError
-from iq_export.quant.weights import (
-    int4_block_size,
-    int4_blocked,
-    int4_rounded,
-    int8_per_channel,
-    int8_scales,
-)
+from iq_export.formats.int4_weights import INT4_WEIGHTS, Int4Weights
+from iq_export.formats.int8_weights import INT8_WEIGHTS
 
 fast = settings(max_examples=50, deadline=None)
+
+
+def int4(block: int) -> Int4Weights:
+    return replace(INT4_WEIGHTS, blocks=(block,))
 
 
 @st.composite
@@ -34,7 +35,7 @@ def weights(draw: st.DrawFn, rows: int | None = None) -> np.ndarray:
 @fast
 @given(weights())
 def test_int8_is_off_by_half_a_step_at_most(weight: np.ndarray) -> None:
-    codes, scale = int8_per_channel(weight)
+    codes, scale = INT8_WEIGHTS.round(weight)
     assert codes.dtype == np.int8
     assert scale.dtype == np.float32
     assert (scale > 0).all()
@@ -43,11 +44,11 @@ def test_int8_is_off_by_half_a_step_at_most(weight: np.ndarray) -> None:
     assert (np.abs(codes * scale - weight) <= 0.57 * scale).all()
     top = np.abs(weight).max(0)
     assert (np.abs(codes).max(0)[top > 127 * 2**-14] == 127).all()
-    np.testing.assert_array_equal(scale, int8_scales(weight))
+    np.testing.assert_array_equal(scale, INT8_WEIGHTS.scales(weight))
 
 
 def test_int8_column_of_zeros() -> None:
-    codes, scale = int8_per_channel(np.zeros((4, 2), np.float32))
+    codes, scale = INT8_WEIGHTS.round(np.zeros((4, 2), np.float32))
     assert not codes.any()
     assert scale.tolist() == [1, 1]
 
@@ -56,7 +57,7 @@ def test_int8_of_exact_weights() -> None:
     rng = np.random.default_rng(0)
     exact = rng.integers(-127, 128, size=(16, 4)).astype(np.int8)
     exact[0] = 127
-    codes, scale = int8_per_channel(exact.astype(np.float32) * 0.25)
+    codes, scale = INT8_WEIGHTS.round(exact.astype(np.float32) * 0.25)
     np.testing.assert_array_equal(codes, exact)
     np.testing.assert_array_equal(scale, np.float32(0.25))
 
@@ -64,7 +65,7 @@ def test_int8_of_exact_weights() -> None:
 @fast
 @given(weights(rows=16), st.sampled_from([4, 8, 16]))
 def test_int4_stays_within_its_blocks(weight: np.ndarray, block: int) -> None:
-    codes, scale = int4_blocked(weight, block)
+    codes, scale = int4(block).round(weight)
     assert codes.dtype == ml_dtypes.int4
     assert codes.shape == weight.shape
     assert scale.shape == (16 // block, weight.shape[1])
@@ -88,7 +89,7 @@ def to_nearest(weight: np.ndarray, block: int) -> np.ndarray:
 @fast
 @given(weights(rows=16))
 def test_int4_is_never_worse_than_absmax(weight: np.ndarray) -> None:
-    codes, scale = int4_blocked(weight, 8)
+    codes, scale = int4(8).round(weight)
     rounded = codes.astype(np.float32) * np.repeat(scale, 8, axis=0)
     ours, plain = (((x - weight) ** 2).sum(0) for x in (rounded, to_nearest(weight, 8)))
     # Scales are rounded to half: a part in two thousand.
@@ -102,24 +103,24 @@ def test_int4_importance_moves_the_scale() -> None:
     weight[::2] = 1
     weight[3] = 9
     importance = np.ones(8, np.float32)
-    _, plain = int4_blocked(weight, 8, importance)
+    _, plain = int4(8).round(weight, importance)
     importance[3] = 1e-6
-    _, weighed = int4_blocked(weight, 8, importance)
+    _, weighed = int4(8).round(weight, importance)
     assert weighed < plain
 
 
 def test_int4_rounded_is_what_dequantizing_gives() -> None:
     weight = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
-    codes, scale = int4_blocked(weight, 8)
+    codes, scale = int4(8).round(weight)
     expected = codes.astype(np.float32) * np.repeat(scale, 8, axis=0)
-    np.testing.assert_array_equal(int4_rounded(weight, 8), expected)
+    np.testing.assert_array_equal(int4(8).rounded(weight), expected)
 
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 1e7])
 def test_scales_ship_as_they_are_rounded(magnitude: float) -> None:
     """To half where half holds them in full; otherwise unchanged, for a float32 graph."""
     weight = np.float32([[0.3], [1], [-0.7]]) * np.float32(magnitude)
-    codes, scale = int8_per_channel(weight)
+    codes, scale = INT8_WEIGHTS.round(weight)
     assert np.abs(codes * scale - weight).max() <= 0.57 * scale
     exact = max(np.float32(magnitude) / np.float32(127), np.float32(2**-14))
     shipped = np.float32(np.float16(exact)) if magnitude == 1 else exact
@@ -128,23 +129,37 @@ def test_scales_ship_as_they_are_rounded(magnitude: float) -> None:
 
 def test_int4_uses_the_eighth_negative_code() -> None:
     weight = np.float32([[-8], [7], [3], [1]])
-    codes, scale = int4_blocked(weight, 4)
+    codes, scale = int4(4).round(weight)
     np.testing.assert_array_equal(codes.astype(np.float32) * scale, weight)
     assert codes.min() == -8
 
 
 def test_int4_of_zeros() -> None:
-    codes, scale = int4_blocked(np.zeros((4, 2), np.float32), 4)
+    codes, scale = int4(4).round(np.zeros((4, 2), np.float32))
     assert not codes.astype(int).any()
     assert (scale > 0).all()
 
 
 @pytest.mark.parametrize(("features", "block"), [(128, 128), (576, 64), (1536, 128), (64, 64)])
 def test_block_is_the_largest_that_divides(features: int, block: int) -> None:
-    assert int4_block_size("w", features) == block
+    assert INT4_WEIGHTS.block(features) == block
 
 
 @pytest.mark.parametrize("features", [1, 63, 96, 100])
 def test_block_that_does_not_divide_is_refused_by_name(features: int) -> None:
     with pytest.raises(UsageError, match=rf"'layers\.1\.w' has {features} input features"):
-        int4_block_size("layers.1.w", features)
+        INT4_WEIGHTS.check("layers.1.w", features)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_int4_groups_are_rounded_as_all_at_once(weighed: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(192, 5)).astype(np.float32)
+    importance = rng.random(192).astype(np.float32) if weighed else None
+    codes, scales = int4(64).round(weight, importance)
+    for group in range(3):
+        rows = slice(64 * group, 64 * (group + 1))
+        part = None if importance is None else importance[rows]
+        alone, scale = int4(64).round(weight[rows], part)
+        np.testing.assert_array_equal(alone, codes[rows])
+        np.testing.assert_array_equal(scale[0], scales[group])
