@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -506,11 +507,13 @@ def _peak_rss() -> int:
 
 def _remember(work: Work, options: CompileOptions, done: Any, plan_sha256: str) -> None:
     """Write the baselines, and keep the graphs that belong to the bundle."""
+    from iq_export.passes.order import INSERTED
     from iq_export.references import write_baselines
 
     graphs = {"fp32": done.traced, **write_baselines(done, options)}
     if done.sinks:
-        graphs["insertion only"] = done.inserted
+        graphs["insertion only"] = done.write(INSERTED, done.quantized.with_name("inserted.onnx"))
     done.quantized.unlink()
     done.quantized.with_name(done.quantized.name + ".data").unlink(missing_ok=True)
+    shutil.rmtree(done.quantized.with_name("codes"), ignore_errors=True)
     work.keep_graphs(done.quantized.parent, graphs, plan_sha256)

@@ -1,14 +1,13 @@
-"""Calibrate and rewrite: from the traced graph to the graph that ships, one file per stage.
+"""Calibrate and decide: from the traced graph to the decisions that the shipped graph is made of.
 
-Every stage reads and writes files of one work folder, so that each can be looked at, measured and
-reused: traced -> rotated (weights only) -> prepared (scaled, rotated, smoothed, side paths) ->
-inserted (sink ops) -> quantized.
+Each step takes the decisions so far and what it measures, and gives decisions. A graph that is
+measured is `lower`ed from them and walked piece by piece; only the one that ships is written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
@@ -19,12 +18,10 @@ import onnx_ir as ir
 from iq_export.calibrate.attention import attentions, product_peaks
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.divergence import Divergence, divergence
-from iq_export.calibrate.ranges import (
-    TensorStats,
-    observe_ranges,
-)
+from iq_export.calibrate.ranges import TensorStats, observe_ranges
 from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
     MOST_LOST,
@@ -36,24 +33,28 @@ from iq_export.evaluate.final_check import (
     short_windows,
 )
 from iq_export.graph import io
-from iq_export.graph.sites import Linear, Refusal, Sites, find_sites
-from iq_export.passes.fold_rotation import rotate_attention_values, rotate_stream
-from iq_export.passes.fold_smoothing import fold_smoothing
-from iq_export.passes.insert_sinks import index_name, insert_sinks, set_restore
-from iq_export.passes.level_rows import level_rows
-from iq_export.passes.own_weights import own_weights
+from iq_export.graph.edit import copied
+from iq_export.graph.sites import Linear, Sites
+from iq_export.observe.walk import Graph
+from iq_export.passes.insert_sinks import index_name, set_restore
+from iq_export.passes.order import (
+    INSERTED,
+    PREPARED,
+    ROUNDED,
+    SHIPPED,
+    TURNED,
+    Lowered,
+    begin,
+    lower,
+)
 from iq_export.passes.quantize import QuantizePlan, quantize
-from iq_export.passes.quantize_cache import quantize_cache
-from iq_export.passes.rotate import rotate
-from iq_export.passes.scale_query import scale_queries
-from iq_export.passes.scale_residual import scale_residual
-from iq_export.passes.side_channels import side_channels
 from iq_export.passes.switches import add_switches
 from iq_export.passes.to_half import HALF_MAX, to_half
 from iq_export.progress import Progress
-from iq_export.quant.blockwise import Codes, Quantizer, calibrate_blocks
+from iq_export.quant.blockwise import Quantizer, calibrate_blocks, plainly_rounded
 from iq_export.quant.budget import MixedPlan, Site, mixed_plan
 from iq_export.quant.cache import CacheScale, cache_scale
+from iq_export.quant.codes import CodeStore
 from iq_export.quant.recall import LEAST_RECALL, hidden, hiding_quantizer, recall_of, unclipped
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, unit_rows
@@ -65,12 +66,9 @@ from iq_export.sinks.form import Insertion, calibrated_form, choose_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
 from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
-from iq_export.sinks.templates import SinkTemplates
+from iq_export.sinks.templates import KV, SinkTemplates
 
-_UNSHARED = "unshared.onnx"
-ROTATED, PREPARED = "rotated.onnx", "prepared.onnx"
-INSERTED, QUANTIZED = "inserted.onnx", "quantized.onnx"
-_PARTIAL = "partial.onnx"
+MODEL = "quantized.onnx"
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
 _FORM_WINDOWS = 4
@@ -111,256 +109,190 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Everything that was decided and measured on the way, and where the graphs lie.
+    """What was decided, what was measured on the way, and the file that ships.
 
-    `matching`: one for each of `sinks`, empty without held-out text. `mixed`: what stays in half
-    precision, None without a budget. `linears`: what is quantized. `warnings`: for people. The
-    residual stream of all graphs but the traced one is divided by `2^scale_exponent`. `check`: the
-    finished file against fp32.
+    `decisions`: one for each lifecycle that was found. `matching`: one for each of `sinks`, empty
+    without held-out text. `mixed`: what stays in half precision, None without a budget. `warnings`:
+    for people. `check`: the finished file `quantized` against fp32.
     """
 
+    chosen: Decisions
     sites: Sites
     stats: TokenStats
     decisions: list[Decision]
-    sinks: list[SinkTemplates]
     insertions: list[Insertion]  # of `sinks`, in order
-    scale_exponent: int
-    weight_bits: int
-    smoothing: Smoothing
     quantizers: dict[str, Quantizer]
     cache: dict[str, CacheScale]  # by the name of a step's keys or values
-    linears: tuple[Linear, ...]
-    blocks: dict[str, int]
     before: dict[str, TensorStats]
     observed_before: dict[str, list[float]]
     observed_after: dict[str, list[float]]
     recall: float | None
     sink_nodes: int
     traced: Path
-    inserted: Path
     quantized: Path
     matching: list[MatchQuality] = field(default_factory=list)
     mixed: MixedPlan | None = None
     warnings: list[str] = field(default_factory=list)
     check: FinalCheck | None = None
 
+    @property
+    def sinks(self) -> list[SinkTemplates]:
+        """The lifecycles that are replaced."""
+        return list(self.chosen.sinks)
+
+    @property
+    def smoothing(self) -> Smoothing:
+        return self.chosen.smoothing
+
+    @property
+    def scale_exponent(self) -> int:
+        """The residual stream of what ships is divided by 2 to this power."""
+        return self.chosen.exponent
+
+    @property
+    def weight_bits(self) -> int:
+        return self.chosen.recipe.weight_bits
+
+    @property
+    def blocks(self) -> Mapping[str, int]:
+        """The int4 block size by weight name."""
+        return self.chosen.blocks
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The products that are quantized."""
+        return tuple(x for x in self.sites.linears if x.node not in self.chosen.left)
+
+    def graph(self, stage: str) -> ir.Model:
+        """The graph at a stage of `passes/order.py`, in memory, its constants lazy."""
+        return lower(begin(io.load(self.traced))[0], self.chosen, stage).model
+
+    def write(self, stage: str, path: Path) -> Path:
+        """Write the graph at a stage with all its weights, for people and for tests."""
+        io.save(self.graph(stage), path)
+        return path
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step reads: the traced graph in memory, which no step changes."""
+
+    base: Lowered
+    data: Calibration
+    stats: TokenStats
+    options: _Run
+    work: Path
+
+    @property
+    def sites(self) -> Sites:
+        return self.base.sites
+
+    @property
+    def traced(self) -> ir.Model:
+        return self.base.model
+
+    def at(self, stage: str, chosen: Decisions) -> ir.Model:
+        return lower(self.base, chosen, stage).model
+
 
 def rewrite(
     traced: Path, work: Path, recipe: Recipe, dtype: str, data: Calibration, progress: Progress
 ) -> Rewrite:
-    """Run all stages. `traced` must lie in a folder of its own; `work` receives the graphs.
+    """Run all steps on the traced graph; `work` receives the file that ships and rounded weights.
 
     Raises GraphError if the graph is not understood, not finite, or loses its sinks.
     """
-    traced, notes = _unshared(traced)
-    model = io.load(traced)
-    sites = find_sites(model)
+    base, shared = begin(io.load(traced))
+    notes = _shared_note(shared)
     for note in notes:
         progress.note(note)
-    for refusal in sites.refused:
+    for refusal in base.sites.refused:
         progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
     options = _Run(providers=data.providers, progress=progress)
-
-    blocks = _int4_blocks(sites, recipe) if recipe.weight_bits == 4 else {}
+    chosen = Decisions(recipe, dtype, blocks=_int4_blocks(base.sites, recipe))
 
     with progress.step("Observe tokens"):
-        stats = observe_tokens(traced, sites, data.all, **options)
-        surprise = surprise_warning(traced, data.windows, **options)
-    half = dtype == "fp16"
-    loud = _loud_attentions(traced, sites, data, options) if half else {}
-    if loud:
-        notes.append(_loud_note(loud))
-        progress.note(notes[-1])
+        stats = observe_tokens(base.model, base.sites, data.all, **options)
+        surprise = surprise_warning(base.model, data.windows, **options)
+    job = _Job(base, data, stats, options, work)
+    if chosen.half:
+        loud = _loud_attentions(job)
+        chosen = replace(chosen, scaled_queries=tuple(loud))
+        if loud:
+            notes.append(_loud_note(loud))
+            progress.note(notes[-1])
     with progress.step("Fit sinks"):
-        decisions = decide(
-            traced, sites, discover(stats), stats, data.all,
+        fits = decide(
+            job.traced, job.sites, discover(stats), stats, data.all,
             limit=data.max_relative_deviation, seed=data.seed, **options,
         )  # fmt: skip
-    turned = traced
-    if recipe.folded_rotation:
-        with progress.step("Fold rotations"):
-            turned = work / ROTATED
-            for refusal in _rotate(model, sites):
-                progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
-            io.save(model, turned)
-    while True:
-        taken = [d.lifecycle for d in decisions if d.replaced and _wanted(d, recipe, half)]
-        exponent = stream_exponent(stats, taken) if half else 0
-        # Tokens of a lifecycle that stays must be rounded well like all others.
-        left_out = taken if recipe.sinks == "always" else []
-        with progress.step("Observe ranges"):
-            before = _ranges(traced, sites, left_out, stats, data, progress)
-            ranges = before
-            if turned != traced:
-                ranges = _ranges(turned, sites, left_out, stats, data, progress)
-        with progress.step("Smooth and rotate"):
-            smoothing = _prepare(
-                traced, work / PREPARED, sites, ranges, recipe, blocks, exponent, loud
-            )
-            found = refit(work / PREPARED, sites, decisions, stats, data.all, **options)
-        lost = [
-            new
-            for old, new in zip(decisions, found, strict=True)
-            if old.replaced and not new.replaced
-        ]
-        decisions = found
-        if not lost:
-            break
-        progress.note(_lost_note(lost))  # and now smoothing sees its tokens
+    chosen, fits, before, ranges = _prepared(job, chosen, fits)
     with progress.step("Insert sinks"):
-        int8_cache = recipe.kv_bits == 8
-        sinks = [
-            replace(
-                d.templates,
-                form=calibrated_form(d.templates, data.insertion, int8_cache=int8_cache),
-            )
-            for d in decisions
-            if d.templates and d.replaced and _wanted(d, recipe, half)
-        ]
-        _insert(work, sites, sinks)
-        sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
-        matching = _matching(traced, work, sites, sinks, data, options)
+        chosen = replace(chosen, sinks=tuple(_calibrated(job, chosen, fits)))
+        chosen = _restored(job, chosen, INSERTED)
+        matching = _matching(job, chosen)
     warnings = [surprise] if surprise else []
     warnings += _everyone(stats)
-    warnings += sink_warnings(sinks, matching)
+    warnings += sink_warnings(chosen.sinks, matching)
     for warning in warnings:
         progress.note(f"warning: {warning}")
-    quantizers: dict[str, Quantizer] = {}
-    codes: Codes = {}
-    if recipe.activation_max is not None or recipe.gptq:
-        with progress.step("Calibrate quantizers"):
-            quantizers, codes = calibrate_blocks(
-                work / INSERTED, sites, before, sinks, recipe, blocks, data.windows,
-                seed=data.seed, **options,
-            )  # fmt: skip
+    chosen, quantizers = _rounded(job, chosen, before, ranges)
     cache: dict[str, CacheScale] = {}
     if recipe.kv_bits == 8:
         with progress.step("Calibrate the KV cache"):
-            cache = _cache_scales(work / INSERTED, sites, sinks, data, progress)
-    importance = _importance(sites, ranges, smoothing, quantizers) if blocks else None
-
-    def rounded(quantizers: Mapping[str, Quantizer], left: Collection[str] = ()) -> ir.Model:
-        """The inserted graph with all that the recipe quantizes but the products `left`."""
-        scales = {name: q.scale for name, q in quantizers.items()}
-        model = (
-            io.load(work / INSERTED)
-            if recipe.weight_bits == 16
-            else quantized_graph(
-                work / INSERTED,
-                sites,
-                scales,
-                blocks,
-                importance,
-                left,
-                recipe.activation_max,
-                codes,
-            )
-        )
-        if cache:
-            quantize_cache(model, sites, {name: found.scale for name, found in cache.items()})
-        return model
-
-    def write(quantizers: dict[str, Quantizer], left: Collection[str] = ()) -> None:
-        model = rounded(quantizers, left)
-        if half:
-            to_half(model)
-        io.save(model, work / QUANTIZED)
-
-    def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
-        """Of the quantized graph: ranges hold in every form, since semantic rows are the same."""
-        _insert(work, sites, candidates)
-        write(quantizers)
-        _restored(work, QUANTIZED, sites, candidates, stats, data, options)
-        names = [index_name(number) for number in range(len(candidates))]
-        windows = data.windows[:_FORM_WINDOWS]
-        return divergence(traced, work / QUANTIZED, windows, names, **options)
-
+            cache = _cache_scales(job, chosen)
+        chosen = replace(chosen, cache={name: found.scale for name, found in cache.items()})
     with progress.step("Choose the insertion"):
-        first = [s.form for s in sinks]
-        sinks, insertions = choose_forms(sinks, data.insertion, loss, int8_cache=int8_cache)
-        _insert(work, sites, sinks)
-        if [s.form for s in sinks] != first:  # what is restored was measured in the first form
-            sinks = _restored(work, INSERTED, sites, sinks, stats, data, options)
-    mixed: MixedPlan | None = None
+        chosen, insertions = _formed(job, chosen)
+    mixed, reference = None, None
     everything = [Site(q.name, q.linears) for q in quantizers.values()]
     if math.isfinite(data.budget) and quantizers:
         with progress.step("Search a mixed plan"):
-            reference = Reference.of(traced, data.windows, **options)
-            mixed = _mixed_plan(
-                rounded(quantizers), work, everything, data.budget, reference, options
-            )
-        quantizers = _without(quantizers, mixed)
-    in_half = frozenset(mixed.linears if mixed else ())
-    graphs = work / QUANTIZED, work / INSERTED
-    sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
+            reference = Reference.of(job.traced, data.windows, **options)
+            mixed = _mixed_plan(job, chosen, everything, reference)
+            chosen, quantizers = _left(chosen, quantizers, mixed)
     with progress.step("Quantize"):
-        write(quantizers, in_half)
-    with progress.step("Check the quantized graph"):
-        recall = recall_of(*graphs, len(sinks), sample, **options)
-        if recall is not None and recall < LEAST_RECALL:
-            progress.note(
-                f"the clipped ranges hide {1 - recall:.0%} of the sinks: their clipping factors "
-                "up to the birth are rejected"
-            )
-            quantizers = unclipped(quantizers, sites, sinks)
-            write(quantizers, in_half)
-            recall = recall_of(*graphs, len(sinks), sample, **options)
-        if recall is not None and recall < LEAST_RECALL:
-            hiding = hiding_quantizer(
-                work / INSERTED, sites, quantizers, len(sinks), sample, **options
-            )
-            raise GraphError(hidden(recall, hiding, sites))
-        if quantizers and sinks:
+        chosen, quantizers, recall = _with_recall(job, chosen, quantizers)
+        if quantizers and chosen.sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
-            sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
-        if mixed is not None:
-            mixed = mixed.shipped(*reference.ratio(work / QUANTIZED, **options))
-            # The search measures in float32 and with what was restored before: go on from there.
-            for _ in range(_MORE_SITES):
-                more = mixed.one_more(everything) if not mixed.met else None
-                if more is None:
-                    break
-                in_half, quantizers = frozenset(more.linears), _without(quantizers, more)
-                write(quantizers, in_half)
-                if quantizers and sinks:
-                    sinks = _restored(work, QUANTIZED, sites, sinks, stats, data, options)
-                mixed = more.shipped(*reference.ratio(work / QUANTIZED, **options))
+            chosen = _restored(job, chosen, SHIPPED)
+        if mixed is not None and reference is not None:
+            chosen, quantizers, mixed = _within(
+                job, chosen, quantizers, mixed, everything, reference
+            )
             if not mixed.met:
                 warnings.append(mixed.unmet())
                 progress.note(f"warning: {warnings[-1]}")
-        shipped = work / QUANTIZED
-        check = final_check(traced, shipped, data.windows, block_parts(sites), **options)
+        model, path = job.at(SHIPPED, chosen), work / MODEL
+        io.save(model, path)
+    with progress.step("Check the quantized graph"):
+        check = final_check(job.traced, path, data.windows, block_parts(job.sites), **options)
         if check.lost >= MOST_LOST:
-            inserted = work / INSERTED
-            raise GraphError(broken(check, inserted, shipped, sites, data.windows, **options))
+            inserted = job.at(INSERTED, chosen)
+            raise GraphError(broken(check, inserted, path, job.sites, data.windows, **options))
         progress.note(check.sentence())
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
     observed = data.windows[:_OBSERVED_WINDOWS]
-    after = observe_tokens(work / INSERTED, sites, observed, **options) if sinks else stats
-    columns = stats.window < len(observed)
+    after = stats
+    if chosen.sinks:
+        after = observe_tokens(job.at(INSERTED, chosen), job.sites, observed, **options)
     return Rewrite(
-        sites=sites,
+        chosen=chosen,
+        sites=job.sites,
         stats=stats,
-        decisions=decisions,
-        sinks=sinks,
+        decisions=fits,
         insertions=insertions,
-        scale_exponent=exponent,
-        weight_bits=recipe.weight_bits,
-        smoothing=smoothing,
         quantizers=quantizers,
         cache=cache,
-        linears=tuple(linear for linear in sites.linears if linear.node not in in_half),
-        blocks=blocks,
         before=before,
-        observed_before=_per_block(stats, columns),
-        observed_after=_observed_after(after, quantizers, sites),
+        observed_before=_per_block(stats, stats.window < len(observed)),
+        observed_after=_observed_after(after, quantizers, job.sites),
         recall=recall,
-        sink_nodes=sum(node.domain == DOMAIN for node in io.load(work / QUANTIZED).graph),
+        sink_nodes=sum(node.domain == DOMAIN for node in model.graph),
         traced=traced,
-        inserted=work / INSERTED,
-        quantized=work / QUANTIZED,
+        quantized=path,
         matching=matching,
         mixed=mixed,
         warnings=[*notes, *warnings],
@@ -368,33 +300,186 @@ def rewrite(
     )
 
 
-def _unshared(traced: Path) -> tuple[Path, list[str]]:
-    """A graph whose products share no weight, beside `traced` if that has some, and a note."""
-    model = io.load(traced)
-    changed = own_weights(model, find_sites(model))
-    if not changed:
-        return traced, []
-    path = traced.with_name(_UNSHARED)
-    io.save_skeleton(model, path)
-    return path, [
-        f"{len(changed)} products share their weight with another, the first is {changed[0]}: each "
+def _shared_note(shared: Sequence[str]) -> list[str]:
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} products share their weight with another, the first is {shared[0]}: each "
         "gets a copy of its own, since rounding and smoothing depend on what a product reads"
     ]
 
 
-def _loud_attentions(
-    traced: Path, sites: Sites, data: Calibration, options: _Run
-) -> dict[str, float]:
+def _prepared(
+    job: _Job, chosen: Decisions, fits: list[Decision]
+) -> tuple[Decisions, list[Decision], dict[str, TensorStats], dict[str, TensorStats]]:
+    """Scale, rotate and smooth; fit templates and thresholds on what comes of it.
+
+    A lifecycle that smoothing hides from detection stays, and smoothing is chosen again with its
+    tokens. The statistics are those of the traced graph, and of the one with rotations folded.
+    """
+    progress, recipe = job.options["progress"], chosen.recipe
+    said = False
+    while True:
+        taken = [d.lifecycle for d in fits if d.replaced and _wanted(d, chosen)]
+        exponent = stream_exponent(job.stats, taken) if chosen.half else 0
+        chosen = replace(chosen, exponent=exponent, smoothing=Smoothing({}, {}))
+        # Tokens of a lifecycle that stays must be rounded well like all others.
+        left_out = taken if recipe.sinks == "always" else []
+        with progress.step("Observe ranges"):
+            turned = lower(job.base, chosen, TURNED)
+            before = _ranges(job, job.traced, left_out)
+            ranges = _ranges(job, turned.model, left_out) if recipe.folded_rotation else before
+        if not said:
+            for refusal in turned.refused:
+                progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
+            said = True
+        with progress.step("Smooth and rotate"):
+            if recipe.smoothing:
+                smoothing = find_smoothing(
+                    turned.model, job.sites, ranges,
+                    rotation=recipe.rotation, int4_blocks=chosen.blocks,
+                    activation_max=recipe.activation_max, side=recipe.side_channels,
+                )  # fmt: skip
+                chosen = replace(chosen, smoothing=smoothing)
+            prepared = lower(turned, chosen, PREPARED).model
+            found = refit(prepared, job.sites, fits, job.stats, job.data.all, **job.options)
+        lost = [old for old, new in zip(fits, found, strict=True) if old.replaced > new.replaced]
+        fits = found
+        if not lost:
+            return chosen, fits, before, ranges
+        progress.note(_lost_note(lost))  # and now smoothing sees its tokens
+
+
+def _calibrated(job: _Job, chosen: Decisions, fits: Sequence[Decision]) -> list[SinkTemplates]:
+    """The templates of what is replaced, in the form that blocks are calibrated in."""
+    int8_cache = chosen.recipe.kv_bits == 8
+    return [
+        replace(
+            fit.templates,
+            form=calibrated_form(fit.templates, job.data.insertion, int8_cache=int8_cache),
+        )
+        for fit in fits
+        if fit.templates and fit.replaced and _wanted(fit, chosen)
+    ]
+
+
+def _rounded(
+    job: _Job,
+    chosen: Decisions,
+    before: Mapping[str, TensorStats],
+    ranges: Mapping[str, TensorStats],
+) -> tuple[Decisions, dict[str, Quantizer]]:
+    """Ranges of activations and codes of weights."""
+    recipe, options = chosen.recipe, job.options
+    store = CodeStore(job.work / "codes")
+    if recipe.weight_bits == 16:
+        return chosen, {}
+    if recipe.activation_max is None and not recipe.gptq:
+        nodes = {node.name: node for node in job.at(PREPARED, chosen).graph}
+        for linear in job.sites.linears:
+            weight = nodes[linear.node].inputs[1].const_value.numpy()
+            power = (unit_rows(ranges[linear.input].rows) ** 2).mean(0)
+            power = power / chosen.smoothing.factors(linear.input) ** 2
+            size = chosen.blocks.get(linear.weight)
+            store.add(linear.weight, *plainly_rounded(weight, size, power))
+        return replace(chosen, codes=store), {}
+    with options["progress"].step("Calibrate quantizers"):
+        quantizers = calibrate_blocks(
+            job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe, chosen.blocks,
+            job.data.windows, store, seed=job.data.seed, **options,
+        )  # fmt: skip
+    activations = {name: q.scale for name, q in quantizers.items()}
+    return replace(chosen, activations=activations, codes=store), quantizers
+
+
+def _formed(job: _Job, chosen: Decisions) -> tuple[Decisions, list[Insertion]]:
+    """Every lifecycle in the form of least loss, on the quantized graph: ranges hold in every form,
+    since semantic rows are the same."""
+    windows = job.data.windows[:_FORM_WINDOWS]
+
+    def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
+        tried = replace(chosen, sinks=tuple(candidates))
+        tried = _restored(job, tried, SHIPPED)
+        names = [index_name(number) for number in range(len(candidates))]
+        return divergence(job.traced, job.at(SHIPPED, tried), windows, names, **job.options)
+
+    first = [s.form for s in chosen.sinks]
+    sinks, insertions = choose_forms(
+        chosen.sinks, job.data.insertion, loss, int8_cache=chosen.recipe.kv_bits == 8
+    )
+    chosen = replace(chosen, sinks=tuple(sinks))
+    if [s.form for s in sinks] != first:  # what is restored was measured in the first form
+        chosen = _restored(job, chosen, INSERTED)
+    return chosen, insertions
+
+
+def _with_recall(
+    job: _Job, chosen: Decisions, quantizers: dict[str, Quantizer]
+) -> tuple[Decisions, dict[str, Quantizer], float | None]:
+    """Ranges that do not hide the sinks, and the share of the sinks that is still found."""
+    data, count = job.data, len(chosen.sinks)
+    sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
+    if not count:
+        return chosen, quantizers, None
+    inserted = job.at(INSERTED, chosen)
+    recall = recall_of(job.at(SHIPPED, chosen), inserted, count, sample, **job.options)
+    if recall is not None and recall < LEAST_RECALL:
+        job.options["progress"].note(
+            f"the clipped ranges hide {1 - recall:.0%} of the sinks: their clipping factors "
+            "up to the birth are rejected"
+        )
+        quantizers = unclipped(quantizers, job.sites, chosen.sinks)
+        scales = {name: q.scale for name, q in quantizers.items()}
+        chosen = replace(chosen, activations={**chosen.activations, **scales})
+        recall = recall_of(job.at(SHIPPED, chosen), inserted, count, sample, **job.options)
+    if recall is not None and recall < LEAST_RECALL:
+        hiding = hiding_quantizer(inserted, job.sites, quantizers, count, sample, **job.options)
+        raise GraphError(hidden(recall, hiding, job.sites))
+    return chosen, quantizers, recall
+
+
+def _within(
+    job: _Job,
+    chosen: Decisions,
+    quantizers: dict[str, Quantizer],
+    mixed: MixedPlan,
+    everything: Sequence[Site],
+    reference: Reference,
+) -> tuple[Decisions, dict[str, Quantizer], MixedPlan]:
+    """What ships measured against the budget. The search measures in float32 and with what was
+    restored before: some sites more may have to be left."""
+    mixed = mixed.shipped(*reference.ratio(job.at(SHIPPED, chosen), **job.options))
+    for _ in range(_MORE_SITES):
+        more = mixed.one_more(everything) if not mixed.met else None
+        if more is None:
+            break
+        chosen, quantizers = _left(chosen, quantizers, more)
+        if quantizers and chosen.sinks:
+            chosen = _restored(job, chosen, SHIPPED)
+        mixed = more.shipped(*reference.ratio(job.at(SHIPPED, chosen), **job.options))
+    return chosen, quantizers, mixed
+
+
+def _left(
+    chosen: Decisions, quantizers: dict[str, Quantizer], mixed: MixedPlan
+) -> tuple[Decisions, dict[str, Quantizer]]:
+    """With the products of `mixed` in half precision, and the quantizers that are left."""
+    left = frozenset(mixed.linears)
+    kept = {name: q for name, q in quantizers.items() if not left & set(q.linears)}
+    return replace(chosen, left=left), kept
+
+
+def _loud_attentions(job: _Job) -> dict[str, float]:
     """`Attention` nodes whose q.k half precision may not hold before its scale -> the largest.
 
     Raises GraphError for one whose scores it cannot hold either.
     """
-    nodes = {attended.node: attended for attended in attentions(io.load(traced))}
-    windows = short_windows(data.windows)
-    peaks = product_peaks(traced, windows, HALF_MAX / 2, **options)
+    nodes = {attended.node: attended for attended in attentions(job.traced)}
+    windows = short_windows(job.data.windows)
+    peaks = product_peaks(job.traced, windows, HALF_MAX / 2, **job.options)
     for node, peak in peaks.items():
         if peak * nodes[node].scale > HALF_MAX:
-            raise GraphError(scores_overflow(node, peak, nodes[node].scale, block_parts(sites)))
+            raise GraphError(scores_overflow(node, peak, nodes[node].scale, block_parts(job.sites)))
     return {node: peak for node, peak in peaks.items() if 2 * peak > HALF_MAX}
 
 
@@ -426,27 +511,14 @@ def overflows_half(lifecycle: Lifecycle) -> bool:
 
 
 def quantized_graph(
-    source: Path,
+    source: Graph,
     sites: Sites,
     activations: dict[str, float],
-    blocks: dict[str, int],
-    importance: dict[str, np.ndarray] | None = None,
-    left: Collection[str] = (),
-    activation_max: int | None = None,
-    codes: Codes | None = None,
+    activation_max: int = INT8_MAX,
 ) -> ir.Model:
-    """The float32 graph `source` with Q/DQ; weights are rounded when it is saved.
-
-    `blocks` (weight name -> size) and `importance` are for int4 weights; without, int8. Products
-    (node names) in `left` stay as they are.
-    """
-    bits = 4 if blocks else 8
-    model = io.load(source)
-    linears = tuple(linear for linear in sites.linears if linear.node not in left)
-    plan = QuantizePlan(
-        linears, bits, activations, blocks, importance or {},
-        activation_max=activation_max or INT8_MAX, codes=codes or {},
-    )  # fmt: skip
+    """The float32 graph `source` in W8A8 by rounding to nearest, computed when it is saved."""
+    model = copied(source) if isinstance(source, ir.Model) else io.load(source)
+    plan = QuantizePlan(tuple(sites.linears), 8, activations, activation_max=activation_max)
     quantize(model, plan)
     return model
 
@@ -463,27 +535,23 @@ def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:
     scales = {
         name: stats.absmax / INT8_MAX for name, stats in rewrite.before.items() if stats.absmax
     }
-    model = quantized_graph(rewrite.traced, rewrite.sites, scales, {})
+    base, _ = begin(io.load(rewrite.traced))
+    model = quantized_graph(base.model, base.sites, scales)
     if dtype == "fp16":
         to_half(model)
     io.save(model, path)
 
 
-def _matching(
-    traced: Path,
-    work: Path,
-    sites: Sites,
-    sinks: Sequence[SinkTemplates],
-    data: Calibration,
-    options: _Run,
-) -> list[MatchQuality]:
+def _matching(job: _Job, chosen: Decisions) -> list[MatchQuality]:
     """How well the inserted graph finds and matches the sinks of held-out text, if there is any."""
-    if not sinks or not data.heldout:
+    heldout = job.data.heldout
+    if not chosen.sinks or not heldout:
         return []
-    stats = observe_tokens(traced, sites, data.heldout, **options)
-    indices = [index_name(number) for number in range(len(sinks))]
+    stats = observe_tokens(job.traced, job.sites, heldout, **job.options)
+    indices = [index_name(number) for number in range(len(chosen.sinks))]
     return measure(
-        work / PREPARED, work / INSERTED, indices, sites, sinks, stats, data.heldout, **options
+        job.at(PREPARED, chosen), job.at(INSERTED, chosen), indices, job.sites, chosen.sinks, stats,
+        heldout, **job.options,
     )  # fmt: skip
 
 
@@ -498,35 +566,30 @@ def _everyone(stats: TokenStats) -> list[str]:
     ]
 
 
-def _ranges(
-    graph: Path,
-    sites: Sites,
-    taken: Sequence[Lifecycle],
-    stats: TokenStats,
-    data: Calibration,
-    progress: Progress,
-) -> dict[str, TensorStats]:
+def _ranges(job: _Job, graph: Graph, taken: Sequence[Lifecycle]) -> dict[str, TensorStats]:
     """Statistics of every product's input.
 
     Tokens of the lifecycles `taken` are not semantic where these live; those of others stay and
     must be rounded well like all else.
     """
-    spiking = {linear.input: np.zeros(stats.token.size, bool) for linear in sites.linears}
+    linears, stats = job.sites.linears, job.stats
+    spiking = {linear.input: np.zeros(stats.token.size, bool) for linear in linears}
     for lifecycle in taken:
-        for scope, members in lifecycle.scopes(sites):
-            for linear in sites.linears:
+        for scope, members in lifecycle.scopes(job.sites):
+            for linear in linears:
                 if linear.node in scope:
                     spiking[linear.input][members] = True
-    widths = {linear.input: linear.in_features for linear in sites.linears}
+    widths = {linear.input: linear.in_features for linear in linears}
     return observe_ranges(
-        graph, widths, data.windows, lambda name, n, _: spiking[name][stats.window == n],
-        providers=data.providers, progress=progress, seed=data.seed,
+        graph, widths, job.data.windows, lambda name, n, _: spiking[name][stats.window == n],
+        seed=job.data.seed, **job.options,
     )  # fmt: skip
 
 
-def _wanted(decision: Decision, recipe: Recipe, half: bool) -> bool:
+def _wanted(decision: Decision, chosen: Decisions) -> bool:
     """Whether the recipe replaces this spike, if it can be."""
-    return recipe.sinks == "always" or (half and overflows_half(decision.lifecycle))
+    always = chosen.recipe.sinks == "always"
+    return always or (chosen.half and overflows_half(decision.lifecycle))
 
 
 def _lost_note(lost: Sequence[Decision]) -> str:
@@ -537,68 +600,12 @@ def _lost_note(lost: Sequence[Decision]) -> str:
     )
 
 
-def _rotate(model: ir.Model, sites: Sites) -> list[Refusal]:
-    refused = rotate_stream(model, sites)
-    return [*([refused] if refused else []), *rotate_attention_values(model, sites)]
-
-
-def _prepare(
-    traced: Path,
-    path: Path,
-    sites: Sites,
-    stats: dict[str, TensorStats],
-    recipe: Recipe,
-    blocks: dict[str, int],
-    exponent: int,
-    loud: Collection[str] = (),
-) -> Smoothing:
-    """Everything that keeps the function: scale, level rows, rotate, smooth, side paths."""
-    model = io.load(traced)
-    scale_residual(model, sites, exponent)
-    scale_queries(model, loud)
-    if recipe.folded_rotation:
-        _rotate(model, sites)
-    if recipe.activation_bits < 16:
-        level_rows(model, sites)
-    smoothing = Smoothing({}, {})
-    if recipe.smoothing:
-        smoothing = find_smoothing(
-            model, sites, stats,
-            rotation=recipe.rotation, int4_blocks=blocks,
-            activation_max=recipe.activation_max, side=recipe.side_channels,
-        )  # fmt: skip
-        fold_smoothing(model, sites, smoothing)
-    downs = {block.mlp.output.node: block.mlp.output for block in sites.blocks}
-    chosen = {
-        node: (down, smoothing.paths[down.input].side)
-        for node, down in downs.items()
-        if down.input in smoothing.paths and smoothing.paths[down.input].side.size
-    }
-    side_channels(model, chosen)
-    size = recipe.rotation
-    if size:
-        rotate(model, {n: (d, size) for n, d in downs.items() if d.in_features % size == 0})
-    io.save(model, path)
-    return smoothing
-
-
-def _insert(work: Path, sites: Sites, sinks: Sequence[SinkTemplates]) -> None:
-    model = io.load(work / PREPARED)
-    insert_sinks(model, sites, sinks)
-    io.save_skeleton(model, work / INSERTED)
-
-
-def _cache_scales(
-    inserted: Path,
-    sites: Sites,
-    sinks: Sequence[SinkTemplates],
-    data: Calibration,
-    progress: Progress,
-) -> dict[str, CacheScale]:
+def _cache_scales(job: _Job, chosen: Decisions) -> dict[str, CacheScale]:
     """Of every layer's keys and values; rows of replaced sinks are read from templates instead."""
     widths: dict[str, int] = {}
     indices: dict[str, list[str]] = {}
-    for block in sites.blocks:
+    sinks, windows = chosen.sinks, job.data.windows
+    for block in job.sites.blocks:
         site = block.attention.attention
         if site is not None:  # else the pass says so
             passing = [n for n, s in enumerate(sinks) if block.index in s.lifecycle.insert_blocks]
@@ -606,111 +613,63 @@ def _cache_scales(
             indices |= {x: [index_name(n) for n in passing] for x in (site.key, site.value)}
 
     def rows(name: str, number: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        found = np.zeros(len(data.windows[number].ids), bool)
+        found = np.zeros(len(windows[number].ids), bool)
         for index in indices[name]:
             found |= values[index] > 0
         return found
 
     stats = observe_ranges(
-        inserted, widths, data.windows, rows,
-        always=[index_name(n) for n in range(len(sinks))], providers=data.providers,
-        progress=progress, seed=data.seed,
+        job.at(INSERTED, chosen), widths, windows, rows,
+        always=[index_name(n) for n in range(len(sinks))], seed=job.data.seed, **job.options,
     )  # fmt: skip
     return {name: cache_scale(found) for name, found in stats.items()}
 
 
 def _int4_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:
+    if recipe.weight_bits != 4:
+        return {}
     most = recipe.weight_block
     return {x.weight: int4_block_size(x.weight, x.in_features, most) for x in sites.linears}
 
 
-def _importance(
-    sites: Sites,
-    stats: dict[str, TensorStats],
-    smoothing: Smoothing,
-    quantizers: dict[str, Quantizer],
-) -> dict[str, np.ndarray]:
-    """Mean squared input per channel of every weight, as the prepared graph sees it."""
-    seen = {node: q.after.rows for q in quantizers.values() for node in q.linears}
-    found = {}
-    for linear in sites.linears:
-        if linear.node in seen:
-            found[linear.weight] = (seen[linear.node] ** 2).mean(0)
-        else:
-            power = (unit_rows(stats[linear.input].rows) ** 2).mean(0)
-            found[linear.weight] = power / smoothing.factors(linear.input) ** 2
-    return found
-
-
-def _restored(
-    work: Path,
-    graph: str,
-    sites: Sites,
-    sinks: Sequence[SinkTemplates],
-    stats: TokenStats,
-    data: Calibration,
-    options: _Run,
-) -> list[SinkTemplates]:
-    """Measure what each lifecycle must restore on the file `graph`, and write it there.
+def _restored(job: _Job, chosen: Decisions, stage: str) -> Decisions:
+    """With what each lifecycle must restore, as measured on the graph at `stage`.
 
     In order of their ends: a later life of the same tokens must find the earlier one restored.
     """
-    measured = list(sinks)
-    most = _CHECKED_SINKS if graph == QUANTIZED else None
-    for number in sorted(range(len(sinks)), key=lambda n: sinks[n].lifecycle.end):
+    if all(sinks.form == KV for sinks in chosen.sinks):
+        return chosen  # it sets the residual
+    measured, most = list(chosen.sinks), _CHECKED_SINKS if stage == SHIPPED else None
+    prepared, model = job.at(PREPARED, chosen), job.at(stage, chosen)
+    for number in sorted(range(len(measured)), key=lambda n: measured[n].lifecycle.end):
         (measured[number],) = with_restore(
-            work / PREPARED,
-            work / graph,
-            sites,
-            [sinks[number]],
-            stats,
-            data.all,
-            most=most,
-            **options,
-        )
-        model = io.load(work / graph)
+            prepared, model, job.sites, [measured[number]], job.stats, job.data.all, most=most,
+            **job.options,
+        )  # fmt: skip
         set_restore(model, measured)
-        io.save_skeleton(model, work / graph)
-    return measured
-
-
-def _without(quantizers: dict[str, Quantizer], mixed: MixedPlan) -> dict[str, Quantizer]:
-    """Those whose products `mixed` does not leave in half precision."""
-    left = set(mixed.linears)
-    return {name: q for name, q in quantizers.items() if not left & set(q.linears)}
+    return replace(chosen, sinks=tuple(measured))
 
 
 def _mixed_plan(
-    model: ir.Model,
-    work: Path,
-    sites: Sequence[Site],
-    budget: float,
-    reference: Reference,
-    options: _Run,
+    job: _Job, chosen: Decisions, sites: Sequence[Site], reference: Reference
 ) -> MixedPlan:
-    """The fewest products to leave out for the budget, measured with every weight rounded.
-
-    `model` is the fully quantized graph in float32, before it is halved.
-    """
+    """The fewest products to leave out for the budget, measured with every weight rounded, in
+    float32."""
+    model = job.at(ROUNDED, chosen)
     names = [site.name for site in sites]
     add_switches(model, names)
-    path = work / _PARTIAL
-    io.save(model, path)
-    trial = Trial(path, names, reference, providers=options["providers"])
+    trial = Trial(model, names, reference, providers=job.options["providers"])
 
     def harm() -> dict[str, float]:
         found = {}
         for number, name in enumerate(names):
             found[name] = trial.harm(name)
-            options["progress"].update(number + 1, len(names))
+            job.options["progress"].update(number + 1, len(names))
         return found
 
-    found = mixed_plan(
-        sites, harm, budget, lambda skipped: trial.ratio({site.name for site in skipped})
+    return mixed_plan(
+        sites, harm, job.data.budget, lambda skipped: trial.ratio({site.name for site in skipped})
     )
-    path.unlink()
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
-    return found
 
 
 def _observed_after(

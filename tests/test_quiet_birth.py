@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from iq_export.calibrate.taps import tapped_runs
+from iq_export.observe.walk import walk
 from iq_export.progress import Progress
 from iq_export.quant.recipe import load_recipe
 from iq_export.rewrite import Calibration, Rewrite, rewrite
@@ -49,7 +49,7 @@ def error(done: Rewrite) -> float:
     """Relative squared error of the logits of all rows but the sink's, on other windows."""
     lost = total = 0.0
     runs = [
-        tapped_runs(path, [["logits"]], DATA[10:], providers=CPU, progress=Progress(quiet=True))
+        walk(path, ["logits"], DATA[10:], providers=CPU, progress=Progress(quiet=True))
         for path in (done.traced, done.quantized)
     ]
     for (_, exact), (_, found) in zip(*runs, strict=True):

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
-from iq_export.graph import io
+from iq_export.observe.walk import Graph, loaded, walk
 from iq_export.passes.scale_query import attention_scale, query_heads
 from iq_export.progress import Progress
 
@@ -51,23 +49,26 @@ def attentions(model: ir.Model) -> list[Attended]:
 
 
 def product_peaks(
-    path: Path,
+    graph: Graph,
     windows: Sequence[Window],
     limit: float,
     *,
     providers: Sequence[str],
     progress: Progress,
 ) -> dict[str, float]:
-    """The largest `|q.k|` of every `Attention` node of the graph `path`, before its scale.
+    """The largest `|q.k|` of every `Attention` node of `graph`, before its scale.
 
     Over all pairs of tokens of a window, those that the mask hides too. Where the lengths alone
     tell that it is below `limit`, it is the product of the lengths.
     """
-    sites = attentions(io.load(path))
+    model = loaded(graph)
+    sites = attentions(model)
     peaks = {site.node: 0.0 for site in sites}
-    groups = [[name for site in sites for name in (site.query, site.key)]] if sites else []
-    for _, values in tapped_runs(path, groups, windows, providers=providers, progress=progress):
+    names = [name for site in sites for name in (site.query, site.key)]
+    for _, values in walk(model, names, windows, providers=providers, progress=progress):
         for site in sites:
+            if site.query not in values:
+                continue
             peaks[site.node] = max(peaks[site.node], product_peak(site, values, limit))
     return peaks
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.observe.loss import chunks, kl, log_softmax, nll
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
 
@@ -28,8 +27,8 @@ class Divergence:
 
 
 def divergence(
-    reference: Path,
-    graph: Path,
+    reference: Graph,
+    graph: Graph,
     windows: Sequence[Window],
     indices: Sequence[str],
     *,
@@ -39,8 +38,8 @@ def divergence(
     """Run both graphs over `windows`; `indices` are the sink indices of `graph` (0: no sink)."""
     divergences, losses, sinks = [], [], []
     runs = [
-        tapped_runs(path, [["logits", *also]], windows, providers=providers, progress=progress)
-        for path, also in ((reference, ()), (graph, tuple(indices)))
+        walk(each, ["logits"], windows, always=also, providers=providers, progress=progress)
+        for each, also in ((reference, ()), (graph, tuple(indices)))
     ]
     for (number, exact), (_, found) in zip(*runs, strict=True):
         targets = np.asarray(windows[number].ids[1:])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import group_by_bytes, tapped_runs
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
 _BINS = 1 << 15
@@ -94,7 +93,7 @@ class TensorStats:
 
 
 def observe_ranges(
-    model_path: Path,
+    graph: Graph,
     widths: dict[str, int],
     windows: Sequence[Window],
     sinks: Callable[[str, int, Mapping[str, np.ndarray]], np.ndarray],
@@ -111,10 +110,9 @@ def observe_ranges(
     tensor; `values` holds the tensors named in `always`. At most `sample_tokens` rows are sampled.
     """
     stats = {name: TensorStats.empty(width) for name, width in widths.items()}
-    groups = group_by_bytes(widths, max(len(window.ids) for window in windows))
     per_window = rows_per_window(widths, len(windows), sample_tokens)
-    for number, values in tapped_runs(
-        model_path, groups, windows, always=always, providers=providers, progress=progress
+    for number, values in walk(
+        graph, list(widths), windows, always=always, providers=providers, progress=progress
     ):
         sample = sampled_rows(len(windows[number].ids), per_window, seed, number)
         for name, value in values.items():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.observe.loss import token_losses
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
 # Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. Single
@@ -63,7 +62,7 @@ def _is_letter(text: str) -> bool:
 
 
 def surprise_warning(
-    model: Path, windows: Sequence[Window], *, providers: Sequence[str], progress: Progress
+    model: Graph, windows: Sequence[Window], *, providers: Sequence[str], progress: Progress
 ) -> str | None:
     """Whether the model predicts the text hardly better than its token frequencies would.
 
@@ -86,11 +85,11 @@ def surprise_warning(
 
 
 def _loss(
-    model: Path, windows: Sequence[Window], providers: Sequence[str], progress: Progress
+    model: Graph, windows: Sequence[Window], providers: Sequence[str], progress: Progress
 ) -> float:
     """Mean negative log-likelihood, nats per predicted token."""
     total, tokens = 0.0, 0
-    runs = tapped_runs(model, [["logits"]], windows, providers=providers, progress=progress)
+    runs = walk(model, ["logits"], windows, providers=providers, progress=progress)
     for number, values in runs:
         targets = np.asarray(windows[number].ids[1:])
         total += float(token_losses(values["logits"][:-1], targets).sum())

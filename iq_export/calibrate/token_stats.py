@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import group_by_bytes, tapped_runs
 from iq_export.graph.sites import Sites
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
 
@@ -34,7 +33,7 @@ class TokenStats:
 
 
 def observe_tokens(
-    model_path: Path,
+    graph: Graph,
     sites: Sites,
     windows: Sequence[Window],
     *,
@@ -57,10 +56,8 @@ def observe_tokens(
     )
     down = {block.mlp.output.input: block.index for block in sites.blocks}
     residual = {block.mlp.residual: block.index for block in sites.blocks}
-    widths = {block.mlp.output.input: block.mlp.output.in_features for block in sites.blocks}
-    widths |= dict.fromkeys([sites.embedding, *residual], sites.hidden)
-    groups = group_by_bytes(widths, max(lengths))
-    runs = tapped_runs(model_path, groups, windows, providers=providers, progress=progress)
+    names = [sites.embedding, *down, *residual]
+    runs = walk(graph, names, windows, providers=providers, progress=progress)
     for number, values in runs:
         columns = slice(int(starts[number]), int(starts[number + 1]))
         for name, value in values.items():

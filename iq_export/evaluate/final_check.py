@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,12 @@ import onnx_ir as ir
 
 from iq_export.calibrate.attention import attentions, product_peak
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs, tapped_session, window_feeds
 from iq_export.errors import GraphError
-from iq_export.graph import io
 from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.observe.loss import kl, log_softmax
+from iq_export.observe.walk import CPU, Graph, loaded, raw_walk, walk
 from iq_export.passes.to_half import HALF_MAX
 from iq_export.progress import Progress
-from iq_export.run.ort import ort_errors
 from iq_export.sinks.ops import DOMAIN
 
 # A CPU dequantizes all half weights in every run, however short: few windows.
@@ -81,8 +78,8 @@ class FinalCheck:
 
 
 def final_check(
-    traced: Path,
-    shipped: Path,
+    traced: Graph,
+    shipped: Graph,
     windows: Sequence[Window],
     parts: Mapping[str, str] | None = None,
     *,
@@ -94,9 +91,9 @@ def final_check(
     Raises GraphError as `finite_logits` does. Whether what is left is enough, the caller decides.
     """
     short = short_windows(windows)
-    tensors = len(watched(io.load(shipped)))
-    exact_runs = tapped_runs(traced, [["logits"]], short, providers=providers, progress=progress)
-    found_runs = finite_logits(shipped, short, parts, providers=providers)
+    tensors = len(watched(loaded(shipped)))
+    exact_runs = walk(traced, ["logits"], short, providers=providers, progress=progress)
+    found_runs = finite_logits(shipped, short, parts, providers=providers, progress=progress)
     same, divergences, logs = [], [], []
     for (_, values), logits in zip(exact_runs, found_runs, strict=True):
         p, q = log_softmax(values["logits"]), log_softmax(logits)
@@ -114,12 +111,13 @@ def final_check(
     )
 
 
-def finite_values(path: Path, ids: list[int]) -> int:
-    """How many tensors of the graph `path` are finite on the tokens `ids`; raises as
+def finite_values(graph: Graph, ids: list[int]) -> int:
+    """How many tensors of `graph` are finite on the tokens `ids`; raises as
     `finite_logits` does if one is not."""
-    for _ in finite_logits(path, [Window(ids, False)], providers=("CPUExecutionProvider",)):
+    quiet = Progress(quiet=True)
+    for _ in finite_logits(graph, [Window(ids, False)], providers=CPU, progress=quiet):
         pass
-    return len(watched(io.load(path)))
+    return len(watched(loaded(graph)))
 
 
 def short_windows(windows: Sequence[Window]) -> list[Window]:
@@ -181,11 +179,12 @@ def _readers(quantizer: ir.Node) -> str:
 
 
 def finite_logits(
-    path: Path,
+    graph: Graph,
     windows: Sequence[Window],
     parts: Mapping[str, str] | None = None,
     *,
     providers: Sequence[str],
+    progress: Progress,
 ) -> Iterator[np.ndarray]:
     """The logits float32 `[seq, vocab]` of every window, once all that is `watched` is finite.
 
@@ -194,18 +193,13 @@ def finite_logits(
 
     Raises GraphError naming the first tensor with NaN or infinity and its place.
     """
-    model = io.load(path)
+    model = loaded(graph)
     known, sites = watched(model), attentions(model)
     half = any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.outputs)
-    names = list(known)
-    session = tapped_session(model, path.parent, names, providers, round_half=True)
-    for number, window in enumerate(windows):
-        try:
-            found = session.run(names, window_feeds(session, window))
-        except ort_errors() as error:
-            reason = str(error).splitlines()[0]
-            raise GraphError(f"{path.name} fails in ONNX Runtime: {reason}") from error
-        values = dict(zip(names, found, strict=True))
+    runs = raw_walk(
+        graph, list(known), windows, providers=providers, progress=progress, round_half=True
+    )
+    for number, values in runs:
         # First where attention overflows: what follows from it is told less well by a tensor.
         for site in sites if half else []:
             rows = {name: _rows(values[name]) for name in (site.query, site.key) if name in values}
@@ -217,7 +211,8 @@ def finite_logits(
             if not np.isfinite(value).all():
                 where = _part(known[name], parts)
                 raise GraphError(_not_finite(name, where, value, number, half=half))
-        yield values["logits"][0].astype(np.float32)
+        if "logits" in values:
+            yield values["logits"][0].astype(np.float32)
 
 
 def _rows(value: np.ndarray) -> np.ndarray:
@@ -275,8 +270,8 @@ def block_parts(sites: Sites) -> dict[str, str]:
 
 def broken(
     check: FinalCheck,
-    inserted: Path,
-    shipped: Path,
+    inserted: Graph,
+    shipped: Graph,
     sites: Sites,
     windows: Sequence[Window],
     *,
@@ -293,18 +288,23 @@ def broken(
         for block in sites.blocks
         for branch in (block.attention, block.mlp)
     }
-    runs = [
-        tapped_runs(path, [list(ends)], short_windows(windows)[:2], providers=providers,
-                    progress=progress)
-        for path in (inserted, shipped)
-    ]  # fmt: skip
+    short = short_windows(windows)[:2]
+    exact, found = (
+        {
+            (name, number): value
+            for number, values in walk(
+                graph, list(ends), short, providers=providers, progress=progress
+            )
+            for name, value in values.items()
+        }
+        for graph in (inserted, shipped)
+    )
     errors: dict[str, list[np.ndarray]] = {name: [] for name in ends}
-    for (_, exact), (_, found) in zip(*runs, strict=True):
-        for name in ends:
-            size = np.linalg.norm(exact[name], axis=1)
-            away = np.linalg.norm(found[name] - exact[name], axis=1)
-            errors[name].append(away / np.maximum(size, 1e-12))
-    middle = {name: float(np.median(np.concatenate(found))) for name, found in errors.items()}
+    for (name, number), right in exact.items():
+        size = np.linalg.norm(right, axis=1)
+        away = np.linalg.norm(found[name, number] - right, axis=1)
+        errors[name].append(away / np.maximum(size, 1e-12))
+    middle = {name: float(np.median(np.concatenate(each))) for name, each in errors.items()}
     top = max(middle.values())
     first = next(name for name, error in middle.items() if error >= top / 2)
     return (

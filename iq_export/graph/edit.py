@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy as shallow
 
 import numpy as np
 import onnx_ir as ir
+
+
+def copied(model: ir.Model) -> ir.Model:
+    """A copy that may be changed; constants are shared, and read when they are needed."""
+    copy = model.clone()
+    separate_types(copy.graph)
+    return copy
+
+
+def separate_types(graph: ir.Graph) -> None:
+    """Give the values of a cloned graph types of their own: onnx_ir's clone shares them, and to set
+    a value's dtype changes its type in place."""
+    values = [v for node in graph for v in node.outputs]
+    for value in (*graph.inputs, *graph.initializers.values(), *values):
+        value.type = shallow(value.type)
 
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

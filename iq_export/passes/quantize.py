@@ -66,7 +66,7 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
         assert weight is not None
         block = plan.blocks.get(linear.weight)
         if linear.weight in plan.codes:
-            new = _given_weight(graph, weight, node, block, *plan.codes[linear.weight])
+            new = _given_weight(graph, weight, node, block, plan.codes, linear.weight)
         elif plan.weight_bits == 8:
             new = _int8_weight(graph, weight, node)
         else:
@@ -124,15 +124,18 @@ def _given_weight(
     weight: ir.Value,
     node: ir.Node,
     block: int | None,
-    codes: np.ndarray,
-    scales: np.ndarray,
+    codes: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    key: str,
 ) -> ir.Value:
-    if block is None:
-        tensor = ir.Tensor(codes, dtype=ir.DataType.INT8, name=f"{weight.name}.int8")
-        return _weight_dequantize(graph, weight, node, tensor, scales, {"axis": 1})
-    tensor = ir.Tensor(codes, dtype=ir.DataType.INT4, name=f"{weight.name}.int4")
-    attributes = {"axis": 0, "block_size": block}
-    return _weight_dequantize(graph, weight, node, tensor, scales, attributes)
+    kind = ir.DataType.INT8 if block is None else ir.DataType.INT4
+    tensor = ir.LazyTensor(
+        lambda: ir.Tensor(codes[key][0], dtype=kind),
+        dtype=kind,
+        shape=ir.Shape(weight.const_value.shape.numpy()),
+        name=f"{weight.name}.{kind.name.lower()}",
+    )
+    attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
+    return _weight_dequantize(graph, weight, node, tensor, codes[key][1], attributes)
 
 
 def _int4_weight(

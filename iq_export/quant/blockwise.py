@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -17,14 +16,15 @@ from iq_export.calibrate.data import Window
 from iq_export.calibrate.ranges import TensorStats, rows_per_window, sampled_rows
 from iq_export.calibrate.sequential import BlockWalk
 from iq_export.errors import GraphError
-from iq_export.graph import io
 from iq_export.graph.sites import Block, Linear, Sites
 from iq_export.passes.insert_sinks import index_scopes
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
+from iq_export.quant.codes import CodeStore
 from iq_export.quant.gptq import gptq_int4, gptq_int8
 from iq_export.quant.recipe import Recipe
 from iq_export.quant.search import INT8_MAX, Rounding, choose_clip, unit_rows
+from iq_export.quant.weights import int4_blocked, int8_per_channel
 from iq_export.sinks.templates import SinkTemplates
 
 # Shares of the way, as factors, from the full range to that of least error (docs/design.md). MLPs
@@ -33,9 +33,6 @@ from iq_export.sinks.templates import SinkTemplates
 # more the squared error of what is not clipped counts.
 _ATTENTION_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.5
 _MLP_CLIP = {8: 0.25, 6: 0.75, 4: 1.0}
-
-# weight name -> codes and scales that GPTQ has found
-Codes = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -57,27 +54,26 @@ class Quantizer:
 
 
 def calibrate_blocks(
-    inserted: Path,
+    model: ir.Model,
     sites: Sites,
     before: Mapping[str, TensorStats],
     sinks: Sequence[SinkTemplates],
     recipe: Recipe,
     blocks: Mapping[str, int],
     windows: Sequence[Window],
+    codes: CodeStore,
     *,
     seed: int,
     providers: Sequence[str],
     progress: Progress,
-) -> tuple[dict[str, Quantizer], Codes]:
+) -> dict[str, Quantizer]:
     """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
 
     `before`: statistics of the traced graph by a product's input; `blocks`: the int4 block size by
-    weight name, empty for int8. With GPTQ the weights are rounded on the way, else they are rounded
-    when the graph is written, and no codes come back.
+    weight name, empty for int8. The weights are rounded on the way, into `codes`.
 
     Raises GraphError for an activation that is zero throughout.
     """
-    model = io.load(inserted)
     nodes = {node.name: node for node in model.graph}
     readers: dict[str, list[Linear]] = {}
     for linear in sites.linears:
@@ -89,9 +85,8 @@ def calibrate_blocks(
         for number, templates in enumerate(sinks)
         for name, scope in index_scopes(number, templates, sites).items()
     }
-    walk = BlockWalk(inserted, sites, windows, list(scopes), providers)
+    walk = BlockWalk(model, sites, windows, list(scopes), providers)
     found: dict[str, Quantizer] = {}
-    codes: Codes = {}
     for block in sites.blocks:
         inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
         names = [name for name, linears in readers.items() if linears[0].node in inside]
@@ -113,33 +108,34 @@ def calibrate_blocks(
                     rows = values[name][~sunk]
                     rows = unit_rows(rows) if recipe.activation_max is None else rows
                     hessians[name] += rows.T @ rows
-        importance: dict[str, np.ndarray] = {}
         for name in names:
             linears, tensor = readers[name], stats[name]
             if recipe.activation_max is not None:
-                weights = [_weight(model, linear) for linear in linears]
+                weights = [_weight(nodes, linear) for linear in linears]
                 strength = _clip_strength(linears[0], block, recipe)
                 found[name] = _quantizer(
                     name, linears, weights, tensor, before, recipe, blocks, strength
                 )
             for linear in linears:
-                importance[linear.weight] = (tensor.rows**2).mean(0)
+                size = blocks.get(linear.weight)
+                weight = _weight(nodes, linear)
                 if recipe.gptq:
-                    codes[linear.weight] = _gptq(
-                        _weight(model, linear), hessians[name], blocks.get(linear.weight)
-                    )
+                    rounded = _gptq(weight, hessians[name], size)
+                else:
+                    rounded = plainly_rounded(weight, size, (tensor.rows**2).mean(0))
+                codes.add(linear.weight, *rounded)
+            tensor.rows = tensor.rows[:0]  # all that they were for is decided
         plan = QuantizePlan(
             tuple(x for name in names for x in readers[name]),
             recipe.weight_bits,
             {name: found[name].scale for name in names if name in found},
             blocks,
-            importance,
             activation_max=recipe.activation_max or INT8_MAX,
             codes=codes,
         )
         walk.advance(partial(quantize, plan=plan))
         progress.update(block.index + 1, len(sites.blocks))
-    return found, codes
+    return found
 
 
 def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
@@ -149,8 +145,18 @@ def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
     return _UNROTATED_DOWN_CLIP if bare else _MLP_CLIP[recipe.activation_bits]
 
 
-def _weight(model: ir.Model, linear: Linear) -> np.ndarray:
-    return model.graph.initializers[linear.weight].const_value.numpy()
+def _weight(nodes: Mapping[str | None, ir.Node], linear: Linear) -> np.ndarray:
+    """What the product multiplies with in this graph, whatever passes have called it."""
+    value = nodes[linear.node].inputs[1]
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
+def plainly_rounded(
+    weight: np.ndarray, block: int | None, importance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales without compensation; `importance` `[in]`: mean squared input by channel."""
+    return int8_per_channel(weight) if block is None else int4_blocked(weight, block, importance)
 
 
 def _gptq(

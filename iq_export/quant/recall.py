@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
-from iq_export.graph import io
+from iq_export.graph.edit import copied
 from iq_export.graph.sites import Sites
+from iq_export.observe.walk import Graph, loaded, walk
 from iq_export.passes.insert_sinks import index_name
 from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
 from iq_export.progress import Progress
@@ -19,7 +18,6 @@ from iq_export.sinks.templates import SinkTemplates
 
 # Least share of the sinks that the quantized graph must still find.
 LEAST_RECALL = 0.8
-_PARTIAL = "partial.onnx"
 
 
 def unclipped(
@@ -40,7 +38,7 @@ def unclipped(
 
 
 def hiding_quantizer(
-    inserted: Path,
+    inserted: Graph,
     sites: Sites,
     quantizers: Mapping[str, Quantizer],
     lifecycles: int,
@@ -53,24 +51,21 @@ def hiding_quantizer(
 
     None if it is no activation's doing: then weights or half precision hide them.
     """
-    partial = inserted.with_name(_PARTIAL)
     ordered = list(quantizers.values())
 
     def hides(count: int) -> bool:
         scales = {quantizer.name: quantizer.scale for quantizer in ordered[:count]}
-        model = io.load(inserted)
+        model = copied(loaded(inserted))
         plan = QuantizePlan(
             tuple(sites.linears), FLOAT_BITS, scales, activation_max=ordered[0].most
         )
         quantize(model, plan)
-        io.save_skeleton(model, partial)
         recall = recall_of(
-            partial, inserted, lifecycles, sample, providers=providers, progress=progress
+            model, inserted, lifecycles, sample, providers=providers, progress=progress
         )
         return recall is not None and recall < LEAST_RECALL
 
     count = smallest_prefix(len(ordered), hides)
-    partial.unlink(missing_ok=True)
     return ordered[count - 1] if count else None
 
 
@@ -95,8 +90,8 @@ def hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
 
 
 def recall_of(
-    graph: Path,
-    inserted: Path,
+    graph: Graph,
+    inserted: Graph,
     lifecycles: int,
     sample: Sequence[Window],
     *,
@@ -107,13 +102,14 @@ def recall_of(
     if not lifecycles:
         return None
     names = [index_name(number) for number in range(lifecycles)]
-    found, both = 0, 0
-    pairs = [
-        tapped_runs(path, [names], sample, providers=providers, progress=progress)
-        for path in (inserted, graph)
-    ]
-    for (_, exact), (_, rounded) in zip(*pairs, strict=True):
-        for name in names:
-            found += int((exact[name] > 0).sum())
-            both += int(((exact[name] > 0) & (rounded[name] > 0)).sum())
+    exact, rounded = (
+        {
+            (name, number): value > 0
+            for number, values in walk(each, names, sample, providers=providers, progress=progress)
+            for name, value in values.items()
+        }
+        for each in (inserted, graph)
+    )
+    found = sum(int(sinks.sum()) for sinks in exact.values())
+    both = sum(int((sinks & rounded[key]).sum()) for key, sinks in exact.items())
     return both / found if found else None

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs, window_feeds
 from iq_export.errors import GraphError
 from iq_export.observe.loss import kl, log_softmax, token_losses
+from iq_export.observe.walk import Graph, loaded, named, walk, window_feeds
 from iq_export.passes.switches import switch_name
 from iq_export.progress import Progress
-from iq_export.run.ort import open_session
+from iq_export.run.ort import model_session
 
 # What one quantizer does shows in few tokens, since all else is equal; the loss needs more.
 _HARM_WINDOWS, _HARM_LENGTH, _HARM_STRIDE = 2, 256, 2
@@ -37,7 +36,7 @@ class Reference:
 
     @classmethod
     def of(
-        cls, traced: Path, windows: Sequence[Window], *, providers: Sequence[str],
+        cls, traced: Graph, windows: Sequence[Window], *, providers: Sequence[str],
         progress: Progress,
     ) -> Reference:  # fmt: skip
         """Run `traced` over the first of `windows`."""
@@ -48,7 +47,7 @@ class Reference:
         return cls(chosen, _losses(chosen, _logits(traced, chosen, options)), short, exact)
 
     def ratio(
-        self, graph: Path, *, providers: Sequence[str], progress: Progress
+        self, graph: Graph, *, providers: Sequence[str], progress: Progress
     ) -> tuple[float, float]:
         """Perplexity of `graph` over the untouched one's, and its standard error over windows."""
         options = _Options(providers=providers, progress=progress)
@@ -62,22 +61,23 @@ class _Options(TypedDict):
     progress: Progress
 
 
-def _logits(path: Path, windows: Sequence[Window], options: _Options) -> Iterator[np.ndarray]:
-    return (values["logits"] for _, values in tapped_runs(path, [["logits"]], windows, **options))
+def _logits(graph: Graph, windows: Sequence[Window], options: _Options) -> Iterator[np.ndarray]:
+    return (values["logits"] for _, values in walk(graph, ["logits"], windows, **options))
 
 
 class Trial:
-    """The switchable graph `path` (see passes/switches.py) beside its reference."""
+    """The switchable `graph` (see passes/switches.py), as a whole in one session, beside its
+    reference."""
 
     def __init__(
         self,
-        path: Path,
+        graph: Graph,
         activations: Sequence[str],
         reference: Reference,
         *,
         providers: Sequence[str],
     ) -> None:
-        self._session = open_session(path, providers)
+        self._session = model_session(loaded(graph), providers, named(graph))
         self._activations = tuple(activations)
         self._reference = reference
 

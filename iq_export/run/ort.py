@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from iq_export.graph.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
 # What `--device` means; each must be there, or `open_session` refuses.
 PROVIDERS = {
@@ -214,9 +216,81 @@ def open_session(
     Raises GraphError if the file cannot be loaded, EngineError if ONNX Runtime is absent, older
     than OLDEST_RELEASE or lacks a provider (it would fall back to the CPU by itself).
     """
-    onnxruntime = _onnxruntime()
     if not path.is_file():
         raise GraphError(f"There is no ONNX file at {path}.")
+    options = _session_options(providers, threads, unpack=unpack, literal=literal)
+    check_external(_read(path), weights or path.parent)
+    model: str | bytes = str(path)
+    if round_half and providers[0] == "CPUExecutionProvider":
+        model = _with_rounding(_read(path)).SerializeToString()
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(weights or path.parent))
+    return _opened(model, options, providers, path.name)
+
+
+def model_session(
+    model: ir.Model,
+    providers: Sequence[str],
+    label: str,
+    *,
+    round_half: bool = False,
+    literal: bool = False,
+) -> Any:
+    """As `open_session`, of a model in memory: its constants are computed or read now, and none is
+    in memory twice but where ONNX Runtime packs it. `label` names the graph in errors."""
+    onnxruntime = _onnxruntime()
+    options = _session_options(providers, None, literal=literal)
+    proto, arrays = _apart(model)
+    if round_half and providers[0] == "CPUExecutionProvider":
+        proto = _with_rounding(proto)
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+    if values:
+        options.add_external_initializers(list(arrays), values)
+    session = _opened(proto.SerializeToString(), options, providers, label)
+    _HELD[session] = (arrays, values)
+    return session
+
+
+# The arrays that sessions compute with, which ONNX Runtime does not copy.
+_HELD: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_LARGE = 1024  # bytes from which a constant is handed over beside the graph
+
+
+def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """The graph, and the arrays of its large constants, which the graph names as external data."""
+    import onnx_ir as ir
+
+    before = {name: value.const_value for name, value in model.graph.initializers.items()}
+    arrays = {}
+    for name, tensor in before.items():
+        if tensor is None:
+            continue
+        value = model.graph.initializers[name]
+        kind, shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
+        if kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8) and (
+            tensor.nbytes >= _LARGE
+        ):
+            arrays[name] = np.ascontiguousarray(tensor.numpy())
+            value.const_value = ir.ExternalTensor(
+                "beside", 0, tensor.nbytes, kind, shape=shape, name=name
+            )
+        elif not isinstance(tensor, ir.TensorProtoTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=kind, shape=shape, name=name)
+    try:
+        return ir.to_proto(model), arrays
+    finally:
+        for name, tensor in before.items():
+            model.graph.initializers[name].const_value = tensor
+
+
+def _session_options(
+    providers: Sequence[str],
+    threads: int | None,
+    *,
+    unpack: bool = False,
+    literal: bool = False,
+) -> Any:
+    onnxruntime = _onnxruntime()
     require_providers(providers)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
@@ -230,16 +304,14 @@ def open_session(
     threads = threads or _allowed_cores()
     if threads is not None:
         options.intra_op_num_threads = threads
-    check_external(_read(path), weights or path.parent)
-    model: str | bytes = str(path)
-    if round_half and providers[0] == "CPUExecutionProvider":
-        model = _with_rounding(path)
-        folder = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(folder, str(weights or path.parent))
+    return options
+
+
+def _opened(model: str | bytes, options: Any, providers: Sequence[str], label: str) -> Any:
     try:
-        return onnxruntime.InferenceSession(model, options, providers=list(providers))
+        return _onnxruntime().InferenceSession(model, options, providers=list(providers))
     except ort_errors() as error:
-        raise GraphError(f"ONNX Runtime cannot load {path.name}: {_line(error)}") from error
+        raise GraphError(f"ONNX Runtime cannot load {label}: {_line(error)}") from error
 
 
 def require_providers(providers: Sequence[str]) -> None:
@@ -307,14 +379,13 @@ def empty_cache(value: Any, batch: int) -> NDArray[Any]:
     return np.zeros(shape, _NUMPY_TYPES[value.type])
 
 
-def _with_rounding(path: Path) -> bytes:
-    """The graph at `path` with a Concat of one input after every op that gives a half value.
+def _with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph `model` with a Concat of one input after every op that gives a half value.
 
     Concat moves data of any type as it is, so ONNX Runtime has to make the half value for it.
     """
     import onnx
 
-    model = _read(path)
     graph = model.graph
     kind = onnx.TensorProto.FLOAT16
     typed = (*graph.value_info, *graph.output)
@@ -332,7 +403,7 @@ def _with_rounding(path: Path) -> bytes:
                 )
     del graph.node[:]
     graph.node.extend(nodes)
-    return model.SerializeToString()
+    return model
 
 
 def _read(path: Path) -> onnx.ModelProto:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 from iq_export.sinks import templates as fitting
 from iq_export.sinks.lifecycle import Lifecycle, threshold_between
@@ -39,7 +38,7 @@ class Decision:
 
 
 def decide(
-    traced: Path,
+    traced: Graph,
     sites: Sites,
     lifecycles: Sequence[Lifecycle],
     stats: TokenStats,
@@ -84,7 +83,7 @@ def decide(
 
 
 def refit(
-    prepared: Path,
+    prepared: Graph,
     sites: Sites,
     decisions: Sequence[Decision],
     stats: TokenStats,
@@ -107,6 +106,7 @@ def refit(
         life = decision.lifecycle
         rows = _collect(prepared, sites, life, stats, windows, providers, progress)
         fitted = fitting.fit_again(decision.templates, rows.detection, rows.norms, rows.early)
+        fitted.untouched = rows.residual
         fitted.key_values = rows.key_values_of(fitted)
         peaks = _peaks(prepared, sites, life, windows, providers, progress)
         fitted, separable = _with_thresholds(fitted, peaks)
@@ -116,8 +116,8 @@ def refit(
 
 
 def with_restore(
-    untouched: Path,
-    clamped: Path,
+    untouched: Graph,
+    clamped: Graph,
     sites: Sites,
     sinks: Sequence[SinkTemplates],
     stats: TokenStats,
@@ -142,12 +142,15 @@ def with_restore(
         residual = sites.blocks[life.end].mlp.residual
         chosen = _spread_over(templates.assignment, templates.count, most)
         members, labels = life.members[chosen], templates.assignment[chosen]
+        kept = templates.untouched
         full, lacking = (
-            collect_rows(
-                path, {residual: sites.hidden}, stats, members, windows,
+            kept[chosen]
+            if graph is untouched and kept is not None
+            else collect_rows(
+                graph, {residual: sites.hidden}, stats, members, windows,
                 providers=providers, progress=progress,
             )[residual]
-            for path in (untouched, clamped)
+            for graph in (untouched, clamped)
         )  # fmt: skip
         difference = fitting.means(full - lacking, labels, templates.count)
         measured.append(replace(templates, restore=difference))
@@ -206,7 +209,7 @@ class _Rows:
 
 
 def _collect(
-    model_path: Path,
+    graph: Graph,
     sites: Sites,
     lifecycle: Lifecycle,
     stats: TokenStats,
@@ -225,7 +228,7 @@ def _collect(
         first = sites.blocks[site.block].mlp.output
         widths |= {first.input: first.in_features} | dict.fromkeys(norms, sites.hidden)
     rows = collect_rows(
-        model_path, widths, stats, lifecycle.members, windows,
+        graph, widths, stats, lifecycle.members, windows,
         providers=providers, progress=progress,
     )  # fmt: skip
     early = [
@@ -246,7 +249,7 @@ def _collect(
 
 
 def _peaks(
-    model_path: Path,
+    graph: Graph,
     sites: Sites,
     lifecycle: Lifecycle,
     windows: Sequence[Window],
@@ -256,6 +259,8 @@ def _peaks(
     """Per site of detection, the largest magnitude of every token: float32 `[tokens]`, all windows
     end to end."""
     names = [sites.blocks[block].mlp.output.input for block, _ in lifecycle.detections]
-    runs = tapped_runs(model_path, [names], windows, providers=providers, progress=progress)
-    found = [[np.abs(values[name]).max(1) for name in names] for _, values in runs]
-    return [np.concatenate(each) for each in zip(*found, strict=True)]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for _, values in walk(graph, names, windows, providers=providers, progress=progress):
+        for name, value in values.items():
+            found[name].append(np.abs(value).max(1))
+    return [np.concatenate(found[name]) for name in names]

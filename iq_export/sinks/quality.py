@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 from iq_export.sinks.lifecycle import Lifecycle, discover
 from iq_export.sinks.templates import (
@@ -60,8 +59,8 @@ class MatchQuality:
 
 
 def measure(
-    untouched: Path,
-    inserted: Path,
+    untouched: Graph,
+    inserted: Graph,
     indices: Sequence[str],
     sites: Sites,
     sinks: Sequence[SinkTemplates],
@@ -76,12 +75,14 @@ def measure(
     `stats` are those of `windows` in the traced graph: they tell who spikes. `untouched` is the
     graph without sink ops that the templates were fitted on.
     """
-    runs = tapped_runs(inserted, [list(indices)], windows, providers=providers, progress=progress)
-    found = [values for _, values in runs]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in indices}
+    for _, values in walk(inserted, indices, windows, providers=providers, progress=progress):
+        for name, value in values.items():
+            found[name].append(value)
     lives = discover(stats)
     measured = []
     for name, templates in zip(indices, sinks, strict=True):
-        index = np.concatenate([values[name] for values in found]).astype(np.int64)
+        index = np.concatenate(found[name]).astype(np.int64)
         truth = _spiking(lives, templates.lifecycle, index.size)
         agreement = None
         if truth.size:

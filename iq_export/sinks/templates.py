@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import group_by_bytes, tapped_runs
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
+from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 from iq_export.sinks.lifecycle import EarlySite, Lifecycle
 
@@ -93,6 +92,7 @@ class SinkTemplates:
     early: tuple[EarlyTemplates, ...] = ()
     key_values: KeyValueTemplates | None = None
     form: str = NORM
+    untouched: np.ndarray | None = None  # all members' residual after the last block, if kept
 
     @property
     def count(self) -> int:
@@ -149,7 +149,7 @@ def key_value_sizes(sites: Sites, lifecycle: Lifecycle) -> dict[str, int]:
 
 
 def collect_rows(
-    model_path: Path,
+    graph: Graph,
     names: dict[str, int],
     stats: TokenStats,
     members: np.ndarray,
@@ -169,12 +169,9 @@ def collect_rows(
     short = [
         replace(windows[number], ids=windows[number].ids[:end]) for number, end in reach.items()
     ]
-    groups = group_by_bytes(names, max(reach.values()))
     rows = {name: np.zeros((members.size, width), np.float32) for name, width in names.items()}
     numbers = list(reach)
-    for order, values in tapped_runs(
-        model_path, groups, short, providers=providers, progress=progress
-    ):
+    for order, values in walk(graph, list(names), short, providers=providers, progress=progress):
         inside = np.flatnonzero(stats.window[members] == numbers[order])
         for name, value in values.items():
             rows[name][inside] = value[stats.position[members[inside]]]

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.calibrate.sequential import BlockWalk
-from iq_export.calibrate.taps import tapped_runs
+from iq_export.observe.walk import walk
 from iq_export.passes.insert_sinks import index_name
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
@@ -19,7 +19,7 @@ def as_it_is(_: ir.Model) -> None:
 
 def test_same_values_as_the_whole_graph(spiky: Planted) -> None:
     windows = spiky.windows[:3]
-    walk = BlockWalk(spiky.inserted, spiky.sites, windows, [index_name(0)], CPU)
+    blocks = BlockWalk(spiky.load_inserted(), spiky.sites, windows, [index_name(0)], CPU)
     nodes = {node.name: node for node in spiky.load_inserted().graph}
     for block in spiky.sites.blocks:
         names = [
@@ -28,25 +28,25 @@ def test_same_values_as_the_whole_graph(spiky: Planted) -> None:
             for linear in branch.linears
         ]
         names = list(dict.fromkeys(names))
-        found = dict(walk.observe(names))
-        wanted = tapped_runs(spiky.inserted, [names], windows, progress=Progress(quiet=True))
+        found = dict(blocks.observe(names))
+        wanted = walk(spiky.inserted, names, windows, progress=Progress(quiet=True))
         for number, values in wanted:
             for name, value in values.items():
                 np.testing.assert_allclose(found[number][name], value, rtol=1e-4, atol=1e-4)
-        walk.advance(as_it_is)
+        blocks.advance(as_it_is)
 
 
 def test_index_is_there_from_its_block_on(spiky: Planted) -> None:
     index = index_name(0)
-    walk = BlockWalk(spiky.inserted, spiky.sites, spiky.windows[:2], [index], CPU)
+    blocks = BlockWalk(spiky.load_inserted(), spiky.sites, spiky.windows[:2], [index], CPU)
     known = []
     for block in spiky.sites.blocks:
-        (_, values), *_ = walk.observe([block.mlp.output.input])
+        (_, values), *_ = blocks.observe([block.mlp.output.input])
         known.append(index in values)
         if known[-1]:
             assert values[index][0] == 1
             assert not values[index][1:].any()
-        walk.advance(as_it_is)
+        blocks.advance(as_it_is)
     assert known == [False, True, True, True]
 
 
@@ -61,9 +61,9 @@ def test_later_blocks_see_quantized_ones(calm: Planted) -> None:
 
     inputs = []
     for change in (as_it_is, coarse):
-        walk = BlockWalk(calm.path, calm.sites, calm.windows[:1], [], CPU)
-        walk.advance(change)
-        (_, values), *_ = walk.observe([calm.sites.blocks[1].attention.norm_output])
+        blocks = BlockWalk(calm.load(), calm.sites, calm.windows[:1], [], CPU)
+        blocks.advance(change)
+        (_, values), *_ = blocks.observe([calm.sites.blocks[1].attention.norm_output])
         inputs.append(values[calm.sites.blocks[1].attention.norm_output])
     difference = np.abs(inputs[0] - inputs[1]).max()
     assert 1e-3 < difference < 2

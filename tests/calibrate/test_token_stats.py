@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iq_export.calibrate import token_stats
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.observe.segments import segments
+from iq_export.observe.walk import walk
 from iq_export.progress import Progress
 from tests.planted import CPU, Planted
 
@@ -36,7 +36,7 @@ def test_numbers_are_those_of_the_values(spiky: Planted, windows: list[Window]) 
     assert stats.down_max.shape == stats.residual_max.shape == (4, 55)
     for block in spiky.sites.blocks:
         down, residual = block.mlp.output.input, block.mlp.residual
-        runs = tapped_runs(spiky.path, [[down, residual]], windows, progress=Progress(quiet=True))
+        runs = walk(spiky.path, [down, residual], windows, progress=Progress(quiet=True))
         for number, values in runs:
             mine = stats.window == number
             magnitude = np.abs(values[residual])
@@ -52,13 +52,12 @@ def test_numbers_are_those_of_the_values(spiky: Planted, windows: list[Window]) 
             )
 
 
-def test_small_budget_changes_nothing(
+def test_small_pieces_change_nothing(
     spiky: Planted, windows: list[Window], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several runs over the same windows instead of one."""
+    """Every window passes one small piece of the graph after the other."""
     expected = observe(spiky, windows)
-    group = token_stats.group_by_bytes
-    monkeypatch.setattr(token_stats, "group_by_bytes", lambda w, n: group(w, n, limit=30_000))
+    monkeypatch.setitem(segments.__kwdefaults__, "budget", 1)
     found = observe(spiky, windows)
     for name in ("down_max", "residual_max", "residual_channel"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4)

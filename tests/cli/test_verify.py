@@ -49,7 +49,7 @@ def test_nan_that_int8_codes_hide(tmp_path: Path) -> None:
     decoder = planted.Decoder(spikes=(), blocks=2)
     traced = planted.save(decoder, tmp_path)
     sites = find_sites(io.load(traced))
-    model = quantized_graph(traced, sites, {x.input: 0.05 for x in sites.linears}, {})
+    model = quantized_graph(traced, sites, {x.input: 0.05 for x in sites.linears})
     to_half(model)
     for kind in ("gate", "up"):
         scale = model.graph.initializers[f"layers.1.mlp.{kind}_proj.weight.scale"]

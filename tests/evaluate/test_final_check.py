@@ -51,7 +51,7 @@ def shipped(traced: Path, scale: float = 0.05, *, name: str, half: bool = True) 
     """int8 everywhere with one range for all activations."""
     sites = find_sites(io.load(traced))
     scales = {linear.input: scale for linear in sites.linears}
-    model = quantized_graph(traced, sites, scales, {})
+    model = quantized_graph(traced, sites, scales)
     if half:
         to_half(model)
     io.save(model, traced.with_name(name))
@@ -145,7 +145,7 @@ def test_infinity_in_front_of_a_quantizer(traced: Path, sites: Sites) -> None:
 def test_a_clip_in_front_of_a_quantizer_hides_nothing(traced: Path) -> None:
     sites = find_sites(io.load(traced))
     scales = {linear.input: 0.05 for linear in sites.linears}
-    model = quantized_graph(traced, sites, scales, {}, activation_max=31)
+    model = quantized_graph(traced, sites, scales, activation_max=31)
     assert watched(model)["layers.1/mlp/Mul/out"] == "the input of layers.1/mlp/down_proj"
 
 

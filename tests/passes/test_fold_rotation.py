@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
+from iq_export.observe.walk import walk
 from iq_export.passes.fold_rotation import (
     block_size,
     rotate_attention_values,
@@ -55,7 +55,7 @@ def test_a_loud_channel_is_spread(spiky: Planted) -> None:
     name = spiky.sites.blocks[1].mlp.residual
     peaks = []
     for path in (spiky.path, spiky.path.with_name("rotated.onnx")):
-        runs = tapped_runs(path, [[name]], spiky.windows[:1], progress=Progress(quiet=True))
+        runs = walk(path, [name], spiky.windows[:1], progress=Progress(quiet=True))
         peaks.append(np.abs(next(iter(runs))[1][name]).max())
     assert peaks[1] < peaks[0] / 6  # sqrt(64) but for the rest of the row
 

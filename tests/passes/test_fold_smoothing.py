@@ -8,8 +8,8 @@ import pytest
 from onnxruntime import InferenceSession
 
 from iq_export.calibrate.data import Window
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.graph.sites import find_sites
+from iq_export.observe.walk import walk
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.progress import Progress
 from iq_export.quant.search import SmoothingChoice
@@ -51,7 +51,7 @@ def test_activations_are_divided_by_the_factors(spiky: Planted) -> None:
     window = Window(spiky.windows[0].ids[:8], False)
     factors = {**smoothing.norms, **smoothing.paths}
     before, after = (
-        next(tapped_runs(p, [list(factors)], [window], progress=Progress(quiet=True)))[1]
+        next(walk(p, list(factors), [window], progress=Progress(quiet=True)))[1]
         for p in (spiky.path, path)
     )
     for name, choice in factors.items():

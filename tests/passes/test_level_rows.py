@@ -67,11 +67,10 @@ def test_small_rows_survive_a_range_made_for_large_ones(tmp_path: Path) -> None:
 
     def peaks(path: Path, names: list[str]) -> dict[str, float]:
         from iq_export.calibrate.data import Window
-        from iq_export.calibrate.taps import tapped_runs
+        from iq_export.observe.walk import walk
         from iq_export.progress import Progress
 
-        runs = tapped_runs(
-            path, [names], [Window(row, False) for row in rows], providers=planted.CPU,
+        runs = walk(path, names, [Window(row, False) for row in rows], providers=planted.CPU,
             progress=Progress(quiet=True),
         )  # fmt: skip
         found = [values for _, values in runs]

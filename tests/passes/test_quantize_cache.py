@@ -13,6 +13,7 @@ from onnxruntime import InferenceSession
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
+from iq_export.passes.order import INSERTED
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.progress import Progress
 from iq_export.quant.recipe import load_recipe
@@ -83,10 +84,10 @@ def test_index_of_the_whole_sequence_is_kept(done: Rewrite) -> None:
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunks_and_decode_steps_agree_with_one_pass(done: Rewrite, chunk: int) -> None:
     """With float32 products, where no sum falls to the other side of a rounding."""
-    model = io.load(done.inserted)
+    model = done.graph(INSERTED)
     quantize_cache(model, done.sites, {name: found.scale for name, found in done.cache.items()})
-    path = done.inserted.with_name("cache_alone.onnx")
-    io.save_skeleton(model, path)
+    path = done.quantized.with_name("cache_alone.onnx")
+    io.save(model, path)
     once, chunked = (logits(CausalLM(path), batch(), chunk=size) for size in (None, chunk))
     for number, row in enumerate(batch()):
         real = slice(60 - len(row), None)

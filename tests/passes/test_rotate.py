@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.graph import io
+from iq_export.observe.walk import walk
 from iq_export.passes.rotate import hadamard, rotate, rotate_columns, rotate_rows
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM
@@ -82,11 +82,9 @@ def test_rotation_spreads_an_outlier(calm: Planted) -> None:
     rotated(calm, "rotated.onnx", block=64)
     name = "layers.0/mlp/down_proj/rotate_join.out"
     path = calm.path.with_name("rotated.onnx")
-    _, values = next(tapped_runs(path, [[name]], calm.windows[:1], progress=Progress(quiet=True)))
+    _, values = next(walk(path, [name], calm.windows[:1], progress=Progress(quiet=True)))
     _, plain = next(
-        tapped_runs(
-            calm.path, [["layers.0/mlp/Mul/out"]], calm.windows[:1], progress=Progress(quiet=True)
-        )
+        walk(calm.path, ["layers.0/mlp/Mul/out"], calm.windows[:1], progress=Progress(quiet=True))
     )
     expected = rotate_columns(plain["layers.0/mlp/Mul/out"], 64)
     np.testing.assert_allclose(values[name], expected, atol=1e-4)

@@ -34,11 +34,10 @@ def loaded(path: Path) -> tuple[ir.Model, Sites]:
 def peaks(path: Path, names: list[str], rows: list[list[int]]) -> np.ndarray:
     """Largest magnitude of each value over `rows`."""
     from iq_export.calibrate.data import Window
-    from iq_export.calibrate.taps import tapped_runs
+    from iq_export.observe.walk import walk
     from iq_export.progress import Progress
 
-    runs = tapped_runs(
-        path, [names], [Window(row, False) for row in rows], providers=CPU,
+    runs = walk(path, names, [Window(row, False) for row in rows], providers=CPU,
         progress=Progress(quiet=True),
     )  # fmt: skip
     return np.max([[np.abs(values[name]).max() for name in names] for _, values in runs], axis=0)

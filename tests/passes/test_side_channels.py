@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from iq_export.calibrate.taps import tapped_runs
 from iq_export.graph import io
+from iq_export.observe.walk import walk
 from iq_export.passes.rotate import rotate
 from iq_export.passes.side_channels import side_channels
 from iq_export.progress import Progress
@@ -35,7 +35,7 @@ def test_the_quantized_product_sees_zeros(calm: Planted) -> None:
     io.save(model, path)
     name = f"{down.node}/side_mask.out"
     _, values = next(
-        tapped_runs(path, [[name, down.input]], calm.windows[:1], progress=Progress(quiet=True))
+        walk(path, [name, down.input], calm.windows[:1], progress=Progress(quiet=True))
     )
     assert not values[name][:, CHANNELS].any()
     others = np.delete(np.arange(down.in_features), CHANNELS)

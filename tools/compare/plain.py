@@ -19,16 +19,16 @@ import onnx_ir as ir
 
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.ranges import sampled_rows
-from iq_export.calibrate.taps import group_by_bytes, tapped_session
 from iq_export.graph import io
 from iq_export.graph.sites import Branch, Linear, Sites, find_sites
+from iq_export.observe.walk import CPU, cut
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.rotate import rotate, rotate_columns, rotate_rows
 from iq_export.quant.search import SmoothingChoice
 from iq_export.quant.smoothing import Smoothing
 from iq_export.quant.weights import int4_rounded, int8_per_channel
-from iq_export.run.ort import CausalLM
+from iq_export.run.ort import CausalLM, model_session
 from tools.compare.prefix import Prefix, choose_tokens, make_prefix
 
 INT4_BLOCK = 64
@@ -183,14 +183,27 @@ def _tapped(
     path: Path, widths: dict[str, int], windows: Sequence[Window], prefix: Prefix | None
 ) -> Iterator[tuple[int, str, np.ndarray]]:
     """Yield `(window, name, value [seq, features])`; few values of one window at a time."""
-    longest = max(len(window.ids) for window in windows)
-    for group in group_by_bytes(widths, longest, _TAP_BYTES):
-        session = tapped_session(io.load(path), path.parent, group, ["CPUExecutionProvider"])
+    longest, model = max(len(window.ids) for window in windows), io.load(path)
+    for group in _groups(widths, _TAP_BYTES // (4 * longest)):
+        session = model_session(cut(model, (), group), CPU, path.name)
         shapes = {value.name: value.shape for value in session.get_inputs()}
         for number, window in enumerate(windows):
             values = session.run(group, _feed(shapes, window, prefix))
             for name, value in zip(group, values, strict=True):
                 yield number, name, value[0]
+
+
+def _groups(widths: dict[str, int], most: int) -> list[list[str]]:
+    """Split value names (name -> features per token) into groups of at most `most` features."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, width in widths.items():
+        if groups[-1] and size + width > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += width
+    return groups
 
 
 def _feed(shapes: dict[str, Any], window: Window, prefix: Prefix | None) -> dict[str, np.ndarray]:

@@ -1,0 +1,48 @@
+"""Everything that was chosen for a model, as one value: a graph is `lower(traced, decisions)`.
+
+A measurement changes nothing here; a step is "decisions and measurements -> decisions" (`rewrite`),
+and a variant is tried by replacing a field and measuring what is lowered from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from iq_export.quant.recipe import Recipe
+from iq_export.quant.smoothing import Smoothing
+from iq_export.sinks.templates import SinkTemplates
+
+# weight name -> codes `[in, out]` and scales, in memory or on disk
+Codes = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the passes of `passes/order.py` apply, in the order in which they do.
+
+    `exponent`: the residual stream is divided by `2^exponent`. `scaled_queries`: `Attention` nodes
+    whose scale moves to the query. `smoothing`: factors and side channels by value name. `sinks`:
+    the lifecycles that are replaced, each with its form, templates and thresholds. `activations`:
+    scale by value name. `blocks`: int4 block size by weight name, empty for int8. `codes`: rounded
+    weights. `cache`: scale by the name of a step's keys or values. `left`: products (node names)
+    that stay in float. Rotations, levelled rows and the kinds of numbers follow from `recipe`.
+    """
+
+    recipe: Recipe
+    dtype: str
+    exponent: int = 0
+    scaled_queries: tuple[str, ...] = ()
+    smoothing: Smoothing = field(default_factory=lambda: Smoothing({}, {}))
+    sinks: tuple[SinkTemplates, ...] = ()
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    activations: Mapping[str, float] = field(default_factory=dict)
+    codes: Codes = field(default_factory=dict)
+    cache: Mapping[str, float] = field(default_factory=dict)
+    left: frozenset[str] = frozenset()
+
+    @property
+    def half(self) -> bool:
+        return self.dtype == "fp16"

@@ -1,0 +1,187 @@
+"""Run a graph over token windows, piece by piece, and hand out intermediate values.
+
+One piece of the graph has its weights in memory at a time (`segments`): all windows pass it before
+the next one is loaded, and between pieces one row of the residual stream is kept per token. Nothing
+else is kept here: callers reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from iq_export.calibrate.data import Window
+from iq_export.errors import GraphError
+from iq_export.graph import io
+from iq_export.graph.edit import separate_types
+from iq_export.observe.segments import segments
+from iq_export.progress import Progress
+from iq_export.run.ort import empty_cache, model_session, ort_errors
+
+CPU = ("CPUExecutionProvider",)
+
+# A graph: a file, or a model in memory, which is not changed.
+Graph = Path | ir.Model
+# name -> value of one window, [seq, features] or [seq]; keys and values with their heads joined
+Values = dict[str, np.ndarray]
+# name -> value of one window as the graph has it, with its batch axis
+Carried = dict[str, np.ndarray]
+
+
+def walk(
+    graph: Graph,
+    names: Sequence[str],
+    windows: Sequence[Window],
+    *,
+    always: Sequence[str] = (),
+    providers: Sequence[str] = CPU,
+    progress: Progress,
+    round_half: bool = False,
+) -> Iterator[tuple[int, Values]]:
+    """Yield `(window number, values)`: for every piece of the graph that makes some of `names`,
+    every window with these. What is behind the last of them is not run.
+
+    `always` names values (indices of sinks) that come with each, from the piece that makes them
+    on. Float values come as fp32. `round_half` as at `run.ort.open_session`.
+
+    Raises GraphError naming the tensor, its window and position if a value is NaN or Inf.
+    """
+    for order, values in raw_walk(
+        graph, names, windows, always=always, providers=providers, progress=progress,
+        round_half=round_half,
+    ):  # fmt: skip
+        yield order, {name: checked(name, value, order) for name, value in values.items()}
+
+
+def raw_walk(
+    graph: Graph,
+    names: Sequence[str],
+    windows: Sequence[Window],
+    *,
+    always: Sequence[str] = (),
+    providers: Sequence[str] = CPU,
+    progress: Progress,
+    round_half: bool = False,
+) -> Iterator[tuple[int, Values]]:
+    """As `walk`, with the values as the graph has them, their batch axis and what is not finite."""
+    model, label = loaded(graph), named(graph)
+    pieces = segments(model.graph)
+    wanted = set(names)
+    used = [number for number, piece in enumerate(pieces) if wanted & piece.made]
+    if unknown := wanted - {name for piece in pieces for name in piece.made}:
+        raise GraphError(f"{label} has no values {sorted(unknown)}.")
+    pieces = pieces[: used[-1] + 1] if used else []
+    carried: list[Carried] = [{} for _ in windows]
+    for number, piece in enumerate(pieces):
+        taps = [name for name in names if name in piece.made]
+        here = [name for name in always if name in piece.made]
+        last = number == len(pieces) - 1
+        kept = [] if last else [name for name in piece.kept if name in piece.made]
+        outputs = list(dict.fromkeys([*taps, *here, *kept]))
+        part = cut(model, piece.carried, outputs)
+        with Piece(part, outputs, providers, label, round_half=round_half) as runner:
+            for order, window in enumerate(windows):
+                found = runner.run(window, carried[order])
+                before = carried[order]
+                now = {**before, **found}
+                carried[order] = {n: now[n] for n in (*piece.kept, *always) if n in now}
+                if taps:
+                    values = {name: found[name] for name in taps}
+                    values |= {name: carried[order][name] for name in always if name in now}
+                    yield order, values
+                progress.update(number * len(windows) + order + 1, len(pieces) * len(windows))
+
+
+def loaded(graph: Graph) -> ir.Model:
+    """The model of a graph."""
+    return io.load(graph) if isinstance(graph, Path) else graph
+
+
+def named(graph: Graph) -> str:
+    """What a graph is called in errors."""
+    return graph.name if isinstance(graph, Path) else str(graph.graph.name or "the graph")
+
+
+class Piece:
+    """A piece of a graph (see `cut`) loaded in ONNX Runtime until the block ends; `label` names
+    the graph in errors."""
+
+    def __init__(
+        self,
+        part: ir.Model,
+        outputs: Sequence[str],
+        providers: Sequence[str],
+        label: str,
+        *,
+        round_half: bool = False,
+    ) -> None:
+        self.names, self._label = list(outputs), label
+        self._session = model_session(part, providers, label, round_half=round_half)
+
+    def __enter__(self) -> Piece:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session = None
+
+    def run(self, window: Window, carried: Mapping[str, np.ndarray]) -> Carried:
+        """The outputs of one window with an empty cache, by name, with their batch axis."""
+        feeds = window_feeds(self._session, window, carried)
+        try:
+            found = self._session.run(self.names, feeds)
+        except ort_errors() as error:
+            reason = str(error).splitlines()[0]
+            raise GraphError(f"{self._label} fails in ONNX Runtime: {reason}") from error
+        return dict(zip(self.names, found, strict=True))
+
+
+def cut(model: ir.Model, carried: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """A copy of what makes `outputs` of the graph's inputs and of the values `carried`."""
+    begin = [str(value.name) for value in model.graph.inputs]
+    graph = ir.convenience.extract(model.graph, [*begin, *carried], list(outputs))
+    piece = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+    separate_types(graph)
+    RemoveUnusedNodesPass()(piece)
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+    return piece
+
+
+def window_feeds(
+    session: Any, window: Window, given: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Inputs of one window with an empty cache; `given` are inputs that only this graph has."""
+    ids = np.asarray(window.ids, np.int64)[None]
+    known = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.shape[1], dtype=np.int64)[None],
+    }
+    known |= given or {}
+    feeds = {}
+    for node in session.get_inputs():
+        feeds[node.name] = known[node.name] if node.name in known else empty_cache(node, 1)
+    return feeds
+
+
+def checked(name: str, value: np.ndarray, window: int) -> np.ndarray:
+    """A value of one window without its batch axis, heads joined, as fp32.
+
+    Raises GraphError if it is not finite.
+    """
+    value = value[0]
+    if value.ndim == 3:  # [heads, seq, head_dim]
+        value = value.transpose(1, 0, 2).reshape(value.shape[1], -1)
+    if value.dtype == np.float16:
+        value = value.astype(np.float32)
+    if value.dtype == np.float32 and not np.isfinite(value).all():
+        row = int(np.argwhere(~np.isfinite(value))[0][0])
+        raise GraphError(
+            f"Tensor {name!r} holds NaN or Inf in calibration window {window}, position {row}. "
+            "The model is not computable on this text in its own precision; check its weights."
+        )
+    return value
