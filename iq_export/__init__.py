@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from iq_export.bundle.package import Bundle
-    from iq_export.compile import CompileOptions, EnginesFailed, compile
+    from iq_export.compile import EnginesFailed, compile
+    from iq_export.options import CompileOptions
 
 __version__ = "0.1.0"
 __all__ = ["Bundle", "CompileOptions", "EnginesFailed", "__version__", "compile"]
 
 _HOMES = {
     "Bundle": "iq_export.bundle.package",
-    "CompileOptions": "iq_export.compile",
+    "CompileOptions": "iq_export.options",
     "EnginesFailed": "iq_export.compile",
     "compile": "iq_export.compile",
 }

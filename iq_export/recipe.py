@@ -9,8 +9,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iq_export.errors import UsageError
 from iq_export.formats.base import (
     HALF,
@@ -149,5 +147,7 @@ def load_recipe(name: str) -> Recipe:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(known)}."
         raise UsageError(f"Unknown recipe {name!r}: {hint}")
+    import yaml  # a device that builds an engine has none
+
     values = yaml.safe_load((recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
     return Recipe.from_record({"name": name, **values})

@@ -125,9 +125,9 @@ def build(
         if activation_bits < 16:
             scales = _scales(model, linears, inputs, found, plain, bits)
     kept = tuple(linear for linear in linears if linear.node not in set(left))
-    activations = find_format(
+    activations = find_format(  # type: ignore[type-abstract]
         ActivationFormat,
-        HALF if activation_bits == 16 else f"int{activation_bits}",  # type: ignore[type-abstract]
+        HALF if activation_bits == 16 else f"int{activation_bits}",
     )
     rounding = Rounding(_weights(weight_bits), activations)
     quantize(model, QuantizePlan(_renamed(model, kept), rounding, scales))
