@@ -11,6 +11,7 @@ import numpy as np
 
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.taps import tapped_runs
+from iq_export.graph.interface import Role, name_of
 from iq_export.progress import Progress
 
 # Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. Single
@@ -22,6 +23,7 @@ _MOST_COUNTED = 10_000
 _MOST_FRAGMENTS = 0.5
 _MOST_SURPRISE = 0.8
 _SURPRISE_WINDOWS = 2
+_LOGITS = name_of(Role.LOGITS)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -89,10 +91,10 @@ def _loss(
 ) -> float:
     """Mean negative log-likelihood, nats per predicted token."""
     total, tokens = 0.0, 0
-    runs = tapped_runs(model, [["logits"]], windows, providers=providers, progress=progress)
+    runs = tapped_runs(model, [[_LOGITS]], windows, providers=providers, progress=progress)
     for number, values in runs:
         targets = np.asarray(windows[number].ids[1:])
-        logits = values["logits"][:-1]
+        logits = values[_LOGITS][:-1]
         top = logits.max(axis=-1)
         log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
         total += float((log_sum - logits[np.arange(targets.size), targets]).sum(dtype=np.float64))

@@ -21,6 +21,7 @@ from iq_export.calibrate.divergence import log_softmax
 from iq_export.calibrate.taps import tapped_runs, tapped_session, window_feeds
 from iq_export.errors import GraphError
 from iq_export.graph import io
+from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.passes.to_half import HALF_MAX
 from iq_export.progress import Progress
@@ -31,6 +32,7 @@ from iq_export.sinks.ops import DOMAIN
 WINDOWS, LENGTH = 4, 128
 # Shares of what the model knows from context (see FinalCheck.lost) that a file may lose.
 MOST_LOST, MUCH_LOST = 1.0, 0.25
+_LOGITS = name_of(Role.LOGITS)
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 
 
@@ -95,11 +97,11 @@ def final_check(
     """
     short = short_windows(windows)
     tensors = len(watched(io.load(shipped)))
-    exact_runs = tapped_runs(traced, [["logits"]], short, providers=providers, progress=progress)
+    exact_runs = tapped_runs(traced, [[_LOGITS]], short, providers=providers, progress=progress)
     found_runs = finite_logits(shipped, short, parts, providers=providers)
     same, kl, logs = [], [], []
     for (_, values), logits in zip(exact_runs, found_runs, strict=True):
-        p, q = log_softmax(values["logits"]), log_softmax(logits)
+        p, q = log_softmax(values[_LOGITS]), log_softmax(logits)
         same.append(p.argmax(axis=-1) == q.argmax(axis=-1))
         kl.append((np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64))
         logs.append(p)
@@ -217,7 +219,7 @@ def finite_logits(
             if not np.isfinite(value).all():
                 where = _part(known[name], parts)
                 raise GraphError(_not_finite(name, where, value, number, half=half))
-        yield values["logits"][0].astype(np.float32)
+        yield values[_LOGITS][0].astype(np.float32)
 
 
 def _rows(value: np.ndarray) -> np.ndarray:

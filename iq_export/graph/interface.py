@@ -81,6 +81,11 @@ def name_of(role: Role, layer: int = 0, kind: str = KINDS[0]) -> str:
     return _FORMS[role][0].format(layer=layer, kind=kind)
 
 
+def axes_of(role: Role) -> tuple[str, ...]:
+    """What each axis of the tensors of this role counts."""
+    return _FORMS[role][1]
+
+
 def input_names(layers: int) -> list[str]:
     """Inputs of a traced causal LM of `layers` layers, in their order."""
     first = [name_of(role) for role in (Role.IDS, Role.MASK, Role.POSITIONS)]
