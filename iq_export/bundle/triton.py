@@ -37,7 +37,7 @@ from iq_export.engine.profile import AXES, Profile
 from iq_export.engine.targets import RTX
 from iq_export.errors import BundleError, EngineError, UsageError
 from iq_export.files import copy_belonging
-from iq_export.graph.interface import BATCH, Interface, Role, Tensor
+from iq_export.graph.interface import BATCH, Interface, Role, Tensor, name_of
 
 BACKENDS = ("tensorrt", "onnxruntime")
 CONFIG_NAME = "config.pbtxt"
@@ -346,16 +346,17 @@ def readme_text(
     return "\n\n".join(sections) + "\n"
 
 
-_CLIENT = """\
+_CLIENT = f"""\
 The server keeps nothing between two requests: no text, no KV cache, no sampling. A client
 
 1. tokenises with the bundle's `tokenizer.json` and chat template;
-2. sends the prompt: `input_ids` and `position_ids` `[batch, seq]`, `attention_mask`
-   `[batch, past + seq]` of ones (zeros for padding, which stands on the left), and every `past_*`
-   tensor with 0 tokens;
-3. takes the last row of `logits` and chooses the next token, greedily or by sampling;
-4. sends that token, its position, the mask longer by one, and every `present*` tensor of the answer
-   as the `past_*` tensor of the same layer;
+2. sends the prompt: `{name_of(Role.IDS)}` and `{name_of(Role.POSITIONS)}` `[batch, seq]`,
+   `{name_of(Role.MASK)}` `[batch, past + seq]` of ones (zeros for padding, which stands on the
+   left), and every tensor of the cache (`{name_of(Role.PAST)}`, ...) with 0 tokens;
+3. takes the last row of `{name_of(Role.LOGITS)}` and chooses the next token, greedily or by
+   sampling;
+4. sends that token, its position, the mask longer by one, and every tensor of the cache in the
+   answer as that of the same layer (`{name_of(Role.PRESENT)}` as `{name_of(Role.PAST)}`);
 5. stops at an end token of `generation_config.json`."""
 
 

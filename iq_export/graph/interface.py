@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from iq_export.errors import GraphError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line reads the axes' names before anything that takes long to load
+    import numpy as np
     import onnx
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
 # Axes that a caller chooses, by the names that a traced graph and a bundle's manifest give them.
 BATCH, SEQ, PAST, TOTAL = "batch", "seq", "past", "total"  # TOTAL = PAST + SEQ
@@ -65,13 +64,13 @@ _PATTERNS = {
     )
     for role, (name, _) in _FORMS.items()
 }
-# ONNX's names of the types, in lower case -> what a run is fed.
+# ONNX's names of the types, in lower case -> numpy's of what a run is fed.
 _NUMPY_TYPES = {
-    "float": np.float32,
-    "float16": np.float16,
-    "int8": np.int8,
-    "int32": np.int32,
-    "int64": np.int64,
+    "float": "float32",
+    "float16": "float16",
+    "int8": "int8",
+    "int32": "int32",
+    "int64": "int64",
 }
 _SHOWN = 4  # names in a message
 
@@ -130,6 +129,8 @@ class Tensor:
     @property
     def numpy_type(self) -> np.dtype[Any]:
         """GraphError for a type that nothing here feeds."""
+        import numpy as np
+
         try:
             return np.dtype(_NUMPY_TYPES[self.dtype])
         except KeyError:
@@ -148,6 +149,8 @@ class Tensor:
 
     def empty(self, batch: int) -> NDArray[Any]:
         """A cache of no tokens for `batch` sequences: zero rows along the axis of the past."""
+        import numpy as np
+
         if len(self.shape) != len(self.axes):
             raise GraphError(
                 f"cache input '{self.name}' must have {len(self.axes)} axes; its shape is "
@@ -243,6 +246,8 @@ class Interface:
         ids: `[seq]` or `[batch, seq]`, so sequences of one length; given: inputs by name that only
         this graph has. Raises GraphError for an input that is neither known nor given.
         """
+        import numpy as np
+
         tokens = np.atleast_2d(np.asarray(ids, np.int64))
         known = {
             Role.IDS: tokens,
