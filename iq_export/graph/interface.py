@@ -243,8 +243,9 @@ class Interface:
     ) -> dict[str, NDArray[Any]]:
         """A value for every input: unpadded sequences with an empty cache.
 
-        ids: `[seq]` or `[batch, seq]`, so sequences of one length; given: inputs by name that only
-        this graph has. Raises GraphError for an input that is neither known nor given.
+        ids: `[seq]` or `[batch, seq]`, so sequences of one length; given: by name what is no token
+        or cache, of which a graph takes what it has. Raises GraphError for an input that is
+        neither known nor given.
         """
         import numpy as np
 
@@ -254,11 +255,11 @@ class Interface:
             Role.MASK: np.ones_like(tokens),
             Role.POSITIONS: np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
         }
-        feeds = dict(given or {})
+        more, feeds = given or {}, {}
         for tensor in self.inputs:
-            if tensor.name in feeds:
-                continue
-            if tensor.role in known:
+            if tensor.name in more:
+                feeds[tensor.name] = more[tensor.name]
+            elif tensor.role in known:
                 feeds[tensor.name] = known[tensor.role]
             elif tensor.role in _AFTER:
                 feeds[tensor.name] = tensor.empty(len(tokens))
