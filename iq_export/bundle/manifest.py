@@ -18,6 +18,7 @@ from typing import Any
 from iq_export.bundle import schema
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError
+from iq_export.graph.interface import BATCH, PAST, SEQ
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -149,7 +150,7 @@ def _check_engines(manifest: Manifest) -> None:
     """ValueError for what a schema cannot say of engines."""
     for name, engine in manifest.engines.items():
         place = f"engines.{name:.60}"
-        for axis in ("batch", "seq", "past"):
+        for axis in (BATCH, SEQ, PAST):
             sizes = engine["profile"][axis]
             if not sizes["min"] <= sizes["opt"] <= sizes["max"]:
                 raise ValueError(f"{place}.profile.{axis} is not min <= opt <= max")

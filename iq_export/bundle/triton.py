@@ -33,10 +33,11 @@ from iq_export.bundle.package import (
 )
 from iq_export.engine.build import EngineReport
 from iq_export.engine.plugin import LIBRARY
-from iq_export.engine.profile import Profile
+from iq_export.engine.profile import AXES, Profile
 from iq_export.engine.targets import RTX
 from iq_export.errors import BundleError, EngineError, UsageError
 from iq_export.files import copy_belonging
+from iq_export.graph.interface import BATCH, Interface, Role, Tensor, name_of
 
 BACKENDS = ("tensorrt", "onnxruntime")
 CONFIG_NAME = "config.pbtxt"
@@ -52,8 +53,6 @@ _OURS = re.compile(
     rf"|{_VERSION}(/model\.plan|/{re.escape(MODEL_NAME)}(\.[^/]+)?)?"
 )
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_CACHE = ("past_key_values.", "past_sinks.")
-_CACHE_TENSORS = (*_CACHE, "present.", "present_sinks.")
 _COLUMNS = 100
 # The manifest's types (ONNX's names in lower case), Triton's, and bytes of an element.
 _TYPES = {
@@ -269,7 +268,7 @@ def max_batch_size(manifest: Manifest, profile: Profile) -> int:
     """
     for tensor in (*manifest.inputs, *manifest.outputs):
         first, *rest = tensor.shape or [0]
-        if first != "batch" or "batch" in rest or not rest:
+        if first != BATCH or BATCH in rest or not rest:
             return 0
     return profile.batch.max
 
@@ -309,7 +308,7 @@ def _tensor_lines(kind: str, tensors: Iterable[TensorInfo], batched: bool) -> li
     return lines
 
 
-def _type(tensor: TensorInfo) -> tuple[str, int]:
+def _type(tensor: Tensor | TensorInfo) -> tuple[str, int]:
     try:
         return _TYPES[tensor.dtype]
     except KeyError:
@@ -347,24 +346,25 @@ def readme_text(
     return "\n\n".join(sections) + "\n"
 
 
-_CLIENT = """\
+_CLIENT = f"""\
 The server keeps nothing between two requests: no text, no KV cache, no sampling. A client
 
 1. tokenises with the bundle's `tokenizer.json` and chat template;
-2. sends the prompt: `input_ids` and `position_ids` `[batch, seq]`, `attention_mask`
-   `[batch, past + seq]` of ones (zeros for padding, which stands on the left), and every `past_*`
-   tensor with 0 tokens;
-3. takes the last row of `logits` and chooses the next token, greedily or by sampling;
-4. sends that token, its position, the mask longer by one, and every `present*` tensor of the answer
-   as the `past_*` tensor of the same layer;
+2. sends the prompt: `{name_of(Role.IDS)}` and `{name_of(Role.POSITIONS)}` `[batch, seq]`,
+   `{name_of(Role.MASK)}` `[batch, past + seq]` of ones (zeros for padding, which stands on the
+   left), and every tensor of the cache (`{name_of(Role.PAST)}`, ...) with 0 tokens;
+3. takes the last row of `{name_of(Role.LOGITS)}` and chooses the next token, greedily or by
+   sampling;
+4. sends that token, its position, the mask longer by one, and every tensor of the cache in the
+   answer as that of the same layer (`{name_of(Role.PRESENT)}` as `{name_of(Role.PAST)}`);
 5. stops at an end token of `generation_config.json`."""
 
 
 def _cost(manifest: Manifest, profile: Profile) -> str:
     """The bytes that a request carries because the cache is the client's."""
-    cache = [tensor for tensor in manifest.inputs if tensor.name.startswith(_CACHE)]
-    token = sum(map(_bytes_per_token, cache))
-    logits = sum(_bytes_per_token(t) for t in manifest.outputs if t.name == "logits")
+    interface = Interface.of_tensors(manifest.inputs, manifest.outputs)
+    token = sum(map(_bytes_per_token, interface.past))
+    logits = sum(_bytes_per_token(t) for t in interface.outputs if t.role is Role.LOGITS)
     return (
         f"The KV cache goes in and comes back with every request: {token / 1e3:.1f} kB each way "
         f"for each row and token of the past, {token * profile.past.max / 1e6:.1f} MB at the "
@@ -408,21 +408,21 @@ def _needs(manifest: Manifest, engine: EngineReport | None) -> list[str]:
 
 def _shapes(manifest: Manifest, profile: Profile) -> str:
     rows = ["| tensor | type | shape |", "|---|---|---|"]
-    named = [*manifest.inputs, *manifest.outputs]
+    interface = Interface.of_tensors(manifest.inputs, manifest.outputs)
+    named = [*interface.inputs, *interface.outputs]
     for tensor in named:
-        if not tensor.name.startswith(_CACHE_TENSORS) or re.search(r"\.0(\.|$)", tensor.name):
+        if not tensor.layer:  # one layer and one lifecycle stand for all
             shape = ", ".join(map(str, tensor.shape))
             rows.append(f"| `{tensor.name}` | {_type(tensor)[0]} | [{shape}] |")
-    caches = sum(tensor.name.startswith(_CACHE_TENSORS) for tensor in named)
+    caches = sum(tensor.layer is not None for tensor in named)
     limits = ", ".join(
-        f"{axis} {profile.axis(axis).min} to {profile.axis(axis).max}"
-        for axis in ("batch", "seq", "past")
+        f"{axis} {profile.axis(axis).min} to {profile.axis(axis).max}" for axis in AXES
     )
     head = f"Sizes: {limits}; total is past + seq."
     tail = f"There are {caches} cache tensors in all; `{CONFIG_NAME}` lists them."
     return "\n".join([head, "", *rows, "", tail])
 
 
-def _bytes_per_token(tensor: TensorInfo) -> int:
+def _bytes_per_token(tensor: Tensor) -> int:
     """Bytes of a tensor for one batch row and one token: its fixed sizes times its element's."""
     return math.prod(size for size in tensor.shape if isinstance(size, int)) * _type(tensor)[1]

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from iq_export.calibrate.data import Window
+from iq_export.graph.interface import Role, name_of
 from iq_export.observe.loss import token_losses
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
@@ -22,6 +23,7 @@ _MOST_COUNTED = 10_000
 _MOST_FRAGMENTS = 0.5
 _MOST_SURPRISE = 0.8
 _SURPRISE_WINDOWS = 2
+_LOGITS = name_of(Role.LOGITS)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -89,9 +91,9 @@ def _loss(
 ) -> float:
     """Mean negative log-likelihood, nats per predicted token."""
     total, tokens = 0.0, 0
-    runs = walk(model, ["logits"], windows, providers=providers, progress=progress)
+    runs = walk(model, [_LOGITS], windows, providers=providers, progress=progress)
     for number, values in runs:
         targets = np.asarray(windows[number].ids[1:])
-        total += float(token_losses(values["logits"][:-1], targets).sum())
+        total += float(token_losses(values[_LOGITS][:-1], targets).sum())
         tokens += targets.size
     return total / tokens

@@ -12,6 +12,7 @@ from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, reading_records
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
 from iq_export.evaluate.compare import speed_line, table
+from iq_export.graph.interface import KINDS, Interface
 from iq_export.report.lifecycles import describe_lifecycle
 from iq_export.terminal import in_a_line
 
@@ -131,12 +132,13 @@ def _engines(manifest: Manifest) -> list[str]:
 
 
 def _tensors(manifest: Manifest) -> list[str]:
-    named = [("in", t) for t in manifest.inputs] + [("out", t) for t in manifest.outputs]
-    caches = [t for _, t in named if t.name.startswith(("past_key_values.", "present."))]
+    interface = Interface.of_tensors(manifest.inputs, manifest.outputs)
+    named = [("in", t) for t in interface.inputs] + [("out", t) for t in interface.outputs]
+    caches = [t for _, t in named if t.kind]
     rows = [
         (way, t.name, t.dtype, f"[{', '.join(map(str, t.shape))}]")
         for way, t in named
-        if t not in caches or t.name.endswith(".0.key")
+        if not t.kind or (t.layer, t.kind) == (0, KINDS[0])
     ]
     lines = columns(rows)
     return [*lines, f"({len(caches)} cache tensors in all)"] if caches else lines

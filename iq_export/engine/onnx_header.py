@@ -7,6 +7,7 @@ from pathlib import Path
 
 from iq_export.errors import EngineError
 from iq_export.graph.external import check_external
+from iq_export.graph.interface import Interface
 from iq_export.graph.proto import read
 
 _SINK_DOMAIN = "iq"
@@ -40,15 +41,12 @@ def read_header(path: Path) -> OnnxHeader:
     if opset is None:
         raise EngineError(f"'{path}' is no ONNX model: it imports no standard opset.")
     graph = model.graph
-    sizes = [
-        value.type.tensor_type.shape.dim[-1].dim_value
-        for value in graph.input
-        if value.name.startswith("past_key_values.") and value.type.tensor_type.shape.dim
-    ]
+    caches = (tensor for tensor in Interface.of_proto(graph).past if tensor.kind)
+    sizes = (size for tensor in caches for size in tensor.shape[-1:])
     return OnnxHeader(
         opset,
         sum(node.domain == _SINK_DOMAIN for node in graph.node),
-        next((size for size in sizes if size > 0), None),
+        next((size for size in sizes if isinstance(size, int) and size > 0), None),
         any(
             attribute.name == "softcap" and attribute.f > 0
             for node in graph.node

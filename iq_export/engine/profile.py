@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from iq_export.errors import EngineError, UsageError
+from iq_export.graph.interface import BATCH, PAST, SEQ, TOTAL
 
-# Names the traced graph gives its dynamic axes; `total` = past + seq is the length of the mask.
-AXES = ("batch", "seq", "past")
-TOTAL = "total"
+# The axes that a profile gives sizes; that of TOTAL follows.
+AXES = (BATCH, SEQ, PAST)
 # Sizes are 32-bit in TensorRT.
 _LARGEST = 2**31 - 1
 
@@ -39,7 +39,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            lowest = 0 if axis == "past" else 1
+            lowest = 0 if axis == PAST else 1
             _check_range(axis, getattr(self, axis), lowest)
 
     @classmethod

@@ -18,6 +18,7 @@ from iq_export.calibrate.attention import attentions, product_peak
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph.half import HALF_MAX
+from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.observe.loss import kl, log_softmax
 from iq_export.observe.walk import CPU, Graph, loaded, raw_walk, walk
@@ -28,6 +29,7 @@ from iq_export.sinks.ops import DOMAIN
 WINDOWS, LENGTH = 4, 128
 # Shares of what the model knows from context (see FinalCheck.lost) that a file may lose.
 MOST_LOST, MUCH_LOST = 1.0, 0.25
+_LOGITS = name_of(Role.LOGITS)
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 
 
@@ -92,11 +94,11 @@ def final_check(
     """
     short = short_windows(windows)
     tensors = len(watched(loaded(shipped)))
-    exact_runs = walk(traced, ["logits"], short, providers=providers, progress=progress)
+    exact_runs = walk(traced, [_LOGITS], short, providers=providers, progress=progress)
     found_runs = finite_logits(shipped, short, parts, providers=providers, progress=progress)
     same, divergences, logs = [], [], []
     for (_, values), logits in zip(exact_runs, found_runs, strict=True):
-        p, q = log_softmax(values["logits"]), log_softmax(logits)
+        p, q = log_softmax(values[_LOGITS]), log_softmax(logits)
         same.append(p.argmax(axis=-1) == q.argmax(axis=-1))
         divergences.append(kl(p, q))
         logs.append(p)
@@ -211,8 +213,8 @@ def finite_logits(
             if not np.isfinite(value).all():
                 where = _part(known[name], parts)
                 raise GraphError(_not_finite(name, where, value, number, half=half))
-        if "logits" in values:
-            yield values["logits"][0].astype(np.float32)
+        if _LOGITS in values:
+            yield values[_LOGITS][0].astype(np.float32)
 
 
 def _rows(value: np.ndarray) -> np.ndarray:

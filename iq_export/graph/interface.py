@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from iq_export.errors import GraphError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line reads the axes' names before anything that takes long to load
+    import numpy as np
     import onnx
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
 # Axes that a caller chooses, by the names that a traced graph and a bundle's manifest give them.
 BATCH, SEQ, PAST, TOTAL = "batch", "seq", "past", "total"  # TOTAL = PAST + SEQ
@@ -65,13 +64,13 @@ _PATTERNS = {
     )
     for role, (name, _) in _FORMS.items()
 }
-# ONNX's names of the types, in lower case -> what a run is fed.
+# ONNX's names of the types, in lower case -> numpy's of what a run is fed.
 _NUMPY_TYPES = {
-    "float": np.float32,
-    "float16": np.float16,
-    "int8": np.int8,
-    "int32": np.int32,
-    "int64": np.int64,
+    "float": "float32",
+    "float16": "float16",
+    "int8": "int8",
+    "int32": "int32",
+    "int64": "int64",
 }
 _SHOWN = 4  # names in a message
 
@@ -79,6 +78,11 @@ _SHOWN = 4  # names in a message
 def name_of(role: Role, layer: int = 0, kind: str = KINDS[0]) -> str:
     """How the tensor of this role is called; `layer` and `kind` count where the role has them."""
     return _FORMS[role][0].format(layer=layer, kind=kind)
+
+
+def axes_of(role: Role) -> tuple[str, ...]:
+    """What each axis of the tensors of this role counts."""
+    return _FORMS[role][1]
 
 
 def input_names(layers: int) -> list[str]:
@@ -125,6 +129,8 @@ class Tensor:
     @property
     def numpy_type(self) -> np.dtype[Any]:
         """GraphError for a type that nothing here feeds."""
+        import numpy as np
+
         try:
             return np.dtype(_NUMPY_TYPES[self.dtype])
         except KeyError:
@@ -143,6 +149,8 @@ class Tensor:
 
     def empty(self, batch: int) -> NDArray[Any]:
         """A cache of no tokens for `batch` sequences: zero rows along the axis of the past."""
+        import numpy as np
+
         if len(self.shape) != len(self.axes):
             raise GraphError(
                 f"cache input '{self.name}' must have {len(self.axes)} axes; its shape is "
@@ -235,20 +243,23 @@ class Interface:
     ) -> dict[str, NDArray[Any]]:
         """A value for every input: unpadded sequences with an empty cache.
 
-        ids: `[seq]` or `[batch, seq]`, so sequences of one length; given: inputs by name that only
-        this graph has. Raises GraphError for an input that is neither known nor given.
+        ids: `[seq]` or `[batch, seq]`, so sequences of one length; given: by name what is no token
+        or cache, of which a graph takes what it has. Raises GraphError for an input that is
+        neither known nor given.
         """
+        import numpy as np
+
         tokens = np.atleast_2d(np.asarray(ids, np.int64))
         known = {
             Role.IDS: tokens,
             Role.MASK: np.ones_like(tokens),
             Role.POSITIONS: np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
         }
-        feeds = dict(given or {})
+        more, feeds = given or {}, {}
         for tensor in self.inputs:
-            if tensor.name in feeds:
-                continue
-            if tensor.role in known:
+            if tensor.name in more:
+                feeds[tensor.name] = more[tensor.name]
+            elif tensor.role in known:
                 feeds[tensor.name] = known[tensor.role]
             elif tensor.role in _AFTER:
                 feeds[tensor.name] = tensor.empty(len(tokens))

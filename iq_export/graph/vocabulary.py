@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from iq_export.errors import DataError, GraphError
+from iq_export.graph.interface import Interface, Role, name_of
 from iq_export.graph.proto import read
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class Names(Protocol):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`rows` of the smallest table that `input_ids` index, and the width of the `logits`; None
-    where the graph does not say.
+    """`rows` of the smallest table that token ids index, and the width of the logits; None where
+    the graph does not say.
 
     Neither is the tokenizer's size: a tokenizer may have more ids than the table has rows (image
     tokens of a text model), and the logits may be narrower or wider than the table.
@@ -62,19 +63,18 @@ def read_vocabulary(path: Path) -> Vocabulary:
     graph = _graph(path)
     if graph is None:
         return Vocabulary()
-    logits = next((_shape(value)[-1:] for value in graph.output if value.name == "logits"), [])
-    return Vocabulary(
-        _table_rows(graph, "input_ids"), next((size for size in logits if size), None)
-    )
+    logits = Interface.of_proto(graph).find(Role.LOGITS)
+    width = next((size for size in logits.shape[-1:] if isinstance(size, int)), 0) if logits else 0
+    return Vocabulary(_table_rows(graph, Role.IDS), width or None)
 
 
 def position_rows(path: Path) -> int | None:
-    """Rows of the smallest table that `position_ids` index in the graph at `path`.
+    """Rows of the smallest table that positions index in the graph at `path`.
 
     None without one, behind arithmetic (positions from 2 on), or if the file cannot be read.
     """
     graph = _graph(path)
-    return None if graph is None else _table_rows(graph, "position_ids")
+    return None if graph is None else _table_rows(graph, Role.POSITIONS)
 
 
 def _graph(path: Path) -> onnx.GraphProto | None:
@@ -86,12 +86,12 @@ def _graph(path: Path) -> onnx.GraphProto | None:
         return None
 
 
-def _table_rows(graph: onnx.GraphProto, name: str) -> int | None:
-    """Rows of the smallest table that the input `name` indexes."""
+def _table_rows(graph: onnx.GraphProto, role: Role) -> int | None:
+    """Rows of the smallest table that the input of `role` indexes."""
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in graph.value_info:
         sizes.setdefault(value.name, _shape(value))
-    ids = {name}
+    ids = {name_of(role)}
     rows = []
     for node in graph.node:  # in topological order
         if node.op_type in _PASSING and node.input[0] in ids:

@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
+from iq_export.graph.interface import BATCH, PAST, SEQ, input_names, output_names
 from iq_export.model.capture import CacheShape
 from iq_export.model.tidy import SCOPES
 
@@ -23,17 +24,6 @@ _BATCH, _SEQ, _PAST = 2, 5, 3
 # Rewrites leave identities behind that hide the rotary pattern until they are folded away.
 _LOWERING_ROUNDS = 2
 _LONGEST = 300  # characters of torch's own words in an error
-
-
-def input_names(layers: int) -> list[str]:
-    """Names of the graph's inputs for a model of `layers` layers."""
-    past = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
-    return ["input_ids", "attention_mask", "position_ids", *past]
-
-
-def output_names(layers: int) -> list[str]:
-    """Names of the graph's outputs for a model of `layers` layers."""
-    return ["logits", *(f"present.{i}.{k}" for i in range(layers) for k in ("key", "value"))]
 
 
 def example_inputs(cache: CacheShape, vocab_size: int) -> tuple[Any, ...]:
@@ -57,7 +47,7 @@ def export_module(
     """
     import torch
 
-    batch, seq, past = (torch.export.Dim(name) for name in ("batch", "seq", "past"))
+    batch, seq, past = (torch.export.Dim(name) for name in (BATCH, SEQ, PAST))
     args = example_inputs(cache, vocab_size)
     shapes = (
         {0: batch, 1: seq},

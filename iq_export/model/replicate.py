@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from iq_export.graph.interface import KINDS, Interface, Role, name_of
 from iq_export.model.tidy import SCOPES, all_scopes
 
 if TYPE_CHECKING:
@@ -177,12 +178,10 @@ def _find_chain(graph: ir.Graph, prefix: str, count: int) -> _Chain | None:
         entry.append(next(iter(arriving), None))
         if layer:
             leaving[layer - 1] = arriving
-    past = re.compile(r"past_key_values\.(\d+)\.")
-    for value in graph.inputs:
-        match = past.match(value.name or "")
-        if match is None:
+    for tensor, value in zip(Interface.of_graph(graph).inputs, graph.inputs, strict=True):
+        layer = tensor.layer
+        if layer is None:
             continue
-        layer = int(match[1])
         # Sizes are read from the first cache, outside of all layers.
         allowed = {layer, None} if layer == 0 else {layer}
         if not {owner[use.node] for use in value.uses()} <= allowed:
@@ -231,16 +230,17 @@ class _Writer:
 
     def write(self) -> None:
         inputs, outputs = self._inputs(), [self.graph.outputs[0]]
-        outputs += [v for v in self.graph.outputs if (v.name or "").startswith("present.0.")]
+        first = {name_of(Role.PRESENT, 0, kind) for kind in KINDS}
+        outputs += [v for v in self.graph.outputs if v.name in first]
         current, copies = self.chain.exit[0], []
         fresh: list[ir.Value] = []
         for layer in range(1, len(self.plan.template)):
             position = self.plan.template[layer]
             values = self._parameters(layer, position, fresh)
             values[self.chain.entry[position]] = current
-            for kind in ("key", "value"):
-                name = f"past_key_values.{position}.{kind}"
-                values[inputs[name]] = inputs[f"past_key_values.{layer}.{kind}"]
+            for kind in KINDS:
+                name = name_of(Role.PAST, position, kind)
+                values[inputs[name]] = inputs[name_of(Role.PAST, layer, kind)]
             copies += self._copy(layer, position, values)
             current = values[self.chain.exit[position]]
             outputs += self._outputs(layer, position, values)
@@ -250,10 +250,10 @@ class _Writer:
         """All graph inputs by name, with the caches of the layers that were not traced added."""
         known = {value.name: value for value in self.graph.inputs}
         for layer in range(len(self.plan.traced), len(self.plan.template)):
-            for kind in ("key", "value"):
-                model = known[f"past_key_values.0.{kind}"]
+            for kind in KINDS:
+                model = known[name_of(Role.PAST, 0, kind)]
                 value = ir.Value(
-                    name=f"past_key_values.{layer}.{kind}",
+                    name=name_of(Role.PAST, layer, kind),
                     shape=model.shape.copy(),
                     type=model.type,
                 )
@@ -311,7 +311,7 @@ class _Writer:
         self, layer: int, position: int, values: dict[ir.Value | None, ir.Value]
     ) -> list[ir.Value]:
         """This layer's cache outputs; their final names are given in `_replace`."""
-        names = [f"present.{position}.{kind}" for kind in ("key", "value")]
+        names = [name_of(Role.PRESENT, position, kind) for kind in KINDS]
         by_name = {value.name: value for value in self.graph.outputs}
         return [values[by_name[name]] for name in names]
 
@@ -338,4 +338,4 @@ class _Writer:
         for value in fresh:
             self.graph.initializers.add(value)
         for index, value in enumerate(outputs[1:]):
-            value.name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
+            value.name = name_of(Role.PRESENT, index // len(KINDS), KINDS[index % len(KINDS)])

@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from iq_export.graph.interface import BATCH, PAST, SEQ, TOTAL, Role, axes_of, name_of
+
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Elements up to which an expression of parameters (Gemma's `1 + weight`) is evaluated: vectors of
 # any hidden size, but no matrix.
@@ -63,7 +65,7 @@ def module_scope(node: ir.Node) -> str:
 
 def _name_total(graph: ir.Graph) -> None:
     """Call the attention mask's length, and with it every `past + seq`, `total`."""
-    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    mask = next(value for value in graph.inputs if value.name == name_of(Role.MASK))
     aliases = {"past + seq", "seq + past", str(mask.shape[1])} if mask.shape else set()
 
     def rename(value: ir.Value) -> None:
@@ -71,7 +73,7 @@ def _name_total(graph: ir.Graph) -> None:
             return
         for axis, dim in enumerate(value.shape):
             if not isinstance(dim, int) and str(dim) in aliases:
-                value.shape[axis] = ir.SymbolicDim("total")
+                value.shape[axis] = ir.SymbolicDim(TOTAL)
 
     for value in [*graph.inputs, *(out for node in graph for out in node.outputs)]:
         rename(value)
@@ -80,13 +82,8 @@ def _name_total(graph: ir.Graph) -> None:
 def _read_sizes_from_inputs(graph: ir.Graph) -> None:
     """Let every Shape of one dynamic axis read it from the same input, so that they merge."""
     inputs = {value.name: value for value in graph.inputs}
-    first_past = inputs["past_key_values.0.key"]
-    home = {
-        "batch": (inputs["input_ids"], 0),
-        "seq": (inputs["input_ids"], 1),
-        "past": (first_past, 2),
-        "total": (inputs["attention_mask"], 1),
-    }
+    homes = ((Role.IDS, BATCH), (Role.IDS, SEQ), (Role.PAST, PAST), (Role.MASK, TOTAL))
+    home = {axis: (inputs[name_of(role)], axes_of(role).index(axis)) for role, axis in homes}
     for node in graph:
         source = node.inputs[0] if node.op_type == "Shape" else None
         if source is None or source.shape is None:

@@ -30,6 +30,7 @@ from iq_export.checksum import sha256_file, sha256_stream
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.external import external_tensors, place
+from iq_export.graph.interface import Interface, Role, input_names
 from iq_export.graph.proto import read
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import (
@@ -62,6 +63,7 @@ _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
     "limits.py", "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
+    "../graph/interface.py",
 )  # fmt: skip
 
 
@@ -437,22 +439,10 @@ def _check_types(model: ir.Model, path: Path) -> None:
 
 def _check_interface(model: ir.Model, path: Path) -> None:
     """Raise GraphError with the first input or output that a causal LM has and this lacks."""
-    inputs = {value.name for value in model.graph.inputs}
-    outputs = {value.name for value in model.graph.outputs}
-    layers = sum(name.startswith("present.") for name in outputs if name) // 2
-    past = [
-        f"past_key_values.{i}.{kind}" for i in range(max(layers, 1)) for kind in ("key", "value")
-    ]
-    needed_in = ["input_ids", "attention_mask", "position_ids", *past]
-    needed_out = ["logits", *(name.replace("past_key_values", "present") for name in past)]
-    for kind, needed, found in (("input", needed_in, inputs), ("output", needed_out, outputs)):
-        lacking = [name for name in needed if name not in found]
-        if lacking:
-            raise GraphError(
-                f"{path} is no causal LM with KV cache: it has no {kind} '{lacking[0]}' (has: "
-                f"{', '.join(sorted(str(name) for name in found)[:4])}, ...)."
-            )
-    extra = sorted(str(name) for name in inputs - set(needed_in))
+    interface = Interface.of_graph(model.graph)
+    interface.check_causal_lm(str(path), (Role.IDS, Role.MASK, Role.POSITIONS))
+    known = input_names(interface.layers)
+    extra = sorted(tensor.name for tensor in interface.inputs if tensor.name not in known)
     if extra:
         raise GraphError(f"{path} has an input that is not understood: '{extra[0]}'.")
 

@@ -12,7 +12,7 @@ every attention product and of the KV cache, and one more sets the residual afte
 The norm+kv form is the norm form with the templates of keys and values besides: a quantizer behind
 a norm clips the template, and what other tokens see of a sink are its keys and values.
 
-Precondition: the traced graph with `attention_mask` and `position_ids`. Postcondition: semantic
+Precondition: the traced graph with a mask and positions. Postcondition: semantic
 rows are computed exactly as before.
 """
 
@@ -26,6 +26,7 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import constant, shared_constant
+from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
@@ -69,14 +70,13 @@ def _row_masks(graph: ir.Graph) -> tuple[ir.Value, ir.Value, ir.Value]:
     earlier ones belong to the KV cache. Left pads may have position 0 too, hence `first & valid`.
     """
     inputs = {value.name: value for value in graph.inputs}
-    missing = {"input_ids", "attention_mask", "position_ids"} - inputs.keys()
+    names = [name_of(role) for role in (Role.IDS, Role.MASK, Role.POSITIONS)]
+    missing = set(names) - inputs.keys()
     if missing:
         raise GraphError(
             f"The graph lacks the inputs {sorted(missing)}; sinks are found by position and mask."
         )
-    ids, mask, positions = (
-        inputs[name] for name in ("input_ids", "attention_mask", "position_ids")
-    )
+    ids, mask, positions = (inputs[name] for name in names)
     zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
     nodes = [
         ir.node("Shape", [ids], {"start": 1, "end": 2}, name="iq/seq"),

@@ -4,18 +4,16 @@
   passes DequantizeLinear in front of the Attention.
 - SinkClampInsert ops on keys and values move behind that: the templates of the sinks are read in
   the graph's own precision, and scales need not hold them. The cache keeps, for each lifecycle,
-  which rows are sinks: `past_sinks.N` -> `present_sinks.N`, int32 `[batch, past]` -> `[batch,
-  total]`.
+  which rows are sinks, int32: an input `[batch, past]` and an output `[batch, total]`.
 
-Precondition: float32 graph; keys and values join the cache by a Concat whose output is the graph
-output `present.*`; every lifecycle is inserted with its keys and values (not the norm form).
-Postcondition: `past_key_values.*` and `present.*` hold codes.
+Precondition: float32 graph; keys and values join the cache by a Concat of a graph input whose
+output is a graph output; every lifecycle is inserted with its keys and values (not the norm form).
+Postcondition: these inputs and outputs hold codes.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -25,9 +23,12 @@ from iq_export.formats import qdq
 from iq_export.formats.base import CacheFormat
 from iq_export.formats.int8_cache import INT8_CACHE
 from iq_export.graph.edit import constant
+from iq_export.graph.interface import PAST, Role, axes_of, name_of
 from iq_export.graph.sites import AttentionSite, Sites
-from iq_export.passes.insert_sinks import index_name
 from iq_export.sinks.ops import DOMAIN
+
+# What gives a lifecycle's index: one detection, or the union of those at several blocks.
+_INDEX_OPS = ("SinkDetect", "Where")
 
 
 def quantize_cache(
@@ -42,7 +43,8 @@ def quantize_cache(
     """
     graph = model.graph
     nodes = {node.name: node for node in graph}
-    past_and_present: tuple[ir.Value, ir.Value] | None = None
+    inserts: list[ir.Node] = []
+    joined: ir.Node | None = None
     for block in sites.blocks:
         site = block.attention.attention
         if site is None:
@@ -51,10 +53,10 @@ def quantize_cache(
                 "op, so its KV cache cannot be int8: use recipe w8a8."
             )
         for position, name in ((1, site.key), (2, site.value)):
-            concat = _cache_of(nodes[site.node], position, site)
-            past_and_present = _quantize_one(graph, concat, scales[name], cache)
-    assert past_and_present is not None
-    _cache_indices(graph, *past_and_present)
+            joined = _cache_of(nodes[site.node], position, site)
+            inserts += _quantize_one(graph, joined, scales[name], cache)
+    assert joined is not None
+    _cache_indices(graph, inserts, joined)
     return True
 
 
@@ -77,11 +79,13 @@ def _cache_of(attention: ir.Node, position: int, site: AttentionSite) -> ir.Node
 
 def _quantize_one(
     graph: ir.Graph, concat: ir.Node, scale: float, cache: CacheFormat
-) -> tuple[ir.Value, ir.Value]:
+) -> list[ir.Node]:
+    """Rewrite the cache that `concat` joins; returns the ops that insert templates, now behind it,
+    the last one first."""
     past, new = concat.inputs
     present = concat.outputs[0]
     ops: list[ir.Node] = []  # the last one is applied first
-    while (op := new.producer()) is not None and op.domain == DOMAIN:
+    while (op := new.producer()) is not None and _inserts(op):
         ops.append(op)
         new = op.inputs[0]
     scale_value = constant(graph, f"{present.name}.scale", np.array(scale, np.float32))
@@ -106,34 +110,50 @@ def _quantize_one(
         reader.replace_input_with(position, chain[-1].outputs[0])
     graph.insert_before(concat, q)
     graph.insert_after(concat, chain)
-    return past, present
+    return ops
 
 
-def _cache_indices(graph: ir.Graph, past: ir.Value, present: ir.Value) -> None:
+def _inserts(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and node.op_type == "SinkClampInsert"
+
+
+def _cache_indices(graph: ir.Graph, inserts: Sequence[ir.Node], cache: ir.Node) -> None:
     """Let the ops on keys and values read the index of all rows, those of the cache first."""
-    assert past.shape is not None and present.shape is not None
-    rows = -2  # [batch, heads, rows, head_dim] or [batch, rows, features]
-    values = {value.name: value for node in graph for value in node.outputs}
-    for number in itertools.count():
-        index = values.get(index_name(number))
-        if index is None:
-            return
-        before = ir.Value(
-            name=f"past_sinks.{number}",
-            type=ir.TensorType(ir.DataType.INT32),
-            shape=ir.Shape([past.shape[0], past.shape[rows]]),
-        )
-        concat = ir.node("Concat", [before, index], {"axis": 1}, name=f"{index.name}/cache")
-        total = concat.outputs[0]
-        total.name = f"present_sinks.{number}"
-        total.dtype = ir.DataType.INT32
-        total.shape = ir.Shape([present.shape[0], present.shape[rows]])
-        producer = index.producer()
-        assert producer is not None
-        for user, position in list(index.uses()):
-            attends = f"iq/sinks.{number}/attend." in str(user.name)
-            if attends or str(user.name).startswith(f"{index.name}.heads"):
-                user.replace_input_with(position, total)
-        graph.insert_after(producer, concat)
-        graph.inputs.append(before)
-        graph.outputs.append(total)
+    past, present = cache.inputs[0], cache.outputs[0]
+    assert past is not None and past.shape is not None and present.shape is not None
+    rows = axes_of(Role.PAST).index(PAST)
+    totals: dict[ir.Value, ir.Value] = {}
+    # Found before the first is changed: a key and a value share the nodes of an index per head.
+    for reader, position in dict.fromkeys(_reader_of_index(op) for op in inserts):
+        index = reader.inputs[position]
+        assert index is not None
+        if index not in totals:
+            before = ir.Value(
+                name=name_of(Role.PAST_SINKS, len(totals)),
+                type=ir.TensorType(ir.DataType.INT32),
+                shape=ir.Shape([past.shape[0], past.shape[rows]]),
+            )
+            concat = ir.node("Concat", [before, index], {"axis": 1}, name=f"{index.name}/cache")
+            total = concat.outputs[0]
+            total.name = name_of(Role.PRESENT_SINKS, len(totals))
+            total.dtype = ir.DataType.INT32
+            total.shape = ir.Shape([present.shape[0], present.shape[rows]])
+            producer = index.producer()
+            assert producer is not None
+            graph.insert_after(producer, concat)
+            graph.inputs.append(before)
+            graph.outputs.append(total)
+            totals[index] = total
+        reader.replace_input_with(position, totals[index])
+
+
+def _reader_of_index(op: ir.Node) -> tuple[ir.Node, int]:
+    """The node, and which input, that reads the index of the rows that `op` writes: `op` itself, or
+    the first of those that make an index per head of it."""
+    reader, position = op, 1
+    while True:
+        index = reader.inputs[position]
+        maker = None if index is None else index.producer()
+        if maker is None or maker.op_type in _INDEX_OPS:
+            return reader, position
+        reader, position = maker, 0

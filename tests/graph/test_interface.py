@@ -111,9 +111,12 @@ def test_a_graph_without_cache_is_no_causal_lm() -> None:
 @pytest.mark.parametrize("ids", [[3, 1, 2], [[3, 1, 2], [4, 5, 6]]])
 def test_feeds_are_unpadded_sequences_with_an_empty_cache(path: Path, ids: list[int]) -> None:
     session = InferenceSession(path)
-    feeds = Interface.of_session(session).feeds(ids, {"more": np.zeros(1)})
+    interface = Interface.of_session(session)
+    feeds = interface.feeds(ids, {"more": np.zeros(1)})
     batch = len(np.atleast_2d(ids))
-    assert feeds.pop("more").shape == (1,)
+    assert list(feeds) == [tensor.name for tensor in interface.inputs]  # not what another takes
+    more = replace(interface, inputs=(*interface.inputs, Tensor("more", "float", (1,))))
+    assert more.feeds(ids, {"more": np.zeros(1)})["more"].shape == (1,)
     assert feeds["position_ids"].tolist() == [[0, 1, 2]] * batch
     assert feeds["attention_mask"].tolist() == [[1, 1, 1]] * batch
     assert feeds["past_key_values.1.key"].shape == (batch, 2, 0, 16)

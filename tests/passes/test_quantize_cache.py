@@ -94,6 +94,26 @@ def test_chunks_and_decode_steps_agree_with_one_pass(done: Rewrite, chunk: int) 
         np.testing.assert_allclose(chunked[number, real], once[number, real], atol=2e-3)
 
 
+def test_ops_are_known_by_what_they_are(done: Rewrite) -> None:
+    """Names are for people: with others the same graph comes out."""
+    scales = {name: found.scale for name, found in done.cache.items()}
+    found = []
+    for renamed in (False, True):
+        model = io.load(done.inserted)
+        made = (node for node in model.graph if renamed and node.name.startswith("iq"))
+        for number, node in enumerate(made):
+            node.name = f"n{number}"
+            for place, value in enumerate(node.outputs):
+                value.name = f"v{number}.{place}"
+        quantize_cache(model, done.sites, scales)
+        path = done.inserted.with_name(f"renamed_{renamed}.onnx")
+        io.save_skeleton(model, path)
+        sides = ([v.name for v in side] for side in (model.graph.inputs, model.graph.outputs))
+        found.append((*sides, logits(CausalLM(path), batch(), chunk=7)))
+    assert found[0][:2] == found[1][:2]
+    np.testing.assert_array_equal(found[0][2], found[1][2])
+
+
 def test_quantized_products_agree_but_for_rounding(done: Rewrite) -> None:
     (ids, *_) = batch()
     once, chunked = (logits(CausalLM(done.quantized), [ids], chunk=size) for size in (None, 7))

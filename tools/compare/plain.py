@@ -125,8 +125,8 @@ def build(
         if activation_bits < 16:
             scales = _scales(model, linears, inputs, found, plain, bits)
     kept = tuple(linear for linear in linears if linear.node not in set(left))
-    activations = find_format(  # type: ignore[type-abstract]
-        ActivationFormat,
+    activations = find_format(
+        ActivationFormat,  # type: ignore[type-abstract]
         HALF if activation_bits == 16 else f"int{activation_bits}",
     )
     rounding = Rounding(_weights(weight_bits), activations)
