@@ -72,7 +72,9 @@ def test_insertion_says_form_losses_and_reason(done: Rewrite) -> None:
 
 def test_kept_lifecycle_says_why(done: Rewrite) -> None:
     """Replaceable, but the recipe left it: nothing of it is in the graph."""
-    (record,) = plan_record(replace(done, sinks=[], insertions=[]), Words())["lifecycles"]
+    (record,) = plan_record(
+        replace(done, chosen=replace(done.chosen, sinks=()), insertions=[]), Words()
+    )["lifecycles"]
     assert record["replaced"] is False
     assert "insertion" not in record
     assert record["reason"].endswith("half precision holds the spike, so this recipe leaves it")
@@ -110,7 +112,9 @@ def test_templates_of_keys_and_values(
     done: Rewrite, tmp_path: Path, form: str, residual: str
 ) -> None:
     (sinks,) = (replace(s, form=form) for s in done.sinks)
-    save_templates(replace(done, sinks=[sinks]), tmp_path / "sinks.safetensors")
+    save_templates(
+        replace(done, chosen=replace(done.chosen, sinks=(sinks,))), tmp_path / "sinks.safetensors"
+    )
     found = load_file(tmp_path / "sinks.safetensors")
     inserted = {f"0.insert.{name}" for name in sinks.norms} if form != "kv" else set()
     attended = {f"0.attend.{name}" for name in sinks.key_values.rows}

@@ -50,7 +50,8 @@ def own_constant(graph: ir.Graph, node: ir.Node, position: int) -> ir.Value:
         return value
     name = f"{value.name}.of.{node.name}"
     tensor = value.const_value
-    copy = ir.Value(name=name, const_value=tensor, type=value.type, shape=value.shape)
+    kind = shallow(value.type)
+    copy = ir.Value(name=name, const_value=tensor, type=kind, shape=value.shape)
     graph.register_initializer(copy)
     node.replace_input_with(position, copy)
     return copy
