@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.lock import claim_shared, clear_dead
 from iq_export.bundle.manifest import (
@@ -33,6 +33,7 @@ from iq_export.bundle.package import (
     clear_partial,
     unmarked_partials,
 )
+from iq_export.bundle.recipe import recipe_of
 from iq_export.calibrate.data import (
     Window,
     check_windows,
@@ -46,15 +47,20 @@ from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
-from iq_export.errors import BundleError, DataError, EngineError, ModelError
+from iq_export.errors import BundleError, DataError, EngineError, ModelError, UsageError
 from iq_export.files import copy_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
 from iq_export.options import CompileOptions, record, repeated
 from iq_export.precheck import Checked, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
+from iq_export.recipe import load_recipe
 from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, recall_graphs, work_folder
+
+if TYPE_CHECKING:
+    from iq_export.decisions import Decisions
+    from iq_export.graph.sites import Sites
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
@@ -94,6 +100,10 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             f"{path} is the beginning of a bundle by an older version of iq-export: remove it if "
             "none is running"
         )
+    earlier = None
+    if options.decisions is not None:
+        earlier = Bundle.open(options.decisions)
+        options = replace(options, recipe=recipe_for(earlier, options.recipe))
     checked = check(options)
     options = checked.options
     for note in checked.notes:
@@ -107,12 +117,16 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             made = traced.digests()
             checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
             options = checked.options
-            done = _calibrate_and_rewrite(options, checked, traced, work, progress)
-            _fill(folder, traced, made, done)
+            if earlier is None:
+                done = _calibrate_and_rewrite(options, checked, traced, work, progress)
+            else:
+                done = _carry(options, checked, traced, earlier, work, progress)
+            records = _records(done, traced, earlier)
+            _fill(folder, traced, made, done, records)
             sinks = done.sink_nodes
             built = _build(folder, options, checked, sinks, progress)
             timings = {**progress.timings, "total": time.perf_counter() - begin}
-            manifest = _manifest(folder, options, checked, traced, done, built, timings)
+            manifest = _manifest(folder, options, checked, traced, done, records, built, timings)
             manifest.write(folder)
         if keep:
             but = f"{out} is complete, but the graphs to compare it with were not kept: "
@@ -251,6 +265,10 @@ class _Built:
 
 def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     """Names of the steps of a compile, as its progress prints them."""
+    here = any(t.name not in checked.gaps and why_not_here(t) is None for t in checked.targets)
+    engines = ["Build engines"] if here and not checked.recipe.simulated else []
+    if options.decisions is not None:
+        return ["Trace", "Quantize", "Check the quantized graph", *engines]
     steps = ["Trace", "Observe tokens", "Fit sinks"]
     if checked.recipe.folded_rotation:
         steps.append("Fold rotations")
@@ -263,10 +281,7 @@ def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     if options.budget is not None:
         steps.append("Search a mixed plan")
     steps += ["Quantize", "Check the quantized graph"]
-    here = any(t.name not in checked.gaps and why_not_here(t) is None for t in checked.targets)
-    if here and not checked.recipe.simulated:
-        steps.append("Build engines")
-    return steps
+    return steps + engines
 
 
 def _memory_need(size: int) -> float:
@@ -328,14 +343,93 @@ def _calibrate_and_rewrite(
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
-def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any) -> None:
+def _carry(
+    options: CompileOptions,
+    checked: Checked,
+    traced: Any,
+    earlier: Bundle,
+    work: Work,
+    progress: Progress,
+) -> Any:
+    """The model lowered from the decisions of `earlier`. Raises ModelError if that was made of
+    another model."""
+    from iq_export.rewrite import carry
+    from iq_export.run.generate import Tokenizer
+    from iq_export.saved_decisions import load_decisions
+
+    _check_same_source(earlier, traced.source_sha256)
+    tokenizer = Tokenizer(traced.assets)
+    cut = windows(
+        tokenizer, checked.calibration, length=options.length, count=options.samples,
+        seed=options.seed, bos="mixed",
+    )  # fmt: skip
+    check_windows(cut, tokenizer, traced.model, f"text {options.calibration}")
+    stages = work.run / f"{options.recipe}-{options.dtype}"
+    stages.mkdir()
+
+    def decided(sites: Sites) -> Decisions:
+        return replace(load_decisions(earlier, sites), dtype=options.dtype)
+
+    done = carry(
+        traced.model, stages, decided, cut,
+        providers=PROVIDERS[options.device], progress=progress,
+    )  # fmt: skip
+    return replace(done, warnings=[*traced.notes, *done.warnings])
+
+
+def recipe_for(earlier: Bundle, asked: str) -> str:
+    """The name of the recipe that the decisions of `earlier` were made for.
+
+    Raises UsageError if another one was `asked` for, and BundleError if it has changed since.
+    """
+    name = earlier.manifest.recipe
+    if asked not in (name, CompileOptions.recipe):
+        raise UsageError(
+            f"the decisions of {earlier.folder} are for recipe '{name}', and '{asked}' is another: "
+            "leave --recipe out, or compile without --decisions"
+        )
+    if (made := recipe_of(earlier.manifest)) is not None and made != load_recipe(name):
+        raise BundleError(
+            f"recipe '{name}' is not what it was when {earlier.folder} was made: compile without "
+            "--decisions"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class _Records:
+    """What plan.json and the manifest say of how the graph was made."""
+
+    plan: dict[str, Any]
+    lifecycles: list[dict[str, Any]]
+    mixed: dict[str, Any] | None
+
+
+def _records(done: Any, traced: Any, earlier: Bundle | None) -> _Records:
+    """Of a run that calibrated, or what `earlier` says with what is new."""
+    from iq_export.plan import fusion_record, lifecycle_records, mixed_record, plan_record
+    from iq_export.run.generate import Tokenizer
+    from iq_export.saved_decisions import record as decisions_record
+
+    if earlier is None:
+        tokenizer = Tokenizer(traced.assets)
+        lifecycles = lifecycle_records(done, tokenizer)
+        return _Records(plan_record(done, tokenizer), lifecycles, mixed_record(done))
+    new = {
+        "fusion": fusion_record(done.quantized),
+        "warnings": done.warnings,
+        "decisions": decisions_record(done.chosen),
+    }
+    return _Records({**earlier.plan(), **new}, earlier.manifest.lifecycles, earlier.manifest.mixed)
+
+
+def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any, records: _Records) -> None:
     """Copy what ships: the quantized graph, the tokenizer and its kin, the plan and templates.
 
     Raises BundleError if another program wrote to the traced model, whose files were `made`, or to
     the graph while this run used them.
     """
-    from iq_export.plan import plan_record, save_templates
-    from iq_export.run.generate import Tokenizer
+    from iq_export.saved_decisions import TEMPLATES_NAME, save_arrays
 
     for file in sorted(traced.assets.iterdir()):
         copy_belonging(traced.assets, file.name, folder / listable(file.name))
@@ -345,9 +439,8 @@ def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any) -> None:
     io.save(io.load(done.quantized), folder / MODEL_NAME)
     _check_stage(done.quantized.parent, before)
     _check_stage(traced.folder, made)
-    save_templates(done, folder / "sinks.safetensors")
-    record = plan_record(done, Tokenizer(traced.assets))
-    text = json.dumps(json_safe(record), indent=1, ensure_ascii=False) + "\n"
+    save_arrays(done.chosen, folder / TEMPLATES_NAME)
+    text = json.dumps(json_safe(records.plan), indent=1, ensure_ascii=False) + "\n"
     (folder / "plan.json").write_text(text, encoding="utf-8")
 
 
@@ -417,20 +510,19 @@ def _manifest(
     checked: Checked,
     traced: Any,
     done: Any,
+    records: _Records,
     built: _Built,
     timings: dict[str, float],
 ) -> Manifest:
-    from iq_export.plan import lifecycle_records, mixed_record
     from iq_export.report.html import write_report
-    from iq_export.run.generate import Tokenizer
 
     notes = [*checked.notes, *built.notes, *done.warnings]
-    if not done.decisions:
+    if not records.lifecycles:
         notes.append("no token can be told from the others by a spike: no sink op was inserted")
-    if done.scale_exponent:
+    if done.chosen.exponent:
         notes.append(
             "half precision cannot hold the residual stream: scaled by "
-            f"1/{2**done.scale_exponent}, exactly, in its constants"
+            f"1/{2**done.chosen.exponent}, exactly, in its constants"
         )
     notes += [f"left as it is: {r.node}: {r.reason}" for r in done.sites.refused]
     inputs, outputs = _interface(folder / "model.onnx")
@@ -454,9 +546,9 @@ def _manifest(
         targets=[target.name for target in checked.targets],
         engines=built.engines,
         engine_failures=built.failures,
-        lifecycles=lifecycle_records(done, Tokenizer(traced.assets)),
+        lifecycles=records.lifecycles,
         check=done.check.to_dict(),
-        mixed=mixed_record(done),
+        mixed=records.mixed,
         timings=timings,
         peak_rss_bytes=_peak_rss(),
         notes=notes,
@@ -510,7 +602,9 @@ def _remember(work: Work, options: CompileOptions, done: Any, plan_sha256: str) 
     from iq_export.passes.order import INSERTED
     from iq_export.references import write_baselines
 
-    graphs = {"fp32": done.traced, **write_baselines(done, options)}
+    graphs = {"fp32": done.traced}
+    if options.decisions is None:  # else nothing was calibrated that they could be made of
+        graphs |= write_baselines(done, options)
     if done.sinks:
         graphs["insertion only"] = done.write(INSERTED, done.quantized.with_name("inserted.onnx"))
     done.quantized.unlink()

@@ -195,6 +195,15 @@ class CompileOptions:
         default=0,
         metadata=option("of the calibration windows", refuse=_negative, kept="repeated"),
     )
+    decisions: Path | None = field(
+        default=None,
+        metadata=option(
+            "take all that a bundle of the same model decided, and calibrate nothing",
+            about="a bundle of the same model: its decisions are taken and nothing is calibrated, "
+            "for another target or dtype, or after a change by hand; its recipe is taken too",
+            metavar="BUNDLE", kept="recorded",
+        ),
+    )  # fmt: skip
     plugin: str = field(
         default="auto",
         metadata=option(

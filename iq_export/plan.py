@@ -1,4 +1,4 @@
-"""`plan.json` and `sinks.safetensors`: every decision as data that can be read and diffed."""
+"""`plan.json`: what was found, decided and measured, as data that can be read and diffed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from iq_export.graph import io
 from iq_export.passes.fuse import fuse
 from iq_export.quant.blockwise import Quantizer
 from iq_export.rewrite import Rewrite
+from iq_export.saved_decisions import record
 from iq_export.sinks.calibrate import Decision
 from iq_export.sinks.form import Insertion
 from iq_export.sinks.quality import MatchQuality, order_of_appearance
-from iq_export.sinks.templates import KV, NORM, SinkTemplates
+from iq_export.sinks.templates import SinkTemplates
 
 _QUANTILE = 0.999
 
@@ -51,8 +52,9 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
         "mixed": mixed_record(done),
         "int4_blocks": done.blocks,
         "recall": done.recall,
-        "fusion": _fusion_record(done),
+        "fusion": fusion_record(done.quantized),
         "warnings": done.warnings,
+        "decisions": record(done.chosen),
         "observations": {
             key: {"before": done.observed_before[key], "after": done.observed_after[key]}
             for key in done.observed_before
@@ -60,9 +62,9 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
     }
 
 
-def _fusion_record(done: Rewrite) -> dict[str, Any]:
+def fusion_record(model: Path) -> dict[str, Any]:
     """What an engine with the plugin fuses in its copy of the graph; `model.onnx` is as it is."""
-    fusion = fuse(io.load(done.quantized))
+    fusion = fuse(io.load(model))
     return {
         "ops": dict(fusion.ops),
         "absorbed_sink_ops": fusion.absorbed,
@@ -98,39 +100,6 @@ def mixed_record(done: Rewrite) -> dict[str, Any] | None:
         ],
         "harm": dict(mixed.harm),
     }
-
-
-def save_templates(done: Rewrite, path: Path) -> None:
-    """Write the templates of all replaced lifecycles, float32 `[K, features]` each.
-
-    By lifecycle number: `detection`; `insert.<norm output>` and `restore`, which is added, in the
-    norm forms; `attend.<key or value>` in the kv forms, `set`, the residual, in the kv form.
-    """
-    from safetensors.numpy import save_file
-
-    tensors: dict[str, np.ndarray] = {}
-    for number, sinks in enumerate(done.sinks):
-        for name, rows in _inserted(sinks).items():
-            tensors[f"{number}.{name}"] = rows
-    save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors makes it private; a bundle is shared like any other output
-
-
-def _inserted(sinks: SinkTemplates) -> dict[str, np.ndarray]:
-    found = {"detection": sinks.detection}
-    for site in sinks.early:
-        found[f"detection.{site.site.block}"] = site.detection
-        found |= {f"insert.{name}": rows for name, rows in site.norms.items()}
-    if sinks.form != KV:
-        found["restore"] = sinks.restore
-        found |= {f"insert.{name}": rows for name, rows in sinks.norms.items()}
-    if sinks.form != NORM:
-        assert sinks.key_values is not None
-        found |= {f"attend.{name}": rows for name, rows in sinks.key_values.rows.items()}
-    if sinks.form == KV:
-        assert sinks.key_values is not None
-        found["set"] = sinks.key_values.residual
-    return found
 
 
 def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:

@@ -7,7 +7,7 @@ measured is `lower`ed from them and walked piece by piece; only the one that shi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
@@ -109,33 +109,12 @@ class Calibration:
         return [*self.windows, *self.probes]
 
 
-@dataclass(frozen=True)
-class Rewrite:
-    """What was decided, what was measured on the way, and the file that ships.
-
-    `decisions`: one for each lifecycle that was found. `matching`: one for each of `sinks`, empty
-    without held-out text. `mixed`: what stays in half precision, None without a budget. `warnings`:
-    for people. `check`: the finished file `quantized` against fp32.
-    """
+class _Made:
+    """What follows from `chosen`, `sites` and `traced` of a finished run."""
 
     chosen: Decisions
     sites: Sites
-    stats: TokenStats
-    decisions: list[Decision]
-    insertions: list[Insertion]  # of `sinks`, in order
-    quantizers: dict[str, Quantizer]
-    cache: dict[str, CacheScale]  # by the name of a step's keys or values
-    before: dict[str, TensorStats]
-    observed_before: dict[str, list[float]]
-    observed_after: dict[str, list[float]]
-    recall: float | None
-    sink_nodes: int
     traced: Path
-    quantized: Path
-    matching: list[MatchQuality] = field(default_factory=list)
-    mixed: MixedPlan | None = None
-    warnings: list[str] = field(default_factory=list)
-    check: FinalCheck | None = None
 
     @property
     def sinks(self) -> list[SinkTemplates]:
@@ -173,6 +152,35 @@ class Rewrite:
         """Write the graph at a stage with all its weights, for people and for tests."""
         io.save(self.graph(stage), path)
         return path
+
+
+@dataclass(frozen=True)
+class Rewrite(_Made):
+    """What was decided, what was measured on the way, and the file that ships.
+
+    `decisions`: one for each lifecycle that was found. `matching`: one for each of `sinks`, empty
+    without held-out text. `mixed`: what stays in half precision, None without a budget. `warnings`:
+    for people. `check`: the finished file `quantized` against fp32.
+    """
+
+    chosen: Decisions
+    sites: Sites
+    stats: TokenStats
+    decisions: list[Decision]
+    insertions: list[Insertion]  # of `sinks`, in order
+    quantizers: dict[str, Quantizer]
+    cache: dict[str, CacheScale]  # by the name of a step's keys or values
+    before: dict[str, TensorStats]
+    observed_before: dict[str, list[float]]
+    observed_after: dict[str, list[float]]
+    recall: float | None
+    sink_nodes: int
+    traced: Path
+    quantized: Path
+    matching: list[MatchQuality] = field(default_factory=list)
+    mixed: MixedPlan | None = None
+    warnings: list[str] = field(default_factory=list)
+    check: FinalCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -269,11 +277,7 @@ def rewrite(
         model, path = job.at(SHIPPED, chosen), work / MODEL
         io.save(model, path)
     with progress.step("Check the quantized graph"):
-        check = final_check(job.traced, path, data.windows, block_parts(job.sites), **options)
-        if check.lost >= MOST_LOST:
-            inserted = job.at(INSERTED, chosen)
-            raise GraphError(broken(check, inserted, path, job.sites, data.windows, **options))
-        progress.note(check.sentence())
+        check = _checked(base, chosen, path, data.windows, options)
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
@@ -301,6 +305,61 @@ def rewrite(
         warnings=[*notes, *warnings],
         check=check,
     )
+
+
+@dataclass(frozen=True)
+class Carried(_Made):
+    """A file that was lowered from decisions made earlier, as in Rewrite."""
+
+    chosen: Decisions
+    sites: Sites
+    sink_nodes: int
+    traced: Path
+    quantized: Path
+    check: FinalCheck
+    warnings: list[str]
+
+
+def carry(
+    traced: Path,
+    work: Path,
+    decide_for: Callable[[Sites], Decisions],
+    windows: Sequence[Window],
+    *,
+    providers: tuple[str, ...],
+    progress: Progress,
+) -> Carried:
+    """Lower decisions that another compile made; nothing is calibrated, and the file is compared
+    with fp32 on `windows` as always. `decide_for` gives them for the sites of `traced`.
+
+    Raises GraphError as `rewrite` does.
+    """
+    base, shared = begin(io.load(traced))
+    warnings = _shared_note(shared)
+    with progress.step("Quantize"):
+        chosen = decide_for(base.sites)
+        model, path = lower(base, chosen).model, work / MODEL
+        io.save(model, path)
+    with progress.step("Check the quantized graph"):
+        options = _Run(providers=providers, progress=progress)
+        check = _checked(base, chosen, path, windows, options)
+        if warning := check.warning():
+            warnings.append(warning)
+            progress.note(f"warning: {warning}")
+    sinks = sum(node.domain == DOMAIN for node in model.graph)
+    return Carried(chosen, base.sites, sinks, traced, path, check, warnings)
+
+
+def _checked(
+    base: Lowered, chosen: Decisions, path: Path, windows: Sequence[Window], options: _Run
+) -> FinalCheck:
+    """The finished file against fp32; GraphError if it has lost everything."""
+    check = final_check(base.model, path, windows, block_parts(base.sites), **options)
+    if check.lost >= MOST_LOST:
+        inserted = lower(base, chosen, INSERTED).model
+        raise GraphError(broken(check, inserted, path, base.sites, windows, **options))
+    options["progress"].note(check.sentence())
+    return check
 
 
 def _shared_note(shared: Sequence[str]) -> list[str]:

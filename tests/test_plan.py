@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from iq_export.plan import plan_record, save_templates
+from iq_export.plan import plan_record
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.rewrite import Calibration, Rewrite, rewrite
+from iq_export.saved_decisions import save_arrays
 from tests import planted
 from tests.planted import CPU
 
@@ -97,7 +98,7 @@ def test_sites_and_quantizers(done: Rewrite) -> None:
 
 
 def test_templates_file(done: Rewrite, tmp_path: Path) -> None:
-    save_templates(done, tmp_path / "sinks.safetensors")
+    save_arrays(done.chosen, tmp_path / "sinks.safetensors")
     found = load_file(tmp_path / "sinks.safetensors")
     (sinks,) = done.sinks
     assert set(found) == {"0.detection", "0.restore"} | {f"0.insert.{name}" for name in sinks.norms}
@@ -112,9 +113,7 @@ def test_templates_of_keys_and_values(
     done: Rewrite, tmp_path: Path, form: str, residual: str
 ) -> None:
     (sinks,) = (replace(s, form=form) for s in done.sinks)
-    save_templates(
-        replace(done, chosen=replace(done.chosen, sinks=(sinks,))), tmp_path / "sinks.safetensors"
-    )
+    save_arrays(replace(done.chosen, sinks=(sinks,)), tmp_path / "sinks.safetensors")
     found = load_file(tmp_path / "sinks.safetensors")
     inserted = {f"0.insert.{name}" for name in sinks.norms} if form != "kv" else set()
     attended = {f"0.attend.{name}" for name in sinks.key_values.rows}

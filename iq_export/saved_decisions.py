@@ -1,0 +1,237 @@
+"""Decisions in a bundle: `plan.json` holds names and numbers, `sinks.safetensors` the arrays, and
+rounded weights stay where they ship, in `model.onnx`.
+
+Read back, they give the same graph to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.bundle.package import PLAN_NAME, Bundle
+from iq_export.decisions import Decisions
+from iq_export.errors import BundleError, IqError
+from iq_export.graph import io
+from iq_export.graph.sites import Sites
+from iq_export.quant.search import SmoothingChoice
+from iq_export.quant.smoothing import Smoothing
+from iq_export.recipe import Recipe
+from iq_export.sinks.lifecycle import EarlySite, Lifecycle
+from iq_export.sinks.templates import KV, NORM, EarlyTemplates, KeyValueTemplates, SinkTemplates
+
+TEMPLATES_NAME = "sinks.safetensors"
+_NOBODY = np.zeros(0, np.int64)  # calibration tokens are not kept
+_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
+
+
+def record(chosen: Decisions) -> dict[str, Any]:
+    """The names and numbers of `chosen`: JSON values only, each float as it is."""
+    smoothing = {"norms": chosen.smoothing.norms, "paths": chosen.smoothing.paths}
+    return {
+        "recipe": chosen.recipe.record(),
+        "dtype": chosen.dtype,
+        "exponent": chosen.exponent,
+        "scaled_queries": list(chosen.scaled_queries),
+        "smoothing": {
+            kind: {
+                name: [choice.name, choice.error, choice.error_without]
+                for name, choice in choices.items()
+            }
+            for kind, choices in smoothing.items()
+        },
+        "side_channels": {node: loud.tolist() for node, loud in chosen.side.items()},
+        "sinks": [_sink_record(sinks) for sinks in chosen.sinks],
+        "activations": {name: float(scale) for name, scale in chosen.activations.items()},
+        "cache": {name: float(scale) for name, scale in chosen.cache.items()},
+        "left": sorted(chosen.left),
+    }
+
+
+def save_arrays(chosen: Decisions, path: Path) -> None:
+    """Write the arrays of `chosen`, float32.
+
+    By lifecycle number, `[K, features]` each: `detection`; `insert.<norm output>` and `restore`,
+    which is added, in the norm forms; `attend.<key or value>` in the kv forms, `set`, the residual,
+    in the kv form. `smoothing.<value>`, `[features]`: what that value is divided by.
+    """
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for number, sinks in enumerate(chosen.sinks):
+        for name, rows in _inserted(sinks).items():
+            tensors[f"{number}.{name}"] = rows
+    for choices in (chosen.smoothing.norms, chosen.smoothing.paths):
+        tensors |= {f"smoothing.{name}": choice.factors for name, choice in choices.items()}
+    save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors makes it private; a bundle is shared like any other output
+
+
+def load_decisions(bundle: Bundle, sites: Sites) -> Decisions:
+    """The decisions that a bundle was made from, for a traced graph with these `sites`.
+
+    Raises BundleError if it is of an older version, which recorded less, or they are damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    found = bundle.plan().get("decisions")
+    if not isinstance(found, dict):
+        raise BundleError(
+            f"{bundle.folder} is of an older version, whose {PLAN_NAME} does not hold all that was "
+            "decided: compile it again without --decisions"
+        )
+    try:
+        arrays = load_file(bundle.path(TEMPLATES_NAME))
+        return Decisions(
+            recipe=Recipe.from_record(found["recipe"]),
+            dtype=found["dtype"],
+            exponent=int(found["exponent"]),
+            scaled_queries=tuple(found["scaled_queries"]),
+            smoothing=Smoothing(
+                _choices(found["smoothing"]["norms"], arrays),
+                _choices(found["smoothing"]["paths"], arrays),
+            ),
+            side={n: np.asarray(loud, np.int64) for n, loud in found["side_channels"].items()},
+            sinks=tuple(
+                _sinks(each, number, arrays, sites) for number, each in enumerate(found["sinks"])
+            ),
+            activations=dict(found["activations"]),
+            codes=_ShippedCodes(bundle.model, sites),
+            cache=dict(found["cache"]),
+            left=frozenset(found["left"]),
+        )
+    except (*_BROKEN, SafetensorError, IqError) as error:
+        raise BundleError(
+            f"the decisions in {bundle.folder} cannot be read ({error}): compile it again without "
+            "--decisions"
+        ) from error
+
+
+class _ShippedCodes(Mapping[str, tuple[np.ndarray, np.ndarray]]):
+    """Weight name -> codes and float32 scales, read from the graph that ships when asked for."""
+
+    def __init__(self, model: Path, sites: Sites) -> None:
+        nodes = {node.name: node for node in io.load(model).graph}
+        self._found: dict[str, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
+        for linear in sites.linears:
+            node = nodes.get(linear.node)
+            value = node.inputs[1] if node is not None and len(node.inputs) > 1 else None
+            producer = None if value is None else value.producer()
+            if producer is not None and producer.op_type == "DequantizeLinear":
+                codes, scales = (v.const_value for v in producer.inputs[:2] if v is not None)
+                if codes is not None and scales is not None:
+                    self._found[linear.weight] = codes, scales
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        codes, scales = self._found[name]
+        return codes.numpy(), scales.numpy().astype(np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _inserted(sinks: SinkTemplates) -> dict[str, np.ndarray]:
+    found = {"detection": sinks.detection}
+    for site in sinks.early:
+        found[f"detection.{site.site.block}"] = site.detection
+        found |= {f"insert.{name}": rows for name, rows in site.norms.items()}
+    if sinks.form != KV:
+        found["restore"] = sinks.restore
+        found |= {f"insert.{name}": rows for name, rows in sinks.norms.items()}
+    if sinks.form != NORM:
+        assert sinks.key_values is not None
+        found |= {f"attend.{name}": rows for name, rows in sinks.key_values.rows.items()}
+    if sinks.form == KV:
+        assert sinks.key_values is not None
+        found["set"] = sinks.key_values.residual
+    return found
+
+
+def _sink_record(sinks: SinkTemplates) -> dict[str, Any]:
+    life, attends = sinks.lifecycle, sinks.form != NORM
+    return {
+        "birth": life.birth,
+        "death": life.death,
+        "end": life.end,
+        "channel": int(life.channel),
+        "clamp_blocks": list(life.clamp_blocks),
+        "position_0_forced": bool(life.force_first),
+        "threshold": float(sinks.threshold),
+        "form": sinks.form,
+        "norms": list(sinks.norms),
+        "key_values": list(sinks.key_values.rows) if attends and sinks.key_values else [],
+        "early": [
+            {
+                "block": early.site.block,
+                "position_0_forced": bool(early.site.force_first),
+                "threshold": float(early.threshold),
+                "norms": list(early.norms),
+            }
+            for early in sinks.early
+        ],
+    }
+
+
+def _sinks(
+    found: dict[str, Any], number: int, arrays: Mapping[str, np.ndarray], sites: Sites
+) -> SinkTemplates:
+    def rows(name: str) -> np.ndarray:
+        return arrays[f"{number}.{name}"]
+
+    early = tuple(
+        EarlyTemplates(
+            EarlySite(each["block"], each["threshold"], each["position_0_forced"], _NOBODY),
+            each["threshold"],
+            rows(f"detection.{each['block']}"),
+            {name: rows(f"insert.{name}") for name in each["norms"]},
+        )
+        for each in found["early"]
+    )
+    life = Lifecycle(
+        birth=found["birth"], death=found["death"], end=found["end"], channel=found["channel"],
+        threshold=found["threshold"], force_first=found["position_0_forced"],
+        clamp_blocks=tuple(found["clamp_blocks"]), members=_NOBODY,
+        down_peak=0.0, down_median=0.0, residual_peak=0.0, first_rate=0.0,
+        early=tuple(each.site for each in early),
+    )  # fmt: skip
+    detection, is_kv = rows("detection"), found["form"] == KV
+    nothing = np.zeros((len(detection), sites.hidden), np.float32)  # the kv form writes zeros there
+    key_values: KeyValueTemplates | None = None
+    if found["key_values"]:
+        key_values = KeyValueTemplates(
+            {name: rows(f"attend.{name}") for name in found["key_values"]},
+            rows("set") if is_kv else nothing,
+            {},
+            {},
+        )
+    return SinkTemplates(
+        lifecycle=life,
+        threshold=found["threshold"],
+        detection=detection,
+        norms={name: nothing if is_kv else rows(f"insert.{name}") for name in found["norms"]},
+        deviation={},
+        deviation_max={},
+        template_spread=[],
+        assignment=_NOBODY,
+        restore=np.zeros((0, 0), np.float32) if is_kv else rows("restore"),
+        early=early,
+        key_values=key_values,
+        form=found["form"],
+    )
+
+
+def _choices(
+    found: dict[str, list[Any]], arrays: Mapping[str, np.ndarray]
+) -> dict[str, SmoothingChoice]:
+    return {
+        name: SmoothingChoice(choice, arrays[f"smoothing.{name}"], error, without)
+        for name, (choice, error, without) in found.items()
+    }
