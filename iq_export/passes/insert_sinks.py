@@ -1,8 +1,8 @@
-"""Rewrite the graph so that a lifecycle's spike is never computed (method.md steps 5-7).
+"""Rewrite the graph so that a lifecycle's spike is never computed.
 
 Per lifecycle, in the norm form:
 1. SinkDetect reads the birth block's down-projection input and gives the index of every row. Where
-   tokens spike earlier, another one stands there and what it finds stays (method.md step 2).
+   tokens spike earlier, another one stands there and what it finds stays.
 2. SinkClampInsert with zero templates clamps the down-projection inputs of `clamp_blocks`.
 3. SinkClampInsert writes the template after every norm of the persistence phase.
 4. SinkRestore adds what the clamped residual lacks after the last block.

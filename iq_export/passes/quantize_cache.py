@@ -5,7 +5,7 @@
 - SinkClampInsert ops on keys and values move behind that: the templates of the sinks are read in
   the graph's own precision, and scales need not hold them. The cache keeps, for each lifecycle,
   which rows are sinks: `past_sinks.N` -> `present_sinks.N`, int32 `[batch, past]` -> `[batch,
-  total]`, the index of method.md step 9 made persistent.
+  total]`.
 
 Precondition: float32 graph; keys and values join the cache by a Concat whose output is the graph
 output `present.*`; every lifecycle is inserted with its keys and values (not the norm form).

@@ -1,7 +1,7 @@
 """Rotate the down-projection input by a block Hadamard matrix, its transpose in the weight.
 
 `x W = (x H)(H^T W)` for an orthogonal H. The rotated activation has no channel that stands out, so
-a per-tensor int8 range wastes little (QuaRot's online rotation; method.md step 10). As standard ops
+a per-tensor int8 range wastes little (QuaRot's online rotation, arXiv 2404.00456). As standard ops
 the product costs `block / out_features` of the down-projection's own multiplications.
 
 Postcondition: the same function; the value before the rotation keeps its name, so the sinks are

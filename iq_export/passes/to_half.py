@@ -4,7 +4,7 @@
   computed from integer inputs alone (rotary angles from positions) stays float32 and is cast where
   it meets half values: positions above 2048 are not representable in half.
 - Scales of Q/DQ become half, as TensorRT wants them typed like their tensor. Each is checked: half
-  is subnormal below 6.1e-5 and zero below 6e-8 (tensorrt-rules.md, Q/DQ).
+  is subnormal below 6.1e-5 and zero below 6e-8.
 - Weights are converted one at a time when they are written.
 
 Precondition: float32 graph inputs and outputs. Postcondition: no float32 graph input or output.

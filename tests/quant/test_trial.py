@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from iq_export.calibrate.token_stats import observe_tokens
+from iq_export.formats.int8_activations import INT8
+from iq_export.formats.rounding import Rounding
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
-from iq_export.passes.quantize import FLOAT_BITS, QuantizePlan, quantize
+from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.switches import add_switches
 from iq_export.progress import Progress
 from iq_export.quant.trial import Reference, Trial
@@ -47,7 +49,7 @@ def reference(soft: Planted) -> Reference:
 @pytest.fixture(scope="module")
 def trial(soft: Planted, scales: dict[str, float], reference: Reference) -> Trial:
     model = soft.load()
-    quantize(model, QuantizePlan(tuple(soft.sites.linears), FLOAT_BITS, scales))
+    quantize(model, QuantizePlan(tuple(soft.sites.linears), Rounding(None, INT8), scales))
     add_switches(model, list(scales))
     path = soft.path.parent / "switches" / "switched.onnx"
     path.parent.mkdir()
@@ -58,7 +60,7 @@ def trial(soft: Planted, scales: dict[str, float], reference: Reference) -> Tria
 def plain(soft: Planted, scales: dict[str, float], folder: Path) -> Path:
     """The graph with only these quantizers; float weights, so that no product becomes integer."""
     model = soft.load()
-    quantize(model, QuantizePlan(tuple(soft.sites.linears), FLOAT_BITS, scales))
+    quantize(model, QuantizePlan(tuple(soft.sites.linears), Rounding(None, INT8), scales))
     io.save(model, folder / "plain.onnx")
     return folder / "plain.onnx"
 
