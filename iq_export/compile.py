@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
     layers = checked.known.layers
     return {
         "model": f"{checked.source.name} ({checked.source.kind})",
-        "recipe": asdict(checked.recipe),
+        "recipe": checked.recipe.record(),
         "targets": [
             f"{t.name}: {checked.gaps.get(t.name) or why_not_here(t) or 'builds here'}"
             for t in checked.targets
