@@ -204,14 +204,8 @@ def _sinks(
     )  # fmt: skip
     detection, is_kv = rows("detection"), found["form"] == KV
     nothing = np.zeros((len(detection), sites.hidden), np.float32)  # the kv form writes zeros there
-    key_values: KeyValueTemplates | None = None
-    if found["key_values"]:
-        key_values = KeyValueTemplates(
-            {name: rows(f"attend.{name}") for name in found["key_values"]},
-            rows("set") if is_kv else nothing,
-            {},
-            {},
-        )
+    attended = {name: rows(f"attend.{name}") for name in found["key_values"]}
+    after = rows("set") if is_kv else nothing
     return SinkTemplates(
         lifecycle=life,
         threshold=found["threshold"],
@@ -223,7 +217,7 @@ def _sinks(
         assignment=_NOBODY,
         restore=np.zeros((0, 0), np.float32) if is_kv else rows("restore"),
         early=early,
-        key_values=key_values,
+        key_values=KeyValueTemplates(attended, after, {}, {}) if attended else None,
         form=found["form"],
     )
 

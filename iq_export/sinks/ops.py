@@ -24,6 +24,8 @@ from __future__ import annotations
 import onnx
 from onnx import parser
 
+from iq_export.graph.half import HALF_MAX
+
 DOMAIN = "iq"
 VERSION = 1
 OPS = ("SinkDetect", "SinkClampInsert", "SinkRestore")
@@ -48,8 +50,8 @@ SinkDetect <templates, template_shape, threshold, plugin_namespace, plugin_versi
 {{
    x32 = Cast <to = 1> (x)
    # An overflowed half value must still match a template: inf - inf would be NaN.
-   low = Constant <value_float = -65504.0> ()
-   high = Constant <value_float = 65504.0> ()
+   low = Constant <value_float = -{half_max}> ()
+   high = Constant <value_float = {half_max}> ()
    bounded = Clip (x32, low, high)
    last = Constant <value_ints = [-1]> ()
    magnitude = Abs (bounded)
@@ -286,7 +288,7 @@ def _function(
 
 
 def _parse(text: str, opset: int) -> onnx.FunctionProto:
-    return parser.parse_function(_strip_comments(text.format(opset=opset)))
+    return parser.parse_function(_strip_comments(text.format(opset=opset, half_max=HALF_MAX)))
 
 
 def _strip_comments(text: str) -> str:

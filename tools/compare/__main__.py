@@ -43,7 +43,7 @@ _SOURCES = {
     "plain": (
         "tools/compare/plain.py", "tools/compare/prefix.py", "iq_export/passes/quantize.py",
         "iq_export/passes/rotate.py", "iq_export/passes/fold_smoothing.py",
-        "iq_export/quant/weights.py", "iq_export/graph/sites.py",
+        "iq_export/formats/*.py", "iq_export/graph/sites.py",
     ),
     "peer": ("tools/compare/peer.py",),
     "ours": ("iq_export/**/*.py",),
