@@ -293,6 +293,7 @@ def _calibrate_and_rewrite(
     options: CompileOptions, checked: Checked, traced: Any, work: Work, progress: Progress
 ) -> Any:
     from iq_export.calibrate.text_check import token_warnings
+    from iq_export.graph import io
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
@@ -325,7 +326,8 @@ def _calibrate_and_rewrite(
         progress.note(f"warning: {warning}")
     stages = work.run / f"{options.recipe}-{options.dtype}"
     stages.mkdir()
-    done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress)
+    whole = io.whole(traced.model, stages / "traced.onnx")
+    done = rewrite(whole, stages, checked.recipe, options.dtype, data, progress)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 

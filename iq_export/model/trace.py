@@ -31,6 +31,7 @@ from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.external import external_tensors, place
 from iq_export.graph.proto import read
+from iq_export.graph.stored import settle
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import (
     LoadedModel,
@@ -43,6 +44,7 @@ from iq_export.model.load import (
 )
 from iq_export.model.quiet import quiet
 from iq_export.model.verify import Parity, Reference, compare, refer
+from iq_export.model.weights import DATA_FILE, Weights, refer_to_files
 from iq_export.model.weights_check import check_finite_graph
 from iq_export.progress import Progress
 from iq_export.run.generate import Tokenizer
@@ -51,17 +53,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 ASSETS = "assets"
 RECORD = "trace.json"
 OPSET = 23
 
-_FORMAT = 2
+_FORMAT = 3
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
     "limits.py", "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
+    "weights.py", "../graph/stored.py",
 )  # fmt: skip
 
 
@@ -203,7 +205,7 @@ def _trace_torch(
     source: ModelSource, folder: Path, opset: int, progress: Progress
 ) -> tuple[Parity, int, list[str]]:
     with progress.step("load model"):
-        loaded = load_model(source)
+        loaded = load_model(source, folder)
         _write_assets(loaded, source, folder / ASSETS)
     for note in loaded.notes:
         progress.note(note)
@@ -215,12 +217,14 @@ def _trace_torch(
             readable(source),  # what a configuration means shows when the model runs
             settled_rotations(loaded.model),
         ):
-            layers = _export(loaded.model, folder, opset, short_cut)
+            layers = _export(loaded.model, loaded.weights, folder, opset, short_cut)
         if layers is None:
             continue
         with progress.step("compare with the model"), quiet():
             with readable(source):
-                reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
+                reference = reference or refer(
+                    loaded.model, Tokenizer(folder / ASSETS), loaded.weights
+                )
             parity, problem = _compared(folder / MODEL_FILE, reference)
         if parity is not None:
             return parity, layers, list(loaded.notes)
@@ -240,8 +244,10 @@ def _compared(path: Path, reference: Reference) -> tuple[Parity | None, str]:
     return (parity, "") if parity.holds else (None, f"does not equal the model: {parity}")
 
 
-def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None:
+def _export(model: Any, weights: Weights, folder: Path, opset: int, short_cut: bool) -> int | None:
     """Write the graph; returns how many layers were exported by torch.
+
+    Weights that placeholders stand for are not written: the graph refers to their files.
 
     None if the short cut (see `replicate`) was asked for and is not possible.
     """
@@ -269,8 +275,10 @@ def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None
         settle_axes(graph.graph)
         if not replicate(graph, plan, module):
             return None
+    refer_to_files(graph, weights)
     tidy(graph, module_prefix=f"model.{model.base_model_prefix}")
-    ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+    settle(graph)
+    ir.save(graph, folder / MODEL_FILE)
     return layers
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from iq_export.errors import ModelError, UsageError
 from iq_export.model import hub, load
-from iq_export.model.load import ModelSource, fingerprint, load_model, materialize, resolve
+from iq_export.model.load import ModelSource, fingerprint, materialize, resolve
+from tests.model.whole import load_model
 
 Getter = Callable[[str], Path]
 
