@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -203,7 +204,23 @@ def _names(header: GgufHeader, model: Any) -> tuple[dict[str, str], Any]:
 
     kind = reader.TENSOR_PROCESSORS.get(header.architecture, reader.TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    return reader.get_gguf_hf_weights_map(model, processor), processor
+    # For a whole model it makes its table of names anew in every module, which takes half a minute.
+    # Names are those of the model or of its body: that is tried first.
+    names: dict[str, str] = {}
+    body = model.base_model_prefix
+    for prefix in ("", f"{body}."):
+        module = SimpleNamespace(
+            state_dict=lambda prefix=prefix: [
+                name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)
+            ],
+            named_children=list,
+            config=model.config,
+        )
+        found = reader.get_gguf_hf_weights_map(module, processor, qual_name=prefix)
+        names = found | names
+    if header.tensors.keys() - names.keys() - set(_factor_tensors(header)):
+        names = reader.get_gguf_hf_weights_map(model, processor)
+    return names, processor
 
 
 def _own_keys(header: GgufHeader) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """MODEL -> a folder with one fp32 ONNX graph for prefill and decode, and the model's assets.
 
-    folder/model.onnx, model.onnx.data   the graph, weights outside
+    folder/model.onnx                    the graph; it refers to the source's safetensors files
+    folder/model.onnx.data               weights that lie in no such files (GGUF, ONNX)
     folder/assets/                       config, generation config, tokenizer, licence
     folder/trace.json                    what it was made from; a second compile reuses it
 
@@ -31,7 +32,7 @@ from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.external import external_tensors, place
 from iq_export.graph.proto import read
-from iq_export.graph.stored import settle
+from iq_export.graph.stored import Stamp, settle
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import (
     LoadedModel,
@@ -92,7 +93,7 @@ class TracedModel:
 
     @property
     def model(self) -> Path:
-        """The graph; its weights are in `model.onnx.data` beside it."""
+        """The graph, for `graph.io.load`: its weights may lie in the source's files."""
         return self.folder / MODEL_FILE
 
     @property
@@ -476,8 +477,20 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     for file in license_files(beside):
         with open_belonging(beside, file.name, ModelError) as stream:
             licenses[file.name] = sha256_stream(stream)
-    parts += [source.license_note, licenses]
+    parts += [source.license_note, licenses, _referred(source)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _referred(source: ModelSource) -> dict[str, Any]:
+    """The files that a traced graph refers to, as they are now."""
+    assert source.path is not None
+    if not source.path.is_dir():
+        return {}
+    found: dict[str, Any] = {"folder": os.path.realpath(source.path)}
+    for path in sorted(source.path.glob("*.safetensors")):
+        with open_belonging(source.path, path.name, ModelError) as file:
+            found[path.name] = dataclasses.astuple(Stamp.of(file))
+    return found
 
 
 def _version(tool: str) -> str:

@@ -20,7 +20,7 @@ from iq_export.graph import io
 from iq_export.run.ort import Ids, literal_session, run_session
 
 # Bytes of weights up to which nodes are taken together; a larger weight is a part of its own.
-PART_BYTES = 1 << 29
+PART_BYTES = 1 << 27
 _INLINE_BYTES = 1024
 
 Arrays = dict[str, NDArray[Any]]

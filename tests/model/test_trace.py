@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +287,32 @@ def test_a_damaged_trace_is_not_reused(
     monkeypatch.setattr(trace_module, "load_model", again)
     with pytest.raises(LoadedAgainError):
         trace(resolve(str(folders("llama"))), copy)
+
+
+@pytest.mark.parametrize("change", ("moved", "touched"))
+def test_a_trace_that_refers_to_other_files_is_not_reused(
+    change: str, folders: Getter, traces: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same contents: elsewhere, or written again."""
+    source = shutil.copytree(folders("llama"), tmp_path / "llama")
+    first = shutil.copytree(traces("llama").folder, tmp_path / "traced")
+    monkeypatch.setattr(trace_module, "load_model", lambda *_: pytest.fail("loaded again"))
+    if change == "touched":
+        key = trace_module._cache_key(resolve(str(source)), traces("llama").source_sha256, 23)
+        TracedModel.load(first).save(key)
+        assert trace(resolve(str(source)), first).model == first / "model.onnx"
+        os.utime(source / "model.safetensors", ns=(0, 1))
+    with pytest.raises(pytest.fail.Exception, match="loaded again"):
+        trace(resolve(str(source)), first)
+
+
+def test_no_copy_of_safetensors_is_written(traces: Getter) -> None:
+    files = {file.name for file in traces("llama").folder.iterdir() if file.is_file()}
+    assert files == {"model.onnx", "trace.json"}
+    assert not any(
+        "weight" in tensor.name and len(tensor.dims) > 1 and tensor.raw_data
+        for tensor in onnx.load(traces("llama").model, load_external_data=False).graph.initializer
+    )
 
 
 def test_another_model_is_traced_anew(
