@@ -54,7 +54,6 @@ from iq_export.lengths import bundle_limit
 from iq_export.options import CompileOptions, record, repeated
 from iq_export.precheck import Checked, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
-from iq_export.recipe import load_recipe
 from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, recall_graphs, work_folder
 
@@ -307,6 +306,7 @@ def _calibrate_and_rewrite(
     options: CompileOptions, checked: Checked, traced: Any, work: Work, progress: Progress
 ) -> Any:
     from iq_export.calibrate.text_check import token_warnings
+    from iq_export.graph import io
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
@@ -339,7 +339,8 @@ def _calibrate_and_rewrite(
         progress.note(f"warning: {warning}")
     stages = work.run / f"{options.recipe}-{options.dtype}"
     stages.mkdir()
-    done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress)
+    whole = io.whole(traced.model, stages / "traced.onnx")
+    done = rewrite(whole, stages, checked.recipe, options.dtype, data, progress)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
@@ -382,6 +383,8 @@ def recipe_for(earlier: Bundle, asked: str) -> str:
 
     Raises UsageError if another one was `asked` for, and BundleError if it has changed since.
     """
+    from iq_export.recipe import load_recipe
+
     name = earlier.manifest.recipe
     if asked not in (name, CompileOptions.recipe):
         raise UsageError(

@@ -24,12 +24,12 @@ from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.options import DEFAULT_TARGETS, CompileOptions, check_values
 from iq_export.progress import Progress
-from iq_export.recipe import Recipe, load_recipe
 from iq_export.run.ort import PROVIDERS, require_providers
 
 if TYPE_CHECKING:
     from iq_export.model.limits import PositionLimit
     from iq_export.model.load import ModelSource
+    from iq_export.recipe import Recipe
 
 # Float32 bytes per byte of a 4-bit GGUF file, rounded up.
 _GGUF_FACTOR = 8
@@ -72,6 +72,7 @@ def check(options: CompileOptions) -> Checked:
     """Refuse in a second what would fail after minutes; raises a subclass of IqError."""
     from iq_export.model.fetch import EMBEDDED
     from iq_export.model.trace import check_traced_opset
+    from iq_export.recipe import load_recipe
 
     recipe = load_recipe(options.recipe)
     check_traced_opset(options.opset)

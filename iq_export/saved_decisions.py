@@ -206,7 +206,7 @@ def _sinks(
     nothing = np.zeros((len(detection), sites.hidden), np.float32)  # the kv form writes zeros there
     attended = {name: rows(f"attend.{name}") for name in found["key_values"]}
     after = rows("set") if is_kv else nothing
-    return SinkTemplates(
+    found_again = SinkTemplates(
         lifecycle=life,
         threshold=found["threshold"],
         detection=detection,
@@ -217,9 +217,11 @@ def _sinks(
         assignment=_NOBODY,
         restore=np.zeros((0, 0), np.float32) if is_kv else rows("restore"),
         early=early,
-        key_values=KeyValueTemplates(attended, after, {}, {}) if attended else None,
         form=found["form"],
     )
+    if attended:
+        found_again.key_values = KeyValueTemplates(attended, after, {}, {})
+    return found_again
 
 
 def _choices(

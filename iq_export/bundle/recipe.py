@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from iq_export.bundle.manifest import MANIFEST_NAME, Manifest
 from iq_export.errors import BundleError, UsageError
-from iq_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from iq_export.recipe import Recipe
 
 
 def recipe_of(manifest: Manifest) -> Recipe | None:
@@ -14,6 +18,8 @@ def recipe_of(manifest: Manifest) -> Recipe | None:
     """
     if manifest.recipe_settings is None:
         return None
+    from iq_export.recipe import Recipe
+
     try:
         return Recipe.from_record(manifest.recipe_settings)
     except (TypeError, UsageError) as error:

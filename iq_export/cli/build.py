@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.manifest import (
     CHECKSUM_NAME,
@@ -43,8 +43,10 @@ from iq_export.files import move_inside, read_inside
 from iq_export.lengths import bundle_limit, engine_profile
 from iq_export.options import SHAPES, add
 from iq_export.progress import Progress
-from iq_export.recipe import Recipe, load_recipe, recipe_names
 from iq_export.report.html import REPORT_NAME, check_report, update_with_report
+
+if TYPE_CHECKING:
+    from iq_export.recipe import Recipe
 
 _EPILOG = """examples:
   iq-export build OUT --target rtx-ada
@@ -138,6 +140,8 @@ def choose_recipe(bundle: Bundle, progress: Progress) -> Recipe | None:
 
     Raises UsageError for one that no engine is built of.
     """
+    from iq_export.recipe import load_recipe, recipe_names
+
     recipe = recipe_of(bundle.manifest)
     if recipe is None and bundle.manifest.recipe in recipe_names():
         recipe = load_recipe(bundle.manifest.recipe)

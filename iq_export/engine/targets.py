@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from iq_export.errors import EngineError, UsageError
-from iq_export.formats.base import Format
+
+if TYPE_CHECKING:
+    from iq_export.formats.base import Format
 
 RTX = "tensorrt_rtx"
 ENTERPRISE = "tensorrt"

@@ -13,19 +13,24 @@ from google.protobuf.message import DecodeError
 from iq_export.errors import GraphError, IqError
 from iq_export.graph.external import check_external
 from iq_export.graph.proto import read
+from iq_export.graph.stored import StoredTensor, lift
 from iq_export.sinks import ops as sink_ops
 
 
 def load(path: Path) -> ir.Model:
     """Read the graph at `path`; initializers are memory-mapped, not loaded.
 
-    Raises GraphError if the file is not a readable ONNX model, or its weights lie elsewhere.
+    Those of a traced graph whose weights lie in its source's files are float32 too, `[in, out]`;
+    nothing is read of them before they are asked for, nor kept afterwards. Reading one then raises
+    ModelError if its file has changed since. Raises GraphError if the file is not a readable ONNX
+    model, or its weights lie elsewhere.
     """
     try:
         proto = read(path)
         check_external(proto, path.parent)
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
+        lift(model, path.parent)
         return model
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist.") from error
@@ -50,6 +55,16 @@ def save(model: ir.Model, path: Path) -> None:
     """
     with _own_words():
         ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024)
+
+
+def whole(path: Path, place: Path) -> Path:
+    """The graph at `path`, or the one written to `place`, with a copy of all weights, if those of
+    `path` lie where ONNX Runtime does not look for them."""
+    model = load(path)
+    if not any(isinstance(v.const_value, StoredTensor) for v in model.graph.initializers.values()):
+        return path
+    save(model, place)
+    return place
 
 
 @contextmanager

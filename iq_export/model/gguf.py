@@ -10,6 +10,8 @@ The meaning of keys is llama.cpp's (src/llama-arch.cpp, src/llama-model.cpp and 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,66 @@ def check_loaded(header: GgufHeader, config: Any, model: Any) -> None:
                 f"The rotary embedding of {header.path.name} does not come out as its keys "
                 f"'{header.architecture}.rope.*' ask for; this file is not supported."
             )
+
+
+def read_weights(
+    header: GgufHeader, model: Any
+) -> Iterator[tuple[str, NDArray[np.float32]]] | None:
+    """Names in the transformers `model`, which may be on the meta device, and values of the file's
+    tensors, one after the other. None if transformers has a reader of its own for such files.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+
+    if is_gguf_arch_supported(header.architecture):
+        return None
+    try:
+        names, processor = _names(header, model)
+    except NotImplementedError:
+        return None
+    assert isinstance(processor, reader.TensorProcessor)
+
+    def read() -> Iterator[tuple[str, NDArray[np.float32]]]:
+        apart: dict[str, Any] = {}  # what a processor makes of several tensors, or names itself
+        for name in header.tensors:
+            made = processor.process(
+                weights=header.read(name), name=name, tensor_key_mapping=names,
+                parsed_parameters={"tensors": apart},
+            )  # fmt: skip
+            if made.name in names:
+                yield names[made.name], made.weights
+        for name, tensor in apart.items():
+            yield name, tensor.numpy()
+
+    return read()
+
+
+def _names(header: GgufHeader, model: Any) -> tuple[dict[str, str], Any]:
+    """The file's names of tensors -> those in `model`, and what makes the latter of the former.
+
+    Raises NotImplementedError for an architecture whose names transformers does not know.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    kind = reader.TENSOR_PROCESSORS.get(header.architecture, reader.TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    # For a whole model it makes its table of names anew in every module, which takes half a minute.
+    # Names are those of the model or of its body: that is tried first.
+    names: dict[str, str] = {}
+    body = model.base_model_prefix
+    for prefix in ("", f"{body}."):
+        module = SimpleNamespace(
+            state_dict=lambda prefix=prefix: [
+                name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)
+            ],
+            named_children=list,
+            config=model.config,
+        )
+        found = reader.get_gguf_hf_weights_map(module, processor, qual_name=prefix)
+        names = found | names
+    if header.tensors.keys() - names.keys() - set(_factor_tensors(header)):
+        names = reader.get_gguf_hf_weights_map(model, processor)
+    return names, processor
 
 
 def _own_keys(header: GgufHeader) -> dict[str, Any]:
@@ -441,13 +503,9 @@ def _expected_rope(header: GgufHeader, config: Any) -> dict[str, tuple[Array, fl
 
 def _used(header: GgufHeader, model: Any) -> set[str]:
     """Names of the file's tensors that transformers puts into `model`, and those applied here."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
     own = set(_factor_tensors(header))
-    kind = reader.TENSOR_PROCESSORS.get(header.architecture, reader.TensorProcessor)
-    processor = kind(config=model.config.to_dict())
     try:
-        own |= set(reader.get_gguf_hf_weights_map(model, processor))
+        own |= set(_names(header, model)[0])
     except NotImplementedError:
         return set(header.tensors)  # a reader that names what it does not use while loading
     if header.architecture == "gpt2":

@@ -61,6 +61,25 @@ class GgufHeader:
         """`general.architecture`, the prefix of the keys about the network."""
         return str(self.keys.get("general.architecture", ""))
 
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Values of a tensor of any type, dequantized.
+
+        Raises ModelError if it is cut off, NotImplementedError for a type that gguf does not know.
+        """
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+        tensor = self.tensors[name]
+        kind = GGMLQuantizationType(tensor.kind)
+        block, width = GGML_QUANT_SIZES[kind]
+        rows = (*tensor.shape[:-1], tensor.shape[-1] // block * width)
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset)
+            data = np.fromfile(file, np.uint8, math.prod(rows))
+        if data.size < math.prod(rows):
+            raise ModelError(f"{self.path} is damaged: it ends within the tensor '{name}'.")
+        values: NDArray[np.float32] = dequantize(data.reshape(rows), kind)
+        return values
+
     def read_f32(self, name: str) -> NDArray[np.float32]:
         """Values of a float32 tensor. Raises ModelError if it is of another type or cut off."""
         tensor = self.tensors[name]

@@ -5,6 +5,7 @@ This is the only place that knows model families, and it only knows what transfo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -23,14 +24,16 @@ from iq_export.checksum import sha256_file
 from iq_export.errors import IqError, ModelError, UsageError
 from iq_export.files import open_belonging, read_belonging
 from iq_export.graph.model_files import model_files
+from iq_export.graph.stored import Stored
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
-from iq_export.model.gguf import apply_keys, check_kind, check_loaded
-from iq_export.model.gguf_file import check_whole, read_header
+from iq_export.model.gguf import apply_keys, check_kind, check_loaded, read_weights
+from iq_export.model.gguf_file import GgufHeader, check_whole, read_header
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.quiet import quiet
 from iq_export.model.support import check_config
+from iq_export.model.weights import Weights, checkpoint, data_file, moved, stored_tensors
 from iq_export.model.weights_check import (
     check_adapters,
     check_finite,
@@ -77,10 +80,12 @@ class ModelSource:
 
 @dataclass
 class LoadedModel:
-    """A transformers causal LM in fp32; `notes` on what was left out."""
+    """A transformers causal LM in fp32, in which placeholders of `weights` stand for all large
+    tensors; `notes` on what was left out."""
 
     model: Any
     license_files: tuple[Path, ...]
+    weights: Weights
     notes: tuple[str, ...] = ()
 
 
@@ -171,35 +176,37 @@ def fingerprint(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
-def load_model(source: ModelSource) -> LoadedModel:
-    """Load a materialized source (not `.onnx`) in fp32 on the CPU.
+def load_model(source: ModelSource, folder: Path) -> LoadedModel:
+    """Load a materialized source (not `.onnx`) in fp32 on the CPU; its weights stay on the disk.
 
-    Raises ModelError, in one sentence, for anything that transformers cannot read.
+    They stay in safetensors files; those of other sources are written to `DATA_FILE` of `folder`,
+    one at a time. Raises ModelError, in one sentence, for anything that transformers cannot read.
     """
     assert source.path is not None and source.kind != "onnx"
     _need_transformers()
     import transformers
 
     gguf = source.kind == "gguf"
-    folder = source.path.parent if gguf else source.path
+    home = source.path.parent if gguf else source.path
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
-    if gguf:
-        options["gguf_file"] = source.path.name
-    # Never a pickle (pytorch_model.bin): reading one can run code.
-    weights = {} if gguf else {"use_safetensors": True}
+    file = {"gguf_file": source.path.name} if gguf else {}
     with quiet(), readable(source):
         header = read_header(source.path) if gguf else None
         if header is not None:
             check_kind(header)
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        config = transformers.AutoConfig.from_pretrained(home, **file, **options)
         if header is not None:
             apply_keys(header, config)
         remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
         check_config(config, source.name, remote_code=remote)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="float32", output_loading_info=True,
-            ignore_mismatched_sizes=True, **options, **weights
-        )  # fmt: skip
+    notes: list[str] = []
+    weights = Weights()
+    loaded = None if remote else _load_lazily(source, header, config, weights, folder)
+    if loaded is None:
+        notes.append(
+            f"{source.name} was held in memory as a whole: its weights are changed as they are read"
+        )
+        loaded = _load_whole(source, config)
     model, info = loaded
     check_sizes(info["mismatched_keys"], source.name)
     missing = sorted(info["missing_keys"])
@@ -209,16 +216,120 @@ def load_model(source: ModelSource) -> LoadedModel:
             f"{source.name} is incomplete{made_as and f' (it was saved as {made_as})'}: "
             f"{len(missing)} weights are missing, the first is '{missing[0]}'."
         )
-    notes = check_unexpected(model, info["unexpected_keys"], source.name)
-    check_finite(model.named_parameters(), source.name)
+    notes = [*check_unexpected(model, info["unexpected_keys"], source.name), *notes]
+    model.eval().requires_grad_(False)
+    named = ((name, weights.read(tensor)) for name, tensor in model.named_parameters())
+    check_finite(named, source.name)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the weights were expanded to fp32 while loading
     if header is not None:
         with readable(source):
             check_loaded(header, config, model)
         model.generation_config.eos_token_id = list(end_ids(header)) or None
-    model.eval().requires_grad_(False)
-    return LoadedModel(model, license_files(folder), tuple(notes))
+    if weights.empty:
+        with data_file(folder) as data:
+            moved(weights, model, data)
+    return LoadedModel(model, license_files(home), weights, tuple(notes))
+
+
+def _load_lazily(
+    source: ModelSource, header: GgufHeader | None, config: Any, weights: Weights, folder: Path
+) -> tuple[Any, dict[str, Any]] | None:
+    """The model with placeholders of `weights`, and what transformers says of its loading.
+
+    None if the model is none whose weights are, one for one, those of its files.
+    """
+    import torch
+    import transformers
+
+    assert source.path is not None
+    plain = copy.deepcopy(config)
+    if header is not None:
+        vars(plain).pop("quantization_config", None)  # the file's own, which is undone here
+    elif getattr(config, "quantization_config", None) is not None:
+        return None
+    with quiet(), readable(source):
+        with torch.device("meta"):
+            bare = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(plain))
+        if header is None:
+            stored = stored_tensors(source.path)
+        else:
+            read = read_weights(header, bare)
+    if header is not None:
+        stored = None if read is None else _written(source, read, folder)
+    if stored is None:
+        return None
+    with quiet(), readable(source):
+        given = checkpoint(weights, stored)
+        model, info = type(bare).from_pretrained(
+            None, config=plain, state_dict=given, dtype="float32", output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        if not _is_as_given(model, info, given, weights):
+            weights.forget()
+            return None
+        model.config.name_or_path = str(source.path.parent if header else source.path)
+        if header is None:
+            _read_generation_config(model, source.path)
+    return model, info
+
+
+def _written(
+    source: ModelSource, tensors: Iterator[tuple[str, Any]], folder: Path
+) -> dict[str, Stored]:
+    """Places of `tensors`, each written to `DATA_FILE` of `folder` before the next is read."""
+    places: dict[str, Stored] = {}
+    with data_file(folder) as data:
+        while True:
+            with readable(source):
+                name, values = next(tensors, (None, None))
+            if name is None:
+                return places
+            places[name] = data.add(values)
+
+
+def _is_as_given(model: Any, info: dict[str, Any], given: dict[str, Any], weights: Weights) -> bool:
+    """Whether each tensor that was loaded is one of `given`, and not made of some of them."""
+    known = {tensor.data_ptr() for tensor in given.values()}
+    apart = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    return all(
+        tensor.data_ptr() in known
+        and (not weights.stands_in(tensor) or weights.place(tensor) is not None)
+        for name, tensor in model.state_dict().items()
+        if name not in apart and tensor.numel()
+    )
+
+
+def _read_generation_config(model: Any, folder: Path) -> None:
+    """As transformers does when it loads a model from a folder."""
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # settings that older models keep in their config.json
+        model.generation_config = GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True
+        )
+
+
+def _load_whole(source: ModelSource, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights, and what transformers says of its loading."""
+    import transformers
+
+    assert source.path is not None
+    gguf = source.kind == "gguf"
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    # Never a pickle (pytorch_model.bin): reading one can run code.
+    options |= {"gguf_file": source.path.name} if gguf else {"use_safetensors": True}
+    with quiet(), readable(source):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source.path.parent if gguf else source.path, config=config, dtype="float32",
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    model, info = loaded
+    return model, info
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:

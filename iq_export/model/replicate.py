@@ -59,6 +59,12 @@ def plan_layers(model: Any) -> LayerPlan | None:
     return LayerPlan(prefix, tuple(traced), (0, *(position[kind] for kind in kinds[1:])))
 
 
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers of a transformers model; none if which they are is not plain."""
+    found = _layer_list(model)
+    return [] if found is None else list(found[1])
+
+
 @contextlib.contextmanager
 def shortened(model: Any, plan: LayerPlan) -> Iterator[None]:
     """Give `model` only the traced layers for the time of the block, numbered from 0."""

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from iq_export.graph.interface import BATCH, PAST, SEQ, TOTAL, Role, axes_of, name_of
+from iq_export.graph.stored import StoredTensor
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Elements up to which an expression of parameters (Gemma's `1 + weight`) is evaluated: vectors of
@@ -198,6 +199,8 @@ def _settle_reshapes(graph: ir.Graph) -> None:
 
 
 def _lazy_transpose(source: ir.TensorProtocol) -> ir.LazyTensor:
+    if isinstance(source, StoredTensor):
+        return source.swapped()
     return ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(source.numpy().T)),
         dtype=source.dtype,

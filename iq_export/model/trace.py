@@ -1,6 +1,7 @@
 """MODEL -> a folder with one fp32 ONNX graph for prefill and decode, and the model's assets.
 
-    folder/model.onnx, model.onnx.data   the graph, weights outside
+    folder/model.onnx                    the graph; it refers to the source's safetensors files
+    folder/model.onnx.data               weights that lie in no such files (GGUF, ONNX)
     folder/assets/                       config, generation config, tokenizer, licence
     folder/trace.json                    what it was made from; a second compile reuses it
 
@@ -32,6 +33,7 @@ from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.external import external_tensors, place
 from iq_export.graph.interface import Interface, Role, input_names
 from iq_export.graph.proto import read
+from iq_export.graph.stored import Stamp, settle
 from iq_export.model.capture import settled_rotations
 from iq_export.model.load import (
     LoadedModel,
@@ -44,6 +46,7 @@ from iq_export.model.load import (
 )
 from iq_export.model.quiet import quiet
 from iq_export.model.verify import Parity, Reference, compare, refer
+from iq_export.model.weights import DATA_FILE, Weights, refer_to_files
 from iq_export.model.weights_check import check_finite_graph
 from iq_export.progress import Progress
 from iq_export.run.generate import Tokenizer
@@ -52,18 +55,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 ASSETS = "assets"
 RECORD = "trace.json"
 OPSET = 23
 
-_FORMAT = 2
+_FORMAT = 3
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
     "limits.py", "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
     "../graph/interface.py",
+    "weights.py", "../graph/stored.py",
 )  # fmt: skip
 
 
@@ -92,7 +95,7 @@ class TracedModel:
 
     @property
     def model(self) -> Path:
-        """The graph; its weights are in `model.onnx.data` beside it."""
+        """The graph, for `graph.io.load`: its weights may lie in the source's files."""
         return self.folder / MODEL_FILE
 
     @property
@@ -205,7 +208,7 @@ def _trace_torch(
     source: ModelSource, folder: Path, opset: int, progress: Progress
 ) -> tuple[Parity, int, list[str]]:
     with progress.step("load model"):
-        loaded = load_model(source)
+        loaded = load_model(source, folder)
         _write_assets(loaded, source, folder / ASSETS)
     for note in loaded.notes:
         progress.note(note)
@@ -217,12 +220,14 @@ def _trace_torch(
             readable(source),  # what a configuration means shows when the model runs
             settled_rotations(loaded.model),
         ):
-            layers = _export(loaded.model, folder, opset, short_cut)
+            layers = _export(loaded.model, loaded.weights, folder, opset, short_cut)
         if layers is None:
             continue
         with progress.step("compare with the model"), quiet():
             with readable(source):
-                reference = reference or refer(loaded.model, Tokenizer(folder / ASSETS))
+                reference = reference or refer(
+                    loaded.model, Tokenizer(folder / ASSETS), loaded.weights
+                )
             parity, problem = _compared(folder / MODEL_FILE, reference)
         if parity is not None:
             return parity, layers, list(loaded.notes)
@@ -242,8 +247,10 @@ def _compared(path: Path, reference: Reference) -> tuple[Parity | None, str]:
     return (parity, "") if parity.holds else (None, f"does not equal the model: {parity}")
 
 
-def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None:
+def _export(model: Any, weights: Weights, folder: Path, opset: int, short_cut: bool) -> int | None:
     """Write the graph; returns how many layers were exported by torch.
+
+    Weights that placeholders stand for are not written: the graph refers to their files.
 
     None if the short cut (see `replicate`) was asked for and is not possible.
     """
@@ -271,8 +278,10 @@ def _export(model: Any, folder: Path, opset: int, short_cut: bool) -> int | None
         settle_axes(graph.graph)
         if not replicate(graph, plan, module):
             return None
+    refer_to_files(graph, weights)
     tidy(graph, module_prefix=f"model.{model.base_model_prefix}")
-    ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+    settle(graph)
+    ir.save(graph, folder / MODEL_FILE)
     return layers
 
 
@@ -458,8 +467,20 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     for file in license_files(beside):
         with open_belonging(beside, file.name, ModelError) as stream:
             licenses[file.name] = sha256_stream(stream)
-    parts += [source.license_note, licenses]
+    parts += [source.license_note, licenses, _referred(source)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _referred(source: ModelSource) -> dict[str, Any]:
+    """The files that a traced graph refers to, as they are now."""
+    assert source.path is not None
+    if not source.path.is_dir():
+        return {}
+    found: dict[str, Any] = {"folder": os.path.realpath(source.path)}
+    for path in sorted(source.path.glob("*.safetensors")):
+        with open_belonging(source.path, path.name, ModelError) as file:
+            found[path.name] = dataclasses.astuple(Stamp.of(file))
+    return found
 
 
 def _version(tool: str) -> str:

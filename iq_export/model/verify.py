@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 
 from iq_export.errors import ModelError
 from iq_export.model.limits import position_limit
+from iq_export.model.replicate import layers_of
+from iq_export.model.weights import Weights
 
 # How many times the noise an equal graph may be off; ten times is a defect (docs/parity.md).
 TOLERANCE = 6.0
@@ -110,19 +112,21 @@ class Parity:
         )
 
 
-def refer(model: Any, tokenizer: Any = None) -> Reference:
+def refer(model: Any, tokenizer: Any = None, weights: Weights | None = None) -> Reference:
     """Compute what a transformers causal LM says to the rows, in float64 and in float32.
 
     `tokenizer` is a `run.generate.Tokenizer`; without one rows of text are random tokens. Takes six
-    short passes; no more than one weight is in float64 at a time. Raises ModelError if the model's
-    own logits are not finite.
+    short passes; no more than one weight is in float64 at a time, and of those that `weights` has
+    in files no more than a layer's are in memory, besides those outside of all layers. Raises
+    ModelError if the model's own logits are not finite.
     """
     import torch
 
     from iq_export.model.arithmetic import float64, jittered
 
     model.set_attn_implementation("eager")
-    with torch.no_grad():
+    held = nullcontext() if weights is None else weights.streamed(model, layers_of(model))
+    with torch.no_grad(), held:
         rows = tuple(_rows(model, tokenizer))
         exact = _all_logits(model, rows, float64())
         noise = [np.zeros(len(row.ids)) for row in rows]
@@ -147,12 +151,12 @@ def refer(model: Any, tokenizer: Any = None) -> Reference:
 
 
 def compare(path: Path, reference: Reference) -> Parity:
-    """Run the rows through the graph. Raises GraphError if it cannot be loaded or run."""
-    from iq_export.run.ort import CausalLM
+    """Run the rows through the graph, as it is written and with few weights in memory at a time.
 
-    graph = CausalLM(path, literal=True)
+    Raises GraphError if it cannot be loaded or run.
+    """
     spread, worst, largest = reference.logit_range, Parity(0.0, 1.0, 0.0), 0.0
-    found = _graph_logits(graph, reference.rows)
+    found = _graph_logits(path, reference.rows)
     for row, right, noise, logits in zip(
         reference.rows, reference.exact, reference.noise, found, strict=True
     ):
@@ -292,25 +296,28 @@ def _is_plain(row: Row) -> bool:
     return not row.past and bool((row.positions == np.arange(len(row.ids))).all())
 
 
-def _graph_logits(graph: Any, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+def _graph_logits(path: Path, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
     """Logits of all rows; the plain ones as a left-padded batch: two chunks, then single steps."""
     from iq_export.run.ort import left_pad
+    from iq_export.run.parts import Call, logits_in_parts
 
     plain = [row for row in rows if _is_plain(row)]
     ids, mask, positions = left_pad([row.ids.tolist() for row in plain], 0)
-    longest, past, parts = ids.shape[1], None, []
+    longest = ids.shape[1]
     bounds = sorted({0, longest // 2, *(max(longest - tail, 0) for tail in (2, 1, 0))})
-    for start, end in itertools.pairwise(bounds):
-        step = graph.forward(ids[:, start:end], mask[:, :end], positions[:, start:end], past)
-        parts.append(step.logits)
-        past = step.present
-    padded = np.concatenate(parts, axis=1)
-    found = [padded[i, -len(row.ids) :] for i, row in enumerate(plain)]
+    calls = [
+        Call(
+            tuple(
+                (ids[:, start:end], mask[:, :end], positions[:, start:end])
+                for start, end in itertools.pairwise(bounds)
+            )
+        )
+    ]
     for row in rows[len(plain) :]:
         total = len(row.ids) + (row.past[0].shape[2] if row.past else 0)
-        step = graph.forward(
-            row.ids[None], np.ones((1, total), np.int64), row.positions[None],
-            list(row.past) or None, need_present=False,
-        )  # fmt: skip
-        found.append(step.logits[0])
-    return found
+        chunk = (row.ids[None], np.ones((1, total), np.int64), row.positions[None])
+        calls.append(Call((chunk,), row.past))
+    batch, *rest = logits_in_parts(path, calls)
+    padded = np.concatenate(batch, axis=1)
+    found = [padded[i, -len(row.ids) :] for i, row in enumerate(plain)]
+    return [*found, *(logits[0] for (logits,) in rest)]

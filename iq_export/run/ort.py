@@ -141,11 +141,7 @@ class CausalLM:
         )
 
     def _run(self, names: list[str], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        try:
-            values = self._session.run(names, dict(feeds))
-        except ort_errors() as error:
-            raise GraphError(f"{self.path.name} fails in ONNX Runtime: {_line(error)}") from error
-        return dict(zip(names, values, strict=True))
+        return run_session(self._session, names, feeds, self.path.name)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Ids, Ids, Ids]:
@@ -287,6 +283,35 @@ def _opened(model: str | bytes, options: Any, providers: Sequence[str], label: s
         return _onnxruntime().InferenceSession(model, options, providers=list(providers))
     except ort_errors() as error:
         raise GraphError(f"ONNX Runtime cannot load {label}: {_line(error)}") from error
+
+
+def literal_session(model: bytes, name: str) -> Any:
+    """A session of a graph in memory, called `name`, on the CPU; no optimizer is on.
+
+    Raises GraphError if it cannot be loaded.
+    """
+    onnxruntime = _onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    threads = _allowed_cores()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except ort_errors() as error:
+        raise GraphError(f"ONNX Runtime cannot load {name}: {_line(error)}") from error
+
+
+def run_session(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], name: str
+) -> dict[str, NDArray[Any]]:
+    """Values by name. Raises GraphError with ONNX Runtime's message if the graph, `name`, fails."""
+    try:
+        values = session.run(list(outputs), dict(feeds))
+    except ort_errors() as error:
+        raise GraphError(f"{name} fails in ONNX Runtime: {_line(error)}") from error
+    return dict(zip(outputs, values, strict=True))
 
 
 def require_providers(providers: Sequence[str]) -> None:

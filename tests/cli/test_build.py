@@ -16,7 +16,7 @@ from iq_export.bundle.package import Bundle, atomic_folder
 from iq_export.cli import main
 from iq_export.engine import plugin as plugin_module
 from iq_export.errors import EngineError
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from tests.tiny_bundle import REQUIRED, fill
 
 SHAPES = ["--maxShapes", "batch:2,seq:8,past:8"]

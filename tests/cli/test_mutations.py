@@ -76,8 +76,8 @@ def loads_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = trace.load_model
 
-    def load(source: Any) -> Any:
-        real(source)
+    def load(source: Any, folder: Path) -> Any:
+        real(source, folder)
         raise ModelError("loaded")
 
     monkeypatch.setattr(trace, "load_model", load)

@@ -19,7 +19,7 @@ import pytest
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.bundle.recipe import recipe_of
 from iq_export.cli import main
-from iq_export.quant.recipe import load_recipe
+from iq_export.recipe import load_recipe
 from iq_export.work import Work
 
 SMALL = ("--samples", "4", "--length", "64", "--quiet")
@@ -49,6 +49,40 @@ def test_bundle_is_whole(compiled: Path) -> None:
 def test_no_spikes_no_sink_ops(compiled: Path) -> None:
     assert Bundle.open(compiled).manifest.lifecycles == []
     assert b"SinkClampInsert" not in (compiled / "model.onnx").read_bytes()
+
+
+def test_decisions_of_a_bundle_make_its_graph_again(
+    compiled: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Nothing is calibrated: the same file to the bit, and one of another dtype."""
+    again, wide = tmp_path / "again", tmp_path / "wide"
+    argv = ["compile", str(tiny_model)]
+    more = ["--decisions", str(compiled), "--target", "orin", *SMALL]
+    assert main([*argv, str(again), *more]) == 0
+    for name in ("model.onnx", "model.onnx.data", "sinks.safetensors"):
+        assert (again / name).read_bytes() == (compiled / name).read_bytes()
+    manifest = Bundle.open(again).manifest
+    assert manifest.targets == ["orin"] and manifest.recipe == "w8a8"
+    assert manifest.lifecycles == Bundle.open(compiled).manifest.lifecycles
+    assert "Calibrate quantizers" not in manifest.timings
+    assert main([*argv, str(wide), *more, "--dtype", "fp32"]) == 0
+    assert Bundle.open(wide).manifest.check["top1"] > 0.9
+
+
+def test_decisions_for_something_else_are_refused(
+    compiled: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compile", str(tiny_model), str(tmp_path / "out"), *SMALL]
+    assert main([*argv, "--decisions", str(compiled), "--recipe", "w4a16"]) == 2
+    assert "are for recipe 'w8a8', and 'w4a16' is another" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    argv[1] = str(other)
+    assert main([*argv, "--decisions", str(compiled)]) == 4
+    assert "is not what" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_engine_is_recorded(compiled: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from iq_export.errors import ModelError
-from iq_export.model.load import load_model, resolve
+from iq_export.model.load import resolve
 from tests.model.gguf_files import HEAD, SIZES, byte_tokens, random_model, write_gguf
+from tests.model.whole import load_model
 
 IDS = list(range(70, 200))
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

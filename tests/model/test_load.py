@@ -14,7 +14,9 @@ import pytest
 
 from iq_export.errors import ModelError, UsageError
 from iq_export.model import hub, load
-from iq_export.model.load import ModelSource, fingerprint, load_model, materialize, resolve
+from iq_export.model.load import ModelSource, fingerprint, materialize, resolve
+from tests.model import families
+from tests.model.whole import load_model
 
 Getter = Callable[[str], Path]
 
@@ -373,6 +375,68 @@ def test_models_load_in_full_precision(folders: Getter, tmp_path: Path) -> None:
     loaded = load_model(source)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     assert not loaded.model.training
+
+
+def same_weights(loaded: load.LoadedModel, wanted: Any) -> bool:
+    import torch
+
+    found = loaded.model.state_dict()
+    return all(torch.equal(found[key], value.float()) for key, value in wanted.state_dict().items())
+
+
+def test_sharded_half_weights_stay_in_their_files(folders: Getter, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("qwen2")).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half", max_shard_size="20KB")
+    source = ModelSource("folder", "half", tmp_path / "half", tokenizer=folders("qwen2"))
+    (tmp_path / "own").mkdir()
+    lazy = load.load_model(source, tmp_path / "own")
+    assert not list((tmp_path / "own").iterdir()) and lazy.notes == ()
+    names = [name for name, tensor in lazy.model.named_parameters() if tensor.dim() > 1]
+    places = [lazy.weights.place(lazy.model.get_parameter(name)) for name in names]
+    assert len({place.file for place in places if place}) > 2 and None not in places
+    assert same_weights(load_model(source), model)
+
+
+@pytest.mark.parametrize("kind", ["float64", "mixtral"])
+def test_weights_that_change_as_they_are_read_are_copied(
+    kind: str, folders: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; the model is as transformers loads it: Mixtral's experts, each a file's tensor, as one.
+
+    (A mixture of experts is refused by its configuration; others come the same way.)"""
+    import torch
+    import transformers
+
+    monkeypatch.setattr(load, "check_config", lambda *_, **__: None)
+    if kind == "float64":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"))
+        model = model.to(torch.float64)
+    else:
+        model = families.model(kind)
+    model.save_pretrained(tmp_path / kind)
+    loaded = load_model(ModelSource("folder", kind, tmp_path / kind))
+    assert loaded.notes == (
+        f"{kind} was held in memory as a whole: its weights are changed as they are read",
+    )
+    assert not loaded.weights.empty and same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_a_tied_embedding(equal: bool, folders: Getter, tmp_path: Path) -> None:
+    """It is tied if it has the same values, and else kept, as transformers has it."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders("llama"), tmp_path / "llama")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] * (1 if equal else 2)
+    tensors["lm_head.weight"] = head.clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = load_model(resolve(str(folder))).model
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is equal
+    assert model.lm_head.weight.equal(head)
 
 
 def test_without_torch_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

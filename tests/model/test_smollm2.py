@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 
-from iq_export.model.load import load_model, materialize, resolve
+from iq_export.model.load import materialize, resolve
 from iq_export.model.trace import TracedModel, trace
 from iq_export.run.generate import Tokenizer, generate
 from iq_export.run.ort import CausalLM, left_pad
+from tests.model.whole import load_model, whole_graph
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def original() -> Any:
 
 @pytest.fixture(scope="module")
 def graph(traced: TracedModel) -> CausalLM:
-    return CausalLM(traced.model)
+    return CausalLM(whole_graph(traced))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from iq_export.model.trace import TracedModel, trace
 from iq_export.model.verify import TOLERANCE, Parity
 from iq_export.run.generate import Tokenizer, generate
 from iq_export.run.ort import CausalLM, left_pad
+from tests.model.whole import whole_graph
 
 # The sizes of the tiny models of conftest.py.
 VOCAB, LAYERS, WINDOW = 96, 4, 5
@@ -62,7 +64,7 @@ def tokens(length: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, folders: Getter, traces: Getter) -> None:
     """In one pass, in chunks of 1, 7 and the rest, and left-padded beside a longer row."""
-    model, graph = reference_model(folders(family)), CausalLM(traces(family).model)
+    model, graph = reference_model(folders(family)), CausalLM(whole_graph(traces(family)))
     rows = [tokens(4 * WINDOW, 1), tokens(2 * WINDOW + 1, 2), tokens(1, 3)]
     expected = [reference_logits(model, row) for row in rows]
     bound = 1e-4 * (expected[0].max() - expected[0].min())
@@ -80,7 +82,7 @@ def test_greedy_tokens_equal_transformers(family: str, folders: Getter, traces: 
     """64 steps, with the cache and by computing everything anew."""
     import torch
 
-    model, graph = reference_model(folders(family)), CausalLM(traces(family).model)
+    model, graph = reference_model(folders(family)), CausalLM(whole_graph(traces(family)))
     prompt = tokens(6, 4)
     with torch.no_grad():
         expected = model.generate(
@@ -95,7 +97,7 @@ def test_greedy_tokens_equal_transformers(family: str, folders: Getter, traces: 
 
 def test_padding_alone_is_finite(traces: Getter) -> None:
     """A row of nothing but padding attends to itself only: no NaN anywhere."""
-    graph = CausalLM(traces("llama").model)
+    graph = CausalLM(whole_graph(traces("llama")))
     ids, mask = np.zeros((2, 4), np.int64), np.zeros((2, 4), np.int64)
     mask[0] = 1
     step = graph.forward(ids, mask, np.zeros_like(ids))
@@ -104,7 +106,7 @@ def test_padding_alone_is_finite(traces: Getter) -> None:
 
 
 def test_pads_do_not_reach_the_tokens(traces: Getter) -> None:
-    graph = CausalLM(traces("llama").model)
+    graph = CausalLM(whole_graph(traces("llama")))
     row = tokens(5, 5)
     ids, mask, positions = left_pad([row, tokens(9, 6)], 0)
     other = np.where(mask == 1, ids, 17)
@@ -116,7 +118,7 @@ def test_pads_do_not_reach_the_tokens(traces: Getter) -> None:
     ("family", "norms", "ropes"), (("llama", 9, 8), ("qwen3", 17, 8), ("gemma3", 25, 8))
 )
 def test_single_ops(family: str, norms: int, ropes: int, traces: Getter) -> None:
-    model = onnx.load(traces(family).model, load_external_data=False)
+    model = onnx.load(whole_graph(traces(family)), load_external_data=False)
     count = collections.Counter(node.op_type for node in model.graph.node)
     assert count["RMSNormalization"] == norms
     assert count["RotaryEmbedding"] == ropes
@@ -127,7 +129,7 @@ def test_single_ops(family: str, norms: int, ropes: int, traces: Getter) -> None
     assert count["Concat"] == 2 * LAYERS
     assert count["Cos"] <= 2  # one per base of the rotation, not one per layer
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
-    onnx.checker.check_model(str(traces(family).model))
+    onnx.checker.check_model(str(whole_graph(traces(family))))
 
 
 def test_interface(traces: Getter) -> None:
@@ -155,7 +157,7 @@ def test_interface(traces: Getter) -> None:
 
 
 def test_weights_are_named_transposed_and_stored_once(folders: Getter, traces: Getter) -> None:
-    model = onnx.load(traces("llama").model)
+    model = onnx.load(whole_graph(traces("llama")))
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     state = reference_model(folders("llama")).state_dict()
     for layer in range(LAYERS):
@@ -177,7 +179,7 @@ def test_weights_are_named_transposed_and_stored_once(folders: Getter, traces: G
 
 def test_gemma_norm_weights_are_folded(folders: Getter, traces: Getter) -> None:
     """Gemma multiplies by 1 + weight: one constant in the graph, under the norm's name."""
-    model = onnx.load(traces("gemma3").model)
+    model = onnx.load(whole_graph(traces("gemma3")))
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     state = reference_model(folders("gemma3")).state_dict()
     for layer in range(LAYERS):
@@ -186,8 +188,7 @@ def test_gemma_norm_weights_are_folded(folders: Getter, traces: Getter) -> None:
 
 
 def same_graph(first: Path, second: Path) -> bool:
-    files = ("model.onnx", "model.onnx.data")
-    return all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
+    return (first / "model.onnx").read_bytes() == (second / "model.onnx").read_bytes()
 
 
 def test_the_short_cut_writes_the_same_graph(
@@ -268,8 +269,8 @@ def test_a_damaged_trace_is_not_reused(
 ) -> None:
     copy = shutil.copytree(traces("llama").folder, tmp_path / "copy")
     if damage == "truncate":
-        data = (copy / "model.onnx.data").read_bytes()
-        (copy / "model.onnx.data").write_bytes(data[:-1])
+        data = (copy / "model.onnx").read_bytes()
+        (copy / "model.onnx").write_bytes(data[:-1])
     elif damage == "delete":
         (copy / "assets" / "tokenizer.json").unlink()
     else:
@@ -280,12 +281,38 @@ def test_a_damaged_trace_is_not_reused(
     class LoadedAgainError(Exception):
         pass
 
-    def again(source: Any) -> None:
+    def again(*_: Any) -> None:
         raise LoadedAgainError
 
     monkeypatch.setattr(trace_module, "load_model", again)
     with pytest.raises(LoadedAgainError):
         trace(resolve(str(folders("llama"))), copy)
+
+
+@pytest.mark.parametrize("change", ("moved", "touched"))
+def test_a_trace_that_refers_to_other_files_is_not_reused(
+    change: str, folders: Getter, traces: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same contents: elsewhere, or written again."""
+    source = shutil.copytree(folders("llama"), tmp_path / "llama")
+    first = shutil.copytree(traces("llama").folder, tmp_path / "traced")
+    monkeypatch.setattr(trace_module, "load_model", lambda *_: pytest.fail("loaded again"))
+    if change == "touched":
+        key = trace_module._cache_key(resolve(str(source)), traces("llama").source_sha256, 23)
+        TracedModel.load(first).save(key)
+        assert trace(resolve(str(source)), first).model == first / "model.onnx"
+        os.utime(source / "model.safetensors", ns=(0, 1))
+    with pytest.raises(pytest.fail.Exception, match="loaded again"):
+        trace(resolve(str(source)), first)
+
+
+def test_no_copy_of_safetensors_is_written(traces: Getter) -> None:
+    files = {file.name for file in traces("llama").folder.iterdir() if file.is_file()}
+    assert files == {"model.onnx", "trace.json"}
+    assert not any(
+        "weight" in tensor.name and len(tensor.dims) > 1 and tensor.raw_data
+        for tensor in onnx.load(traces("llama").model, load_external_data=False).graph.initializer
+    )
 
 
 def test_another_model_is_traced_anew(
@@ -317,12 +344,13 @@ def test_another_opset_is_refused(folders: Getter, tmp_path: Path) -> None:
 
 def test_an_onnx_file_is_adopted(folders: Getter, traces: Getter, tmp_path: Path) -> None:
     first = traces("llama")
-    source = resolve(str(first.model), tokenizer=folders("llama"))
+    source = resolve(str(whole_graph(first)), tokenizer=folders("llama"))
     adopted = trace(source, tmp_path / "out")
     assert adopted.parity is None
     row = [tokens(9, 8)]
     np.testing.assert_array_equal(
-        in_chunks(CausalLM(adopted.model), row, ()), in_chunks(CausalLM(first.model), row, ())
+        in_chunks(CausalLM(adopted.model), row, ()),
+        in_chunks(CausalLM(whole_graph(first)), row, ()),
     )
     assert Tokenizer(adopted.assets).encode("w7", add_bos=False) == [7]
 
@@ -333,7 +361,7 @@ def test_an_onnx_file_is_adopted(folders: Getter, traces: Getter, tmp_path: Path
 def test_an_onnx_file_without_cache_is_refused(
     name: str, kind: str, folders: Getter, traces: Getter, tmp_path: Path
 ) -> None:
-    shutil.copytree(traces("llama").folder, tmp_path / "src")
+    shutil.copytree(whole_graph(traces("llama")).parent, tmp_path / "src")
     path = tmp_path / "src" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     values = model.graph.input if kind == "input" else model.graph.output
@@ -348,7 +376,7 @@ def test_an_onnx_file_without_cache_is_refused(
 def test_a_damaged_onnx_file_is_refused(
     damage: str, folders: Getter, traces: Getter, tmp_path: Path
 ) -> None:
-    shutil.copytree(traces("llama").folder, tmp_path / "src")
+    shutil.copytree(whole_graph(traces("llama")).parent, tmp_path / "src")
     path, data = tmp_path / "src" / "model.onnx", tmp_path / "src" / "model.onnx.data"
     if damage == "graph":
         path.write_bytes(path.read_bytes()[:1000])

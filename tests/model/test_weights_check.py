@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from iq_export.errors import GraphError, ModelError
 from iq_export.graph import io
-from iq_export.model.load import load_model, resolve
+from iq_export.model.load import resolve
 from iq_export.model.trace import TracedModel, trace
 from iq_export.model.weights_check import check_finite, check_finite_graph
 from tests import planted
+from tests.model.whole import load_model
 
 Getter = Callable[[str], Path]
 QUERY = "model.layers.1.self_attn.q_proj.weight"

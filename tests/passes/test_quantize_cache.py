@@ -99,15 +99,15 @@ def test_ops_are_known_by_what_they_are(done: Rewrite) -> None:
     scales = {name: found.scale for name, found in done.cache.items()}
     found = []
     for renamed in (False, True):
-        model = io.load(done.inserted)
+        model = done.graph(INSERTED)
         made = (node for node in model.graph if renamed and node.name.startswith("iq"))
         for number, node in enumerate(made):
             node.name = f"n{number}"
             for place, value in enumerate(node.outputs):
                 value.name = f"v{number}.{place}"
         quantize_cache(model, done.sites, scales)
-        path = done.inserted.with_name(f"renamed_{renamed}.onnx")
-        io.save_skeleton(model, path)
+        path = done.quantized.with_name(f"renamed_{renamed}.onnx")
+        io.save(model, path)
         sides = ([v.name for v in side] for side in (model.graph.inputs, model.graph.outputs))
         found.append((*sides, logits(CausalLM(path), batch(), chunk=7)))
     assert found[0][:2] == found[1][:2]

@@ -49,7 +49,8 @@ def trace(task: dict[str, Any]) -> dict[str, Any]:
     # `_ours` compiles in the same folder.
     with claim(work, keep=True, say=progress.note), progress.step("Trace"):
         traced = trace_model(source, work / "traced", opset=23, progress=progress)
-    return {"traced": str(traced.model), "assets": str(traced.assets)}
+        whole = io.whole(traced.model, work / "whole.onnx")
+    return {"traced": str(whole), "assets": str(traced.assets)}
 
 
 def build(task: dict[str, Any]) -> dict[str, Any]:
