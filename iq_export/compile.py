@@ -306,7 +306,6 @@ def _calibrate_and_rewrite(
     options: CompileOptions, checked: Checked, traced: Any, work: Work, progress: Progress
 ) -> Any:
     from iq_export.calibrate.text_check import token_warnings
-    from iq_export.graph import io
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
@@ -339,8 +338,7 @@ def _calibrate_and_rewrite(
         progress.note(f"warning: {warning}")
     stages = work.run / f"{options.recipe}-{options.dtype}"
     stages.mkdir()
-    whole = io.whole(traced.model, stages / "traced.onnx")
-    done = rewrite(whole, stages, checked.recipe, options.dtype, data, progress)
+    done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
@@ -358,7 +356,11 @@ def _carry(
     from iq_export.run.generate import Tokenizer
     from iq_export.saved_decisions import load_decisions
 
-    _check_same_source(earlier, traced.source_sha256)
+    if earlier.manifest.source.get("sha256") != traced.source_sha256:
+        raise ModelError(
+            f"{options.model} is not the model that {earlier.folder} was made of, so its decisions "
+            "are for another one: compile without --decisions"
+        )
     tokenizer = Tokenizer(traced.assets)
     cut = windows(
         tokenizer, checked.calibration, length=options.length, count=options.samples,
@@ -602,9 +604,12 @@ def _peak_rss() -> int:
 
 def _remember(work: Work, options: CompileOptions, done: Any, plan_sha256: str) -> None:
     """Write the baselines, and keep the graphs that belong to the bundle."""
+    from iq_export.graph import io
     from iq_export.passes.order import INSERTED
     from iq_export.references import write_baselines
 
+    # What `eval` opens lies in one folder with its weights.
+    done = replace(done, traced=io.whole(done.traced, done.quantized.with_name("fp32.onnx")))
     graphs = {"fp32": done.traced}
     if options.decisions is None:  # else nothing was calibrated that they could be made of
         graphs |= write_baselines(done, options)

@@ -137,7 +137,7 @@ def test_insertion_elsewhere_than_calibrated(smollm2_bundle: Path, name: str) ->
     text = runpy.run_path(str(TOOLS / "fetch_texts.py"))["TEXTS"][name]()
     work = smollm2_bundle.parent / "work"
     graphs = {
-        REFERENCE: work / "w8a8-fp16" / "traced.onnx",
+        REFERENCE: work / "traced" / "model.onnx",
         "insertion only": work / "w8a8-fp16" / "inserted.onnx",
     }
     found = compare(graphs, Tokenizer(smollm2_bundle), text, count=8, length=512, text_name=name)

@@ -32,9 +32,11 @@ from iq_export.engine.targets import resolve_target
 from iq_export.evaluate.perplexity import perplexity
 from iq_export.graph import io
 from iq_export.graph.edit import constant
+from iq_export.passes.order import PREPARED, begin, lower
 from iq_export.passes.to_half import to_half
 from iq_export.run.generate import Tokenizer
 from iq_export.run.ort import CausalLM
+from iq_export.saved_decisions import load_decisions
 from tests.conftest import LIGHT
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
@@ -166,7 +168,9 @@ def short(tokenizer: Tokenizer, text: str) -> list[Window]:
     return cut
 
 
-def test_insertion_is_no_no_op(work: Path, short: list[Window]) -> None:
+def test_insertion_is_no_no_op(
+    smollm2_bundle: Path, work: Path, short: list[Window], tmp_path: Path
+) -> None:
     """What stands in a sink's row before an insertion is not used; without insertions it is."""
     inserted = work / "w8a8-fp16" / "inserted.onnx"
     sites = _sites(inserted)
@@ -192,7 +196,10 @@ def test_insertion_is_no_no_op(work: Path, short: list[Window]) -> None:
     noisy = graph.run(short[-1], elsewhere)
     assert (noisy["logits"] != clean["logits"]).any(), "the noise reaches nothing at all"
 
-    graph = _Noisy(work / "w8a8-fp16" / "prepared.onnx", sites)
+    base, _ = begin(io.load(work / "traced" / "model.onnx"))
+    decided = load_decisions(Bundle.open(smollm2_bundle), base.sites)
+    io.save(lower(base, decided, PREPARED).model, tmp_path / "prepared.onnx")
+    graph = _Noisy(tmp_path / "prepared.onnx", sites)
     shares = []
     for window, rows in zip(short, sinks, strict=True):
         clean, noisy = (graph.run(window, each)["logits"] for each in ({}, rows))

@@ -80,8 +80,8 @@ def test_decisions_for_something_else_are_refused(
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     argv[1] = str(other)
-    assert main([*argv, "--decisions", str(compiled)]) == 4
-    assert "is not what" in capsys.readouterr().err
+    assert main([*argv, "--decisions", str(compiled)]) == 3
+    assert "is not the model that" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
