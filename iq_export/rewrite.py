@@ -18,9 +18,9 @@ import onnx_ir as ir
 from iq_export.calibrate.attention import attentions, product_peaks
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.divergence import Divergence, divergence
-from iq_export.calibrate.ranges import TensorStats, observe_ranges
+from iq_export.calibrate.ranges import MagnitudeObserver, TensorStats, observe_ranges
 from iq_export.calibrate.text_check import surprise_warning
-from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.calibrate.token_stats import TokenObserver, TokenStats, observe_tokens
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
@@ -39,7 +39,7 @@ from iq_export.graph import io
 from iq_export.graph.edit import copied
 from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Linear, Sites
-from iq_export.observe.walk import Graph
+from iq_export.observe.walk import Graph, observe
 from iq_export.passes.insert_sinks import index_name, set_restore
 from iq_export.passes.order import (
     INSERTED,
@@ -223,7 +223,11 @@ def rewrite(
     _weight_blocks(base.sites, recipe)  # refuses a width that has none
 
     with progress.step("Observe tokens"):
-        stats = observe_tokens(base.model, base.sites, data.all, **options)
+        tokens = TokenObserver(base.sites, data.all)
+        widths = {linear.input: linear.in_features for linear in base.sites.linears}
+        magnitudes = MagnitudeObserver(widths, len(data.windows))
+        observe(base.model, [tokens, magnitudes], data.all, **options)
+        stats, before = tokens.stats, magnitudes.stats
         surprise = surprise_warning(base.model, data.windows, **options)
     job = _Job(base, data, stats, options, work)
     if chosen.half:
@@ -237,7 +241,7 @@ def rewrite(
             job.traced, job.sites, discover(stats), stats, data.all,
             limit=data.max_relative_deviation, seed=data.seed, **options,
         )  # fmt: skip
-    chosen, fits, before, ranges = _prepared(job, chosen, fits)
+    chosen, fits, ranges = _prepared(job, chosen, fits)
     with progress.step("Insert sinks"):
         chosen = replace(chosen, sinks=tuple(_calibrated(job, chosen, fits)))
         chosen = _restored(job, chosen, INSERTED)
@@ -373,11 +377,11 @@ def _shared_note(shared: Sequence[str]) -> list[str]:
 
 def _prepared(
     job: _Job, chosen: Decisions, fits: list[Decision]
-) -> tuple[Decisions, list[Decision], dict[str, TensorStats], dict[str, TensorStats]]:
+) -> tuple[Decisions, list[Decision], dict[str, TensorStats]]:
     """Scale, rotate and smooth; fit templates and thresholds on what comes of it.
 
     A lifecycle that smoothing hides from detection stays, and smoothing is chosen again with its
-    tokens. The statistics are those of the traced graph, and of the one with rotations folded.
+    tokens. The statistics are those of the graph with its rotations folded.
     """
     progress, recipe = job.options["progress"], chosen.recipe
     said = False
@@ -389,8 +393,7 @@ def _prepared(
         left_out = taken if recipe.sinks == "always" else []
         with progress.step("Observe ranges"):
             turned = lower(job.base, chosen, TURNED)
-            before = _ranges(job, job.traced, left_out)
-            ranges = _ranges(job, turned.model, left_out) if recipe.folded_rotation else before
+            ranges = _ranges(job, turned.model, left_out)
         if not said:
             for refusal in turned.refused:
                 progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
@@ -409,7 +412,7 @@ def _prepared(
         lost = [old for old, new in zip(fits, found, strict=True) if old.replaced > new.replaced]
         fits = found
         if not lost:
-            return chosen, fits, before, ranges
+            return chosen, fits, ranges
         progress.note(_lost_note(lost))  # and now smoothing sees its tokens
 
 

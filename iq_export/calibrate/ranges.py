@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.observe.walk import Graph, walk
+from iq_export.observe.walk import Graph, Values, walk
 from iq_export.progress import Progress
 
 _BINS = 1 << 15
@@ -63,7 +63,8 @@ class MagnitudeHistogram:
 class TensorStats:
     """Statistics of one activation `[tokens, features]`.
 
-    `absmax` and `histogram`: over all tokens. `absmax_semantic`, `channel_absmax` (`[features]`)
+    `absmax` and `histogram`: over all tokens, the latter empty if it was not asked for.
+    `absmax_semantic`, `channel_absmax` (`[features]`)
     and `rows`, a bounded random sample, float32 `[sampled, features]`: semantic tokens only.
     """
 
@@ -79,9 +80,11 @@ class TensorStats:
         rows = np.zeros((0, features), np.float32)
         return cls(0.0, 0.0, zeros, MagnitudeHistogram(), rows)
 
-    def add(self, value: np.ndarray, sinks: np.ndarray, sample: np.ndarray) -> None:
+    def add(
+        self, value: np.ndarray, sinks: np.ndarray, sample: np.ndarray, *, count: bool = False
+    ) -> None:
         """Account for one window: `value` `[seq, features]`, `sinks` bool `[seq]`; the semantic
-        rows among `sample` (row numbers) are kept."""
+        rows among `sample` (row numbers) are kept. `count`: fill the histogram as well."""
         magnitude = np.abs(value)
         self.absmax = max(self.absmax, float(magnitude.max(initial=0)))
         semantic = magnitude[~sinks] if sinks.any() else magnitude
@@ -89,7 +92,27 @@ class TensorStats:
             np.maximum(self.channel_absmax, semantic.max(0), out=self.channel_absmax)
             self.absmax_semantic = float(self.channel_absmax.max())
         self.rows = np.concatenate([self.rows, value[sample[~sinks[sample]]]])
-        self.histogram.add(magnitude)
+        if count:
+            self.histogram.add(magnitude)
+
+
+class MagnitudeObserver:
+    """Magnitudes of the values in `widths` (name -> features) over the first `windows` windows,
+    all tokens alike."""
+
+    def __init__(self, widths: Mapping[str, int], windows: int) -> None:
+        self.stats = {name: TensorStats.empty(width) for name, width in widths.items()}
+        self._windows = windows
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.stats)
+
+    def add(self, number: int, values: Values) -> None:
+        if number < self._windows:
+            nobody = np.zeros(0, int)
+            for name, value in values.items():
+                self.stats[name].add(value, np.zeros(len(value), bool), nobody, count=True)
 
 
 def observe_ranges(

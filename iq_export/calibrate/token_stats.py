@@ -9,7 +9,7 @@ import numpy as np
 
 from iq_export.calibrate.data import Window
 from iq_export.graph.sites import Sites
-from iq_export.observe.walk import Graph, walk
+from iq_export.observe.walk import Graph, Values, observe
 from iq_export.progress import Progress
 
 
@@ -32,6 +32,44 @@ class TokenStats:
     embedded: np.ndarray | None = None
 
 
+class TokenObserver:
+    """Keeps three numbers per block and token, and one before the first block."""
+
+    def __init__(self, sites: Sites, windows: Sequence[Window]) -> None:
+        lengths = [len(window.ids) for window in windows]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        shape = (len(sites.blocks), int(self._starts[-1]))
+        self._embedding, self._embedded = sites.embedding, np.zeros(shape[1], np.float32)
+        self.stats = TokenStats(
+            down_max=np.zeros(shape, np.float32),
+            residual_max=np.zeros(shape, np.float32),
+            residual_channel=np.zeros(shape, np.int32),
+            window=np.repeat(np.arange(len(windows)), lengths),
+            position=np.concatenate([np.arange(length) for length in lengths]),
+            token=np.concatenate([np.asarray(window.ids) for window in windows]),
+            embedded=self._embedded,
+        )
+        self._down = {block.mlp.output.input: block.index for block in sites.blocks}
+        self._residual = {block.mlp.residual: block.index for block in sites.blocks}
+
+    @property
+    def names(self) -> list[str]:
+        return [self._embedding, *self._down, *self._residual]
+
+    def add(self, number: int, values: Values) -> None:
+        columns = slice(int(self._starts[number]), int(self._starts[number + 1]))
+        for name, value in values.items():
+            magnitude = np.abs(value)
+            if name in self._down:
+                self.stats.down_max[self._down[name], columns] = magnitude.max(1)
+            elif name == self._embedding:
+                self._embedded[columns] = magnitude.max(1)
+            else:
+                block = self._residual[name]
+                self.stats.residual_max[block, columns] = magnitude.max(1)
+                self.stats.residual_channel[block, columns] = magnitude.argmax(1)
+
+
 def observe_tokens(
     graph: Graph,
     sites: Sites,
@@ -40,33 +78,7 @@ def observe_tokens(
     providers: Sequence[str],
     progress: Progress,
 ) -> TokenStats:
-    """Run the graph over `windows` and keep three numbers per block and token, one before."""
-    lengths = [len(window.ids) for window in windows]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    shape = (len(sites.blocks), int(starts[-1]))
-    embedded = np.zeros(shape[1], np.float32)
-    stats = TokenStats(
-        down_max=np.zeros(shape, np.float32),
-        residual_max=np.zeros(shape, np.float32),
-        residual_channel=np.zeros(shape, np.int32),
-        window=np.repeat(np.arange(len(windows)), lengths),
-        position=np.concatenate([np.arange(length) for length in lengths]),
-        token=np.concatenate([np.asarray(window.ids) for window in windows]),
-        embedded=embedded,
-    )
-    down = {block.mlp.output.input: block.index for block in sites.blocks}
-    residual = {block.mlp.residual: block.index for block in sites.blocks}
-    names = [sites.embedding, *down, *residual]
-    runs = walk(graph, names, windows, providers=providers, progress=progress)
-    for number, values in runs:
-        columns = slice(int(starts[number]), int(starts[number + 1]))
-        for name, value in values.items():
-            magnitude = np.abs(value)
-            if name in down:
-                stats.down_max[down[name], columns] = magnitude.max(1)
-            elif name == sites.embedding:
-                embedded[columns] = magnitude.max(1)
-            else:
-                stats.residual_max[residual[name], columns] = magnitude.max(1)
-                stats.residual_channel[residual[name], columns] = magnitude.argmax(1)
-    return stats
+    """Walk the graph over `windows` with a TokenObserver alone."""
+    observer = TokenObserver(sites, windows)
+    observe(graph, [observer], windows, providers=providers, progress=progress)
+    return observer.stats

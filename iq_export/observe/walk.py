@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -57,6 +57,31 @@ def walk(
         round_half=round_half,
     ):  # fmt: skip
         yield order, {name: checked(name, value, order) for name, value in values.items()}
+
+
+class Observer(Protocol):
+    """What reduces values on a walk: `names` are those that it wants of every window, and `add`
+    gets those of one piece of one window."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    def add(self, number: int, values: Values) -> None: ...
+
+
+def observe(
+    graph: Graph,
+    observers: Sequence[Observer],
+    windows: Sequence[Window],
+    *,
+    providers: Sequence[str] = CPU,
+    progress: Progress,
+) -> None:
+    """Let all `observers` ride on one walk. Raises GraphError as `walk` does."""
+    names = list(dict.fromkeys(name for each in observers for name in each.names))
+    wanted = [(each, set(each.names)) for each in observers]
+    for number, values in walk(graph, names, windows, providers=providers, progress=progress):
+        for each, its in wanted:
+            each.add(number, {name: value for name, value in values.items() if name in its})
 
 
 def raw_walk(

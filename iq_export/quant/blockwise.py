@@ -102,7 +102,7 @@ def calibrate_blocks(
                     if readers[name][0].node in scope
                 ]
                 sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
-                stats[name].add(values[name], sunk, sample)
+                stats[name].add(values[name], sunk, sample, count=True)
                 if recipe.gptq:
                     rows = values[name][~sunk]
                     rows = unit_rows(rows) if recipe.activations is None else rows
