@@ -14,10 +14,11 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from iq_export.bundle.manifest import json_safe
-from iq_export.plan import plan_record, save_templates
+from iq_export.plan import plan_record
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.rewrite import Calibration, rewrite
+from iq_export.saved_decisions import save_arrays
 from tests import planted
 
 class Words:
@@ -33,7 +34,7 @@ calibration = Calibration(data[:4], data[4:8], 0.1, 0, planted.CPU, heldout=data
 done = rewrite(
     traced, folder / "work", load_recipe(sys.argv[2]), "fp16", calibration, Progress(quiet=True)
 )
-save_templates(done, folder / "sinks.safetensors")
+save_arrays(done.chosen, folder / "sinks.safetensors")
 (folder / "plan.json").write_text(json.dumps(json_safe(plan_record(done, Words())), indent=1))
 """
 

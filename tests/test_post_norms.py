@@ -13,7 +13,8 @@ from onnxruntime import InferenceSession
 
 from iq_export.compile import CompileOptions
 from iq_export.graph import io
-from iq_export.graph.half import HALF_MAX, to_half
+from iq_export.graph.half import HALF_MAX
+from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.references import write_baselines

@@ -187,6 +187,7 @@ def open_session(
     Raises GraphError if the file cannot be loaded, EngineError if ONNX Runtime is absent, older
     than OLDEST_RELEASE or lacks a provider (it would fall back to the CPU by itself).
     """
+    _onnxruntime()  # before the file: what is missing here hides no other
     if not path.is_file():
         raise GraphError(f"There is no ONNX file at {path}.")
     options = _session_options(providers, threads, unpack=unpack, literal=literal)

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iq_export.calibrate import ranges
-from iq_export.calibrate.ranges import MagnitudeHistogram, TensorStats, observe_ranges
+from iq_export.calibrate.ranges import (
+    MagnitudeHistogram,
+    MagnitudeObserver,
+    TensorStats,
+    observe_ranges,
+)
+from iq_export.observe.walk import observe as observe_all
 from iq_export.progress import Progress
 from tests.planted import CPU, Planted
 
@@ -89,7 +95,10 @@ def test_planted_spike_is_left_out(spiky: Planted) -> None:
     np.testing.assert_allclose(
         stats.absmax_semantic, spiky.stats.down_max[1, others].max(), rtol=1e-4
     )
-    assert stats.histogram.total == 24 * 40 * 128
+    everyone = MagnitudeObserver({NAME: 128}, len(spiky.windows))
+    observe_all(spiky.path, [everyone], spiky.windows, progress=Progress(quiet=True))
+    assert everyone.stats[NAME].histogram.total == 24 * 40 * 128
+    assert everyone.stats[NAME].absmax == stats.absmax
 
 
 def test_rows_are_left_out_tensor_by_tensor(spiky: Planted) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from iq_export.run.generate import generate
-from iq_export.run.ort import CausalLM, empty_cache
+from iq_export.run.ort import CausalLM
 from tests import planted
 
 TOKENS, MAX_PAST = 12, 1024
@@ -108,7 +108,7 @@ class Session:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
         self.valid = np.array([len(prompt) - longest for prompt in prompts])
-        self.caches = [empty_cache(cache, batch) for cache in self.model._caches]
+        self.caches = self.model.empty_past(batch)
         self.window = 0
         last = False
         while not last:
