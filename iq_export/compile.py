@@ -188,7 +188,8 @@ def reference_graphs(
 ) -> dict[str, Path]:
     """Graphs to compare a bundle with, label -> file: from the work folder, or made again.
 
-    They are made by the same steps from the options in the manifest; the order is the table's.
+    They are lowered from the decisions in the bundle; one of an older version, which does not hold
+    them, is calibrated again from the options in its manifest. The order is the table's.
     What permits code or terms (`options.PERMISSIONS`) is not taken from there, whoever wrote it: it
     is asked for anew.
     Until `hold` is closed no other run changes them. Raises ModelError if the model is not what
@@ -208,22 +209,29 @@ def reference_graphs(
             "this bundle is of an older version, which found sinks by --alpha: they are found "
             "anew, so the graph with insertion alone may differ from what the bundle was made of"
         )
-    if is_pipe(options.calibration):
+    plan = bundle.plan()
+    recalled = isinstance(plan.get("decisions"), dict) and isinstance(plan.get("absmax"), dict)
+    if not recalled and is_pipe(options.calibration):
         raise DataError(
             f"the calibration text of {bundle.folder} came from a pipe and cannot be read again: "
             "measure the bundle alone with --bundle-only, or compile it again from a file"
         )
-    checked = check(replace(options, out=folder / "bundle"))  # the bundle itself is only read
-    recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
-    if recorded != checked.calibration_sha256:
-        progress.note(
-            f"warning: the calibration text {options.calibration} has changed since "
-            f"{bundle.folder} was made: only the fp32 graph is what it was then"
-        )
+    checked = None
+    if not recalled:
+        checked = check(replace(options, out=folder / "bundle"))  # the bundle itself is only read
+        recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
+        if recorded != checked.calibration_sha256:
+            progress.note(
+                f"warning: the calibration text {options.calibration} has changed since "
+                f"{bundle.folder} was made: only the fp32 graph is what it was then"
+            )
     with work_folder(bundle.folder, folder, keep=True, say=progress.waits) as made:
         traced = _trace(options, made, progress)
         _check_same_source(bundle, traced.source_sha256)
-        done = _calibrate_and_rewrite(options, checked, traced, made, progress)
+        if checked is None:
+            done = _recall(bundle, traced, made, plan["absmax"])
+        else:
+            done = _calibrate_and_rewrite(options, checked, traced, made, progress)
         with trouble_is_bundle_error(made.folder):
             _remember(made, options, done, expected)
     found = _hold(folder, expected, progress, hold)
@@ -378,6 +386,18 @@ def _carry(
         providers=PROVIDERS[options.device], progress=progress,
     )  # fmt: skip
     return replace(done, warnings=[*traced.notes, *done.warnings])
+
+
+def _recall(bundle: Bundle, traced: Any, work: Work, absmax: dict[str, Any]) -> Any:
+    """The decisions of `bundle` for its own model, with a place for its graphs."""
+    from iq_export.rewrite import recall
+    from iq_export.saved_decisions import load_decisions
+
+    if not all(isinstance(value, (int, float)) for value in absmax.values()):
+        raise BundleError(f"{bundle.path(PLAN_NAME)} is damaged: compile the bundle again")
+    stages = work.run / f"{bundle.manifest.recipe}-{bundle.manifest.dtype}"
+    stages.mkdir()
+    return recall(traced.model, stages, lambda sites: load_decisions(bundle, sites), absmax)
 
 
 def recipe_for(earlier: Bundle, asked: str) -> str:
@@ -611,11 +631,11 @@ def _remember(work: Work, options: CompileOptions, done: Any, plan_sha256: str) 
     # What `eval` opens lies in one folder with its weights.
     done = replace(done, traced=io.whole(done.traced, done.quantized.with_name("fp32.onnx")))
     graphs = {"fp32": done.traced}
-    if options.decisions is None:  # else nothing was calibrated that they could be made of
+    if options.decisions is None:
         graphs |= write_baselines(done, options)
     if done.sinks:
         graphs["insertion only"] = done.write(INSERTED, done.quantized.with_name("inserted.onnx"))
-    done.quantized.unlink()
+    done.quantized.unlink(missing_ok=True)
     done.quantized.with_name(done.quantized.name + ".data").unlink(missing_ok=True)
     shutil.rmtree(done.quantized.with_name("codes"), ignore_errors=True)
     work.keep_graphs(done.quantized.parent, graphs, plan_sha256)

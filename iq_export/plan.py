@@ -55,6 +55,7 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
         "fusion": fusion_record(done.quantized),
         "warnings": done.warnings,
         "decisions": record(done.chosen),
+        "absmax": done.absmax,
         "observations": {
             key: {"before": done.observed_before[key], "after": done.observed_after[key]}
             for key in done.observed_before

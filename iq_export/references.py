@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from iq_export.compile import CompileOptions
-    from iq_export.rewrite import Rewrite
+    from iq_export.rewrite import Recalled, Rewrite
 
 
-def write_baselines(done: Rewrite, options: CompileOptions) -> dict[str, Path]:
+def write_baselines(done: Rewrite | Recalled, options: CompileOptions) -> dict[str, Path]:
     """Write the bundle's baselines into the work folder: label -> file.
 
     W8A8: round-to-nearest, static per-tensor absmax of the same calibration data. Int4: ONNX
@@ -34,7 +34,7 @@ def write_baselines(done: Rewrite, options: CompileOptions) -> dict[str, Path]:
     return found
 
 
-def _matmul_nbits(done: Rewrite, path: Path) -> None:
+def _matmul_nbits(done: Rewrite | Recalled, path: Path) -> None:
     import onnx
     from onnxruntime.quantization import matmul_nbits_quantizer
 

@@ -182,6 +182,11 @@ class Rewrite(_Made):
     warnings: list[str] = field(default_factory=list)
     check: FinalCheck | None = None
 
+    @property
+    def absmax(self) -> dict[str, float]:
+        """The largest magnitude of every product's input in the traced graph, all tokens alike."""
+        return {name: stats.absmax for name, stats in self.before.items()}
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -309,6 +314,26 @@ def rewrite(
         warnings=[*notes, *warnings],
         check=check,
     )
+
+
+@dataclass(frozen=True)
+class Recalled(_Made):
+    """What an earlier compile decided, of which graphs are made again: `quantized` is a place, not
+    a file, and `absmax` as in Rewrite."""
+
+    chosen: Decisions
+    sites: Sites
+    traced: Path
+    quantized: Path
+    absmax: Mapping[str, float]
+
+
+def recall(
+    traced: Path, work: Path, decide_for: Callable[[Sites], Decisions], absmax: Mapping[str, float]
+) -> Recalled:
+    """Decisions for the graph `traced`, with nothing lowered from them yet."""
+    base, _ = begin(io.load(traced))
+    return Recalled(decide_for(base.sites), base.sites, traced, work / MODEL, absmax)
 
 
 @dataclass(frozen=True)
@@ -588,18 +613,16 @@ def quantized_graph(
     return model
 
 
-def plain_half(rewrite: Rewrite, path: Path) -> None:
+def plain_half(rewrite: Rewrite | Recalled, path: Path) -> None:
     """Write the baseline: the traced graph in half precision, whatever becomes of it."""
     model = io.load(rewrite.traced)
     to_half(model)
     io.save(model, path)
 
 
-def round_to_nearest(rewrite: Rewrite, path: Path, dtype: str) -> None:
+def round_to_nearest(rewrite: Rewrite | Recalled, path: Path, dtype: str) -> None:
     """Write the baseline: the traced graph, absmax of all calibration tokens, nothing else."""
-    scales = {
-        name: INT8.scale(stats.absmax) for name, stats in rewrite.before.items() if stats.absmax
-    }
+    scales = {name: INT8.scale(absmax) for name, absmax in rewrite.absmax.items() if absmax}
     base, _ = begin(io.load(rewrite.traced))
     model = quantized_graph(base.model, base.sites, scales)
     if dtype == "fp16":

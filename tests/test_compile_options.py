@@ -62,7 +62,7 @@ def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         said: list[str] = []
         progress = Progress(quiet=True)
         monkeypatch.setattr(progress, "note", said.append)
-        bundle = SimpleNamespace(folder=tmp_path / "out", manifest=manifest)
+        bundle = SimpleNamespace(folder=tmp_path / "out", manifest=manifest, plan=dict)
         compile_module.reference_graphs(bundle, tmp_path / "work", progress)
         return said
 

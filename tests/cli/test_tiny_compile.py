@@ -101,6 +101,24 @@ def test_eval_against_the_work_folder(compiled: Path, capsys: pytest.CaptureFixt
     assert main(["verify", str(compiled), "--quiet"]) == 0
 
 
+def test_eval_lowers_the_graphs_again_where_none_were_kept(
+    compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the decisions in the bundle: nothing is calibrated, and the figures are the same."""
+    moved = tmp_path / "bundle"
+    shutil.copytree(compiled, moved)
+    found = []
+    for bundle, work in ((compiled, compiled.parent / "work"), (moved, tmp_path / "work")):
+        capsys.readouterr()
+        assert main(["eval", str(bundle), *EVAL[:-1], "--work", str(work), "--json"]) == 0
+        told = capsys.readouterr()
+        found.append(
+            [(r["graph"], r["bos"], r["perplexity"]) for r in json.loads(told.out)["rows"]]
+        )
+    assert "making them again" in told.err and "Calibrate" not in told.err
+    assert len(found[0]) > 4 and found[1] == found[0]
+
+
 def test_same_input_same_files(compiled: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The engine's bytes are TensorRT's affair: its hash is recorded."""
     argv = ["compile", str(tiny_model), str(tmp_path / "again"), *SMALL, *SHAPES]
