@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or none to ask
+        return None
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library keeps it otherwise: what one
+    session of ONNX Runtime has freed is in too small pieces for the next one."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 def memory_bytes() -> int | None:

@@ -257,6 +257,7 @@ def rewrite(
     for warning in warnings:
         progress.note(f"warning: {warning}")
     chosen, quantizers = _rounded(job, chosen, before, ranges)
+    del ranges  # its sampled rows
     cache: dict[str, CacheScale] = {}
     if recipe.cache is not None:
         with progress.step("Calibrate the KV cache"):

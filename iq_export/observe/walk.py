@@ -20,6 +20,7 @@ from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import separate_types
 from iq_export.graph.interface import Interface
+from iq_export.memory import give_back
 from iq_export.observe.segments import segments
 from iq_export.progress import Progress
 from iq_export.run.ort import model_session, ort_errors
@@ -154,6 +155,7 @@ class Piece:
 
     def __exit__(self, *_: object) -> None:
         self._session = None
+        give_back()
 
     def run(self, window: Window, carried: Mapping[str, np.ndarray]) -> Carried:
         """The outputs of one window with an empty cache, by name, with their batch axis."""

@@ -124,7 +124,7 @@ def calibrate_blocks(
                 else:
                     rounded = recipe.weights.round(weight, (tensor.rows**2).mean(0))
                 codes.add(linear.weight, *rounded)
-            tensor.rows = tensor.rows[:0]  # all that they were for is decided
+            tensor.rows = tensor.rows[:0].copy()  # all that they were for is decided
         plan = QuantizePlan(
             tuple(x for name in names for x in readers[name]),
             recipe.rounding,
