@@ -102,6 +102,12 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     earlier = None
     if options.decisions is not None:
         earlier = Bundle.open(options.decisions)
+        for name in ("budget", "insertion", "max_relative_deviation"):
+            if getattr(options, name) != getattr(CompileOptions, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is among what was decided for {earlier.folder}: "
+                    "leave it out, or compile without --decisions"
+                )
         options = replace(options, recipe=recipe_for(earlier, options.recipe))
     checked = check(options)
     options = checked.options
@@ -379,7 +385,13 @@ def _carry(
     stages.mkdir()
 
     def decided(sites: Sites) -> Decisions:
-        return replace(load_decisions(earlier, sites), dtype=options.dtype)
+        chosen = load_decisions(earlier, sites)
+        if options.dtype == "fp16" and chosen.dtype != "fp16":
+            raise UsageError(
+                f"{earlier.folder} was decided for fp32, and half precision needs decisions of its "
+                "own: give --dtype fp32, or compile without --decisions"
+            )
+        return replace(chosen, dtype=options.dtype)
 
     done = carry(
         traced.model, stages, decided, cut,

@@ -200,7 +200,7 @@ class CompileOptions:
         metadata=option(
             "take all that a bundle of the same model decided, and calibrate nothing",
             about="a bundle of the same model: its decisions are taken and nothing is calibrated, "
-            "for another target or dtype, or after a change by hand; its recipe is taken too",
+            "for another target, or fp32 in place of fp16; its recipe is taken too",
             metavar="BUNDLE", kept="recorded",
         ),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.bundle.package import PLAN_NAME, Bundle
+from iq_export.bundle.recipe import recipe_of
 from iq_export.decisions import Decisions
 from iq_export.errors import BundleError, IqError
 from iq_export.graph import io
@@ -22,11 +23,23 @@ from iq_export.quant.search import SmoothingChoice
 from iq_export.quant.smoothing import Smoothing
 from iq_export.recipe import Recipe
 from iq_export.sinks.lifecycle import EarlySite, Lifecycle
-from iq_export.sinks.templates import KV, NORM, EarlyTemplates, KeyValueTemplates, SinkTemplates
+from iq_export.sinks.templates import (
+    KV,
+    NORM,
+    NORM_AND_KV,
+    EarlyTemplates,
+    KeyValueTemplates,
+    SinkTemplates,
+)
 
 TEMPLATES_NAME = "sinks.safetensors"
+# Half's largest number is below 2^16, and no stream is beyond float32's.
+_MOST_EXPONENT, _MOST_THRESHOLD = 112, 1e30
 _NOBODY = np.zeros(0, np.int64)  # calibration tokens are not kept
-_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
+_BROKEN = (
+    OverflowError, AssertionError, KeyError, TypeError, ValueError, AttributeError, IndexError,
+    OSError,
+)  # fmt: skip
 
 
 def record(chosen: Decisions) -> dict[str, Any]:
@@ -87,7 +100,7 @@ def load_decisions(bundle: Bundle, sites: Sites) -> Decisions:
         )
     try:
         arrays = load_file(bundle.path(TEMPLATES_NAME))
-        return Decisions(
+        decisions = Decisions(
             recipe=Recipe.from_record(found["recipe"]),
             dtype=found["dtype"],
             exponent=int(found["exponent"]),
@@ -105,11 +118,82 @@ def load_decisions(bundle: Bundle, sites: Sites) -> Decisions:
             cache=dict(found["cache"]),
             left=frozenset(found["left"]),
         )
+        _check(decisions, bundle, sites)
+        return decisions
     except (*_BROKEN, SafetensorError, IqError) as error:
         raise BundleError(
             f"the decisions in {bundle.folder} cannot be read ({error}): compile it again without "
             "--decisions"
         ) from error
+
+
+def _check(chosen: Decisions, bundle: Bundle, sites: Sites) -> None:
+    """Raise ValueError with what no compile of this version writes: a lowered graph is not measured
+    against what it was decided on, so nothing wrong may pass here."""
+    recipe, linears = recipe_of(bundle.manifest), {x.node: x for x in sites.linears}
+    if recipe is not None and recipe != chosen.recipe:
+        raise ValueError("its recipe is not the manifest's")
+    if chosen.dtype not in ("fp16", "fp32") or chosen.dtype != bundle.manifest.dtype:
+        raise ValueError("its dtype is not the manifest's")
+    if not 0 <= chosen.exponent <= _MOST_EXPONENT:
+        raise ValueError(f"the stream cannot be divided by 2^{chosen.exponent}")
+    attention = {b.attention.attention.node for b in sites.blocks if b.attention.attention}
+    norms = {br.norm_output for b in sites.blocks for br in (b.attention, b.mlp)}
+    downs = {b.mlp.output.input: b.mlp.output for b in sites.blocks}
+    for named, known in (
+        (chosen.scaled_queries, attention), (chosen.left, linears), (chosen.side, linears),
+        (chosen.smoothing.norms, norms), (chosen.smoothing.paths, downs),
+    ):  # fmt: skip
+        if unknown := sorted(set(named) - set(known)):
+            raise ValueError(f"the graph has no {unknown[0]!r}")
+    for node, loud in chosen.side.items():
+        inside = loud.ndim == 1 and loud.size and 0 <= loud.min() <= loud.max()
+        if not inside or loud.max() >= linears[node].in_features or len(set(loud)) < loud.size:
+            raise ValueError(f"the side channels of {node!r} are none")
+    widths = {**dict.fromkeys(norms, sites.hidden), **{n: x.in_features for n, x in downs.items()}}
+    for name, choice in (*chosen.smoothing.norms.items(), *chosen.smoothing.paths.items()):
+        if choice.factors.shape != (widths[name],) or not _positive(choice.factors):
+            raise ValueError(f"the factors of {name!r} are none")
+    for name, scale in (*chosen.activations.items(), *chosen.cache.items()):
+        if not isinstance(scale, float) or not _positive(scale):
+            raise ValueError(f"the scale of {name!r} is none")
+    for number, sinks in enumerate(chosen.sinks):
+        _check_sinks(sinks, number, sites)
+    if chosen.recipe.weights is not None:
+        for linear in sites.linears:
+            if linear.node not in chosen.left and linear.weight not in chosen.codes:
+                raise ValueError(f"{bundle.model.name} has no rounded weight of {linear.node!r}")
+
+
+def _check_sinks(sinks: SinkTemplates, number: int, sites: Sites) -> None:
+    life, blocks = sinks.lifecycle, len(sites.blocks)
+    places = [life.birth, life.end, *life.clamp_blocks, *(s.site.block for s in sinks.early)]
+    if any(type(block) is not int or not 0 <= block < blocks for block in places):
+        raise ValueError(f"lifecycle {number} names a block that is none")
+    forced = [life.force_first, *(early.site.force_first for early in sinks.early)]
+    if sinks.form not in (NORM, KV, NORM_AND_KV) or any(type(x) is not bool for x in forced):
+        raise ValueError(f"the form of lifecycle {number} is none")
+    if (sinks.form != NORM) != (sinks.key_values is not None) or life.birth >= life.end:
+        raise ValueError(f"lifecycle {number} is not whole")
+    thresholds = [sinks.threshold, *(early.threshold for early in sinks.early)]
+    if any(not isinstance(x, float) or not 0 < x <= _MOST_THRESHOLD for x in thresholds):
+        raise ValueError(f"a threshold of lifecycle {number} is none")
+    features = sites.blocks[life.birth].mlp.output.in_features
+    tables = [(sinks.detection, features), (sinks.restore, sites.hidden)]
+    tables += [(rows, sites.hidden) for rows in sinks.norms.values()]
+    for early in sinks.early:
+        tables.append((early.detection, sites.blocks[early.site.block].mlp.output.in_features))
+        tables += [(rows, sites.hidden) for rows in early.norms.values()]
+    if sinks.key_values is not None:
+        tables.append((sinks.key_values.residual, sites.hidden))
+    for rows, width in tables:
+        empty = rows is sinks.restore and not rows.size
+        if not empty and (rows.shape != (sinks.count, width) or not np.isfinite(rows).all()):
+            raise ValueError(f"a template of lifecycle {number} is none")
+
+
+def _positive(value: Any) -> bool:
+    return bool((np.isfinite(value) & (np.asarray(value) > 0)).all())
 
 
 class _ShippedCodes(Mapping[str, tuple[np.ndarray, np.ndarray]]):

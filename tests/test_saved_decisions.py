@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from iq_export.bundle.manifest import Manifest
 from iq_export.errors import BundleError
 from iq_export.graph import io
 from iq_export.passes.order import begin, lower
@@ -64,6 +68,10 @@ class Folder:
 
     def __init__(self, folder: Path, done: Rewrite) -> None:
         self.folder, self.model = folder, done.quantized
+        self.manifest = Manifest(
+            "m", done.recipe.name, done.chosen.dtype, 23, recipe_settings=done.recipe.record(),
+            files={},
+        )  # fmt: skip
         plan = json.dumps({"decisions": record(done.chosen)})
         (folder / "plan.json").write_text(plan, encoding="utf-8")
         save_arrays(done.chosen, folder / "sinks.safetensors")
@@ -75,20 +83,72 @@ class Folder:
         return json.loads(self.path("plan.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("harm", ["older", "sinks", "shape", "array"])
-def test_what_is_damaged_is_one_sentence(tmp_path: Path, harm: str) -> None:
-    done = rewritten(tmp_path, "w8a8", "fp32", "norm")
-    bundle: Any = Folder(tmp_path, done)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Rewrite:
+    return rewritten(tmp_path_factory.mktemp("whole"), "w8a8", "fp32", "norm")
+
+
+def _set(value: Any, *path: Any) -> Callable[[Any], None]:
+    def change(plan: Any) -> None:
+        for step in path[:-1]:
+            plan = plan[step]
+        plan[path[-1]] = value
+
+    return change
+
+
+NODE = "layers.0/mlp/down_proj"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.pop("decisions"),
+        lambda plan: plan["decisions"]["sinks"][0].pop("early"),
+        _set({"recipe": []}, "decisions"),
+        _set(False, "decisions", "recipe", "gptq"),
+        _set("bf16", "decisions", "dtype"),
+        _set(-3, "decisions", "exponent"),
+        _set(10**30, "decisions", "exponent"),
+        _set(["nobody"], "decisions", "left"),
+        _set(["nobody"], "decisions", "scaled_queries"),
+        _set([-1], "decisions", "side_channels", NODE),
+        _set([10**6], "decisions", "side_channels", NODE),
+        _set([10**30], "decisions", "side_channels", NODE),
+        _set(None, "decisions", "sinks", 0, "birth"),
+        _set(-1, "decisions", "sinks", 0, "birth"),
+        _set([99], "decisions", "sinks", 0, "clamp_blocks"),
+        _set("nope", "decisions", "sinks", 0, "form"),
+        _set("norm+kv", "decisions", "sinks", 0, "form"),
+        _set(1e300, "decisions", "sinks", 0, "threshold"),
+        _set("x", "decisions", "sinks", 0, "threshold"),
+        _set(None, "decisions", "sinks", 0, "position_0_forced"),
+        _set({"layers.0/mlp/Mul/out": None}, "decisions", "activations"),
+    ],
+)
+def test_what_no_compile_writes_is_one_sentence(
+    tmp_path: Path, whole: Rewrite, change: Callable[[Any], None]
+) -> None:
+    bundle: Any = Folder(tmp_path, whole)
     plan = bundle.plan()
-    if harm == "older":
-        del plan["decisions"]
-    elif harm == "sinks":
-        plan["decisions"]["sinks"][0]["birth"] = None
-        del plan["decisions"]["sinks"][0]["early"]
-    elif harm == "shape":
-        plan["decisions"] = {"recipe": []}
-    else:
-        (tmp_path / "sinks.safetensors").write_bytes(b"\0" * 16)
+    change(plan)
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     with pytest.raises(BundleError, match="compile it again without --decisions"):
-        load_decisions(bundle, done.sites)
+        load_decisions(bundle, whole.sites)
+
+
+@pytest.mark.parametrize("harm", ["not safetensors", "NaN", "narrow", "codes"])
+def test_arrays_that_do_not_fit_are_one_sentence(tmp_path: Path, whole: Rewrite, harm: str) -> None:
+    bundle: Any = Folder(tmp_path, whole)
+    path = tmp_path / "sinks.safetensors"
+    arrays = load_file(path)
+    if harm == "not safetensors":
+        path.write_bytes(b"\0" * 16)
+    elif harm == "codes":
+        bundle.model = whole.traced
+    else:
+        name = next(name for name in arrays if name.endswith("detection"))
+        bad = np.full_like(arrays[name], np.nan) if harm == "NaN" else arrays[name][:, 1:].copy()
+        save_file({**arrays, name: bad}, path)
+    with pytest.raises(BundleError, match="compile it again without --decisions"):
+        load_decisions(bundle, whole.sites)

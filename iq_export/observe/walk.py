@@ -25,6 +25,7 @@ from iq_export.observe.segments import segments
 from iq_export.progress import Progress
 from iq_export.run.ort import model_session, ort_errors
 
+_LONGEST = 300  # characters of another's words in an error
 CPU = ("CPUExecutionProvider",)
 
 # A graph: a file, or a model in memory, which is not changed.
@@ -171,7 +172,11 @@ class Piece:
 def cut(model: ir.Model, carried: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """A copy of what makes `outputs` of the graph's inputs and of the values `carried`."""
     begin = [str(value.name) for value in model.graph.inputs]
-    graph = ir.convenience.extract(model.graph, [*begin, *carried], list(outputs))
+    try:
+        graph = ir.convenience.extract(model.graph, [*begin, *carried], list(outputs))
+    except (RuntimeError, ValueError) as error:  # a node that reads what nothing makes
+        reason = " ".join(str(error.__cause__ or error).split())[:_LONGEST]
+        raise GraphError(f"The graph cannot be cut in front of {outputs[0]!r}: {reason}") from error
     piece = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     separate_types(graph)
     RemoveUnusedNodesPass()(piece)
