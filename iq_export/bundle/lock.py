@@ -136,7 +136,11 @@ def _lock(folder: Path, say: Say, wait: bool) -> tuple[int, bool]:
             os.mkdir(folder)
             made = True
         except FileExistsError:
-            if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+            try:  # one look: between two of them another run may have removed its folder
+                kind = os.lstat(folder).st_mode
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISDIR(kind):
                 raise BundleError(f"{folder} is there and is no folder: give another one") from None
         if not is_marked(folder) and _has_content(folder) and not is_marked(folder):
             raise BundleError(
