@@ -23,7 +23,7 @@ from iq_export.bundle.manifest import write_atomically
 from iq_export.bundle.package import parents_of
 from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError, UsageError
-from iq_export.graph.model_files import PASSING_PREFIX, model_files
+from iq_export.graph.model_files import model_files
 
 REFERENCES = "references.json"
 _RUN, _TRACED = "run", "traced"
@@ -122,9 +122,9 @@ def work_folder(out: Path, work: Path | None, *, keep: bool, say: Say = quiet) -
     with parents_of(folder), ExitStack() as stack:
         try:
             stack.enter_context(claim(folder, keep=keep, say=say))
-            # Of a run that was killed.
+            # Of a run that was killed; the graphs, of one by an older version.
             shutil.rmtree(made.run, ignore_errors=True)
-            for graph in folder.glob(f"*/{PASSING_PREFIX}*"):
+            for graph in folder.glob("*/.taps-*"):
                 graph.unlink(missing_ok=True)
             stack.callback(shutil.rmtree, made.run, ignore_errors=True)
             made.run.mkdir()

@@ -57,23 +57,14 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: two layers of random weights (no spikes) and a trained tokenizer."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from iq_export.calibrate.data import load_text
+    from tools.cost import small_tokenizer
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=small_tokenizer(), bos_token="<s>", eos_token="</s>"
     )
-    core.train_from_iterator([load_text("builtin")], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     # Head size 64 and widths of 128: TensorRT's attention kernel and int4 blocks ask for them.

@@ -116,7 +116,8 @@ def _shards(shape: Shape, blocks: int, rng: np.random.Generator) -> Iterator[dic
         )
 
 
-def _write_tokenizer(folder: Path) -> None:
+def small_tokenizer() -> Any:
+    """A byte-level BPE of 512 tokens, trained on the built-in text: 0 begins a text, 1 ends it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from iq_export.calibrate.data import load_text
@@ -131,7 +132,11 @@ def _write_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     core.train_from_iterator([load_text("builtin")], trainer)
-    core.save(str(folder / "tokenizer.json"))
+    return core
+
+
+def _write_tokenizer(folder: Path) -> None:
+    small_tokenizer().save(str(folder / "tokenizer.json"))
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
     }  # fmt: skip

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from iq_export.calibrate.data import Window
 from iq_export.graph.sites import Sites
 from iq_export.observe.segments import Segment, segments
-from iq_export.observe.walk import Carried, Piece, Values, checked, cut
+from iq_export.observe.walk import Carried, Piece, Values, checked, cut, named
 
 
 @dataclass
@@ -62,7 +62,7 @@ class BlockWalk:
         self.block += 1
 
     def _run(self, part: ir.Model, names: Sequence[str]) -> Iterator[tuple[int, Carried]]:
-        with Piece(part, names, self.providers, str(self.model.graph.name)) as runner:
+        with Piece(part, names, self.providers, named(self.model)) as runner:
             for number, window in enumerate(self.windows):
                 yield number, runner.run(window, self.carried[number])
 

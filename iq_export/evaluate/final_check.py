@@ -21,7 +21,7 @@ from iq_export.graph.half import HALF_MAX
 from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.observe.loss import kl, log_softmax
-from iq_export.observe.walk import CPU, Graph, loaded, raw_walk, walk
+from iq_export.observe.walk import CPU, Graph, loaded, walk
 from iq_export.progress import Progress
 from iq_export.sinks.ops import DOMAIN
 
@@ -198,8 +198,14 @@ def finite_logits(
     model = loaded(graph)
     known, sites = watched(model), attentions(model)
     half = any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.outputs)
-    runs = raw_walk(
-        graph, list(known), windows, providers=providers, progress=progress, round_half=True
+    runs = walk(
+        graph,
+        list(known),
+        windows,
+        providers=providers,
+        progress=progress,
+        round_half=True,
+        raw=True,
     )
     for number, values in runs:
         # First where attention overflows: what follows from it is told less well by a tensor.

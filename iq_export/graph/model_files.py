@@ -9,9 +9,6 @@ from iq_export.files import parts_inside
 from iq_export.graph.external import external_tensors, place
 from iq_export.graph.proto import read
 
-# A graph that lies beside a model's weights while a session of it is opened.
-PASSING_PREFIX = ".taps-"
-
 
 def model_files(path: Path, error: type[IqError] = GraphError) -> list[Path]:
     """The ONNX file at `path` and its external data, whatever their names, in a fixed order.

@@ -45,20 +45,43 @@ def walk(
     providers: Sequence[str] = CPU,
     progress: Progress,
     round_half: bool = False,
+    raw: bool = False,
 ) -> Iterator[tuple[int, Values]]:
     """Yield `(window number, values)`: for every piece of the graph that makes some of `names`,
     every window with these. What is behind the last of them is not run.
 
     `always` names values (indices of sinks) that come with each, from the piece that makes them
-    on. Float values come as fp32. `round_half` as at `run.ort.open_session`.
+    on. Float values come as fp32. `round_half` as at `run.ort.open_session`. `raw`: values as the
+    graph has them, with their batch axis and what is not finite.
 
     Raises GraphError naming the tensor, its window and position if a value is NaN or Inf.
     """
-    for order, values in raw_walk(
-        graph, names, windows, always=always, providers=providers, progress=progress,
-        round_half=round_half,
-    ):  # fmt: skip
-        yield order, {name: checked(name, value, order) for name, value in values.items()}
+    model, label = loaded(graph), named(graph)
+    pieces = segments(model.graph)
+    wanted = set(names)
+    used = [number for number, piece in enumerate(pieces) if wanted & piece.made]
+    if unknown := wanted - {name for piece in pieces for name in piece.made}:
+        raise GraphError(f"{label} has no values {sorted(unknown)}.")
+    pieces = pieces[: used[-1] + 1] if used else []
+    carried: list[Carried] = [{} for _ in windows]
+    for number, piece in enumerate(pieces):
+        taps = [name for name in names if name in piece.made]
+        here = [name for name in always if name in piece.made]
+        last = number == len(pieces) - 1
+        kept = [] if last else [name for name in piece.kept if name in piece.made]
+        outputs = list(dict.fromkeys([*taps, *here, *kept]))
+        part = cut(model, piece.carried, outputs)
+        with Piece(part, outputs, providers, label, round_half=round_half) as runner:
+            for order, window in enumerate(windows):
+                found = runner.run(window, carried[order])
+                before = carried[order]
+                now = {**before, **found}
+                carried[order] = {n: now[n] for n in (*piece.kept, *always) if n in now}
+                if taps:
+                    values = {name: found[name] for name in taps}
+                    values |= {name: carried[order][name] for name in always if name in now}
+                    yield order, values if raw else _all_checked(values, order)
+                progress.update(number * len(windows) + order + 1, len(pieces) * len(windows))
 
 
 class Observer(Protocol):
@@ -86,53 +109,14 @@ def observe(
             each.add(number, {name: value for name, value in values.items() if name in its})
 
 
-def raw_walk(
-    graph: Graph,
-    names: Sequence[str],
-    windows: Sequence[Window],
-    *,
-    always: Sequence[str] = (),
-    providers: Sequence[str] = CPU,
-    progress: Progress,
-    round_half: bool = False,
-) -> Iterator[tuple[int, Values]]:
-    """As `walk`, with the values as the graph has them, their batch axis and what is not finite."""
-    model, label = loaded(graph), named(graph)
-    pieces = segments(model.graph)
-    wanted = set(names)
-    used = [number for number, piece in enumerate(pieces) if wanted & piece.made]
-    if unknown := wanted - {name for piece in pieces for name in piece.made}:
-        raise GraphError(f"{label} has no values {sorted(unknown)}.")
-    pieces = pieces[: used[-1] + 1] if used else []
-    carried: list[Carried] = [{} for _ in windows]
-    for number, piece in enumerate(pieces):
-        taps = [name for name in names if name in piece.made]
-        here = [name for name in always if name in piece.made]
-        last = number == len(pieces) - 1
-        kept = [] if last else [name for name in piece.kept if name in piece.made]
-        outputs = list(dict.fromkeys([*taps, *here, *kept]))
-        part = cut(model, piece.carried, outputs)
-        with Piece(part, outputs, providers, label, round_half=round_half) as runner:
-            for order, window in enumerate(windows):
-                found = runner.run(window, carried[order])
-                before = carried[order]
-                now = {**before, **found}
-                carried[order] = {n: now[n] for n in (*piece.kept, *always) if n in now}
-                if taps:
-                    values = {name: found[name] for name in taps}
-                    values |= {name: carried[order][name] for name in always if name in now}
-                    yield order, values
-                progress.update(number * len(windows) + order + 1, len(pieces) * len(windows))
-
-
 def loaded(graph: Graph) -> ir.Model:
     """The model of a graph."""
     return io.load(graph) if isinstance(graph, Path) else graph
 
 
 def named(graph: Graph) -> str:
-    """What a graph is called in errors."""
-    return graph.name if isinstance(graph, Path) else str(graph.graph.name or "the graph")
+    """What a graph is called in errors: the name inside of it is its author's, and not shown."""
+    return graph.name if isinstance(graph, Path) else "the graph"
 
 
 class Piece:
@@ -192,6 +176,10 @@ def window_feeds(
     wanted = {tensor.name for tensor in interface.inputs}
     known = {name: value for name, value in (given or {}).items() if name in wanted}
     return interface.feeds(window.ids, known)
+
+
+def _all_checked(values: Values, window: int) -> Values:
+    return {name: checked(name, value, window) for name, value in values.items()}
 
 
 def checked(name: str, value: np.ndarray, window: int) -> np.ndarray:

@@ -116,6 +116,15 @@ def _unquantized(graph: Lowered, decisions: Decisions) -> str | None:
     return _float32(graph, decisions)
 
 
+def _rounded_already(graph: Lowered, decisions: Decisions) -> str | None:
+    """No quantizer yet, and codes for every weight: none is rounded here without a word."""
+    if decisions.recipe.weights is not None:
+        for linear in graph.sites.linears:
+            if linear.node not in decisions.left and linear.weight not in decisions.codes:
+                return f"the weight of {linear.node} has no codes"
+    return _unquantized(graph, decisions)
+
+
 def _all_inserted(graph: Lowered, decisions: Decisions) -> str | None:
     found = sum(node.op_type == "SinkDetect" for node in graph.model.graph)
     wanted = sum(1 + len(sinks.early) for sinks in decisions.sinks)
@@ -204,7 +213,7 @@ ORDER = (
     Step("side channels", PREPARED, _side_channels, _plain),
     Step("rotate", PREPARED, _rotate, _plain),
     Step("insert sinks", INSERTED, _insert_sinks, _plain, _all_inserted),
-    Step("quantize", ROUNDED, _quantize, _unquantized, _all_rounded),
+    Step("quantize", ROUNDED, _quantize, _rounded_already, _all_rounded),
     Step("quantize the cache", ROUNDED, _quantize_cache, _float32),
     Step("to half", SHIPPED, _to_half, _float32, _all_half),
 )
