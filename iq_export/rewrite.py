@@ -15,11 +15,11 @@ from typing import TypedDict
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.attention import attentions, product_peaks
+from iq_export.calibrate.attention import PeakObserver, attentions
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import MagnitudeObserver, TensorStats, observe_ranges
-from iq_export.calibrate.text_check import surprise_warning
+from iq_export.calibrate.text_check import SurpriseObserver
 from iq_export.calibrate.token_stats import TokenObserver, TokenStats, observe_tokens
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
@@ -39,7 +39,8 @@ from iq_export.graph import io
 from iq_export.graph.edit import copied
 from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Linear, Sites
-from iq_export.observe.walk import Graph, observe
+from iq_export.observe.tail import Tail
+from iq_export.observe.walk import Graph, Observer, observe
 from iq_export.passes.insert_sinks import index_name, set_restore
 from iq_export.passes.order import (
     INSERTED,
@@ -76,7 +77,7 @@ _OBSERVED_WINDOWS = 4
 _FORM_WINDOWS = 4
 # Sites more than the search found that a file over the budget may leave in half precision.
 _MORE_SITES = 6
-# ONNX Runtime on a CPU dequantizes all half weights in every run, however short: few runs.
+# What is looked at again in the rounded graph: it differs little from the inserted one.
 _CHECKED_PROBES, _CHECKED_SINKS = 16, 8
 
 
@@ -228,15 +229,11 @@ def rewrite(
     _weight_blocks(base.sites, recipe)  # refuses a width that has none
 
     with progress.step("Observe tokens"):
-        tokens = TokenObserver(base.sites, data.all)
-        widths = {linear.input: linear.in_features for linear in base.sites.linears}
-        magnitudes = MagnitudeObserver(widths, len(data.windows))
-        observe(base.model, [tokens, magnitudes], data.all, **options)
-        stats, before = tokens.stats, magnitudes.stats
-        surprise = surprise_warning(base.model, data.windows, **options)
+        seen = _observed(base, data, dtype, options)
+    stats, before = seen.stats, seen.before
     job = _Job(base, data, stats, options, work)
     if chosen.half:
-        loud = _loud_attentions(job)
+        loud = _loud_attentions(job, seen.peaks)
         chosen = replace(chosen, scaled_queries=tuple(loud))
         if loud:
             notes.append(_loud_note(loud))
@@ -250,8 +247,8 @@ def rewrite(
     with progress.step("Insert sinks"):
         chosen = replace(chosen, sinks=tuple(_calibrated(job, chosen, fits)))
         chosen = _restored(job, chosen, INSERTED)
-        matching = _matching(job, chosen)
-    warnings = [surprise] if surprise else []
+        matching = _matching(job, chosen, seen.heldout)
+    warnings = [seen.surprise] if seen.surprise else []
     warnings += _everyone(stats)
     warnings += sink_warnings(chosen.sinks, matching)
     for warning in warnings:
@@ -264,7 +261,7 @@ def rewrite(
             cache = _cache_scales(job, chosen)
         chosen = replace(chosen, cache={name: found.scale for name, found in cache.items()})
     with progress.step("Choose the insertion"):
-        chosen, insertions = _formed(job, chosen)
+        chosen, insertions = _formed(job, chosen, seen.tail)
     mixed, reference = None, None
     everything = [Site(q.name, q.linears) for q in quantizers.values()]
     if math.isfinite(data.budget) and quantizers:
@@ -273,10 +270,10 @@ def rewrite(
             mixed = _mixed_plan(job, chosen, everything, reference)
             chosen, quantizers = _left(chosen, quantizers, mixed)
     with progress.step("Quantize"):
+        ranges_before = chosen.activations
         chosen, quantizers, recall = _with_recall(job, chosen, quantizers)
-        if quantizers and chosen.sinks:
-            # Rounding and clipping move the sink rows too, by a constant: restore that as well.
-            chosen = _restored(job, chosen, SHIPPED)
+        if chosen.sinks and (mixed is not None or chosen.activations != ranges_before):
+            chosen = _restored(job, chosen, ROUNDED)
         if mixed is not None and reference is not None:
             chosen, quantizers, mixed = _within(
                 job, chosen, quantizers, mixed, everything, reference
@@ -287,7 +284,7 @@ def rewrite(
         model, path = job.at(SHIPPED, chosen), work / MODEL
         io.save(model, path)
     with progress.step("Check the quantized graph"):
-        check = _checked(base, chosen, path, data.windows, options)
+        check = _checked(base, chosen, path, seen.tail, data.windows, options)
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
@@ -372,7 +369,8 @@ def carry(
         io.save(model, path)
     with progress.step("Check the quantized graph"):
         options = _Run(providers=providers, progress=progress)
-        check = _checked(base, chosen, path, windows, options)
+        tail = Tail.of_graph(base.model, short_windows(windows), **options)
+        check = _checked(base, chosen, path, tail, windows, options)
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
@@ -381,10 +379,15 @@ def carry(
 
 
 def _checked(
-    base: Lowered, chosen: Decisions, path: Path, windows: Sequence[Window], options: _Run
+    base: Lowered,
+    chosen: Decisions,
+    path: Path,
+    tail: Tail,
+    windows: Sequence[Window],
+    options: _Run,
 ) -> FinalCheck:
     """The finished file against fp32; GraphError if it has lost everything."""
-    check = final_check(base.model, path, windows, block_parts(base.sites), **options)
+    check = final_check(tail, path, windows, block_parts(base.sites), **options)
     if check.lost >= MOST_LOST:
         inserted = lower(base, chosen, INSERTED).model
         raise GraphError(broken(check, inserted, path, base.sites, windows, **options))
@@ -483,25 +486,26 @@ def _rounded(
     return replace(chosen, activations=activations, codes=store), quantizers
 
 
-def _formed(job: _Job, chosen: Decisions) -> tuple[Decisions, list[Insertion]]:
-    """Every lifecycle in the form of least loss, on the quantized graph: ranges hold in every form,
+def _formed(job: _Job, chosen: Decisions, reference: Tail) -> tuple[Decisions, list[Insertion]]:
+    """Every lifecycle in the form of least loss, on the quantized graph, with what it restores
+    there: rounding and clipping move the sink rows too, by a constant. Ranges hold in every form,
     since semantic rows are the same."""
     windows = job.data.windows[:_FORM_WINDOWS]
+    restored: dict[tuple[str, ...], Decisions] = {}
 
     def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
-        tried = replace(chosen, sinks=tuple(candidates))
-        tried = _restored(job, tried, SHIPPED)
+        tried = _restored(job, replace(chosen, sinks=tuple(candidates)), ROUNDED)
+        restored[tuple(each.form for each in candidates)] = tried
         names = [index_name(number) for number in range(len(candidates))]
-        return divergence(job.traced, job.at(SHIPPED, tried), windows, names, **job.options)
+        return divergence(reference, job.at(ROUNDED, tried), windows, names, **job.options)
 
-    first = [s.form for s in chosen.sinks]
     sinks, insertions = choose_forms(
         chosen.sinks, job.data.insertion, loss, int8_cache=chosen.recipe.cache is not None
     )
-    chosen = replace(chosen, sinks=tuple(sinks))
-    if [s.form for s in sinks] != first:  # what is restored was measured in the first form
-        chosen = _restored(job, chosen, INSERTED)
-    return chosen, insertions
+    found = restored.get(tuple(each.form for each in sinks))
+    if found is None:
+        found = _restored(job, replace(chosen, sinks=tuple(sinks)), ROUNDED)
+    return found, insertions
 
 
 def _with_recall(
@@ -513,7 +517,7 @@ def _with_recall(
     if not count:
         return chosen, quantizers, None
     inserted = job.at(INSERTED, chosen)
-    recall = recall_of(job.at(SHIPPED, chosen), inserted, count, sample, **job.options)
+    recall = recall_of(job.at(ROUNDED, chosen), inserted, count, sample, **job.options)
     if recall is not None and recall < LEAST_RECALL:
         job.options["progress"].note(
             f"the clipped ranges hide {1 - recall:.0%} of the sinks: their clipping factors "
@@ -522,7 +526,7 @@ def _with_recall(
         quantizers = unclipped(quantizers, job.sites, chosen.sinks)
         scales = {name: q.scale for name, q in quantizers.items()}
         chosen = replace(chosen, activations={**chosen.activations, **scales})
-        recall = recall_of(job.at(SHIPPED, chosen), inserted, count, sample, **job.options)
+        recall = recall_of(job.at(ROUNDED, chosen), inserted, count, sample, **job.options)
     if recall is not None and recall < LEAST_RECALL:
         hiding = hiding_quantizer(inserted, job.sites, quantizers, count, sample, **job.options)
         raise GraphError(hidden(recall, hiding, job.sites))
@@ -546,7 +550,7 @@ def _within(
             break
         chosen, quantizers = _left(chosen, quantizers, more)
         if quantizers and chosen.sinks:
-            chosen = _restored(job, chosen, SHIPPED)
+            chosen = _restored(job, chosen, ROUNDED)
         mixed = more.shipped(*reference.ratio(job.at(SHIPPED, chosen), **job.options))
     return chosen, quantizers, mixed
 
@@ -560,14 +564,51 @@ def _left(
     return replace(chosen, left=left), kept
 
 
-def _loud_attentions(job: _Job) -> dict[str, float]:
-    """`Attention` nodes whose q.k half precision may not hold before its scale -> the largest.
+@dataclass(frozen=True)
+class _Seen:
+    """What one walk over the traced graph tells: `stats` of the calibration's tokens and of those
+    that were `heldout` (None: there are none), magnitudes of the products' inputs `before`
+    anything is changed, a warning about the text, the largest q.k by `Attention` node (none unless
+    half precision must hold them), and the graph's `tail` on the first windows."""
+
+    stats: TokenStats
+    heldout: TokenStats | None
+    before: dict[str, TensorStats]
+    surprise: str | None
+    peaks: dict[str, float]
+    tail: Tail
+
+
+def _observed(base: Lowered, data: Calibration, dtype: str, options: _Run) -> _Seen:
+    first = min(_FORM_WINDOWS, len(data.windows))
+    tokens = TokenObserver(base.sites, data.all)
+    widths = {linear.input: linear.in_features for linear in base.sites.linears}
+    magnitudes = MagnitudeObserver(widths, len(data.windows))
+    surprise = SurpriseObserver(data.windows)
+    tail = Tail(base.model, first, options["providers"])
+    observers: list[Observer] = [tokens, magnitudes, surprise, tail]
+    heldout = TokenObserver(base.sites, data.heldout, len(data.all)) if data.heldout else None
+    observers += [] if heldout is None else [heldout]
+    peaks = PeakObserver(base.model, first if dtype == "fp16" else 0, HALF_MAX / 2)
+    observers.append(peaks)
+    observe(base.model, observers, [*data.all, *data.heldout], **options)
+    return _Seen(
+        tokens.stats,
+        heldout.stats if heldout is not None else None,
+        magnitudes.stats,
+        surprise.warning(),
+        peaks.peaks,
+        tail,
+    )
+
+
+def _loud_attentions(job: _Job, peaks: Mapping[str, float]) -> dict[str, float]:
+    """`Attention` nodes whose q.k, at most `peaks`, half precision may not hold before its scale
+    -> the largest.
 
     Raises GraphError for one whose scores it cannot hold either.
     """
     nodes = {attended.node: attended for attended in attentions(job.traced)}
-    windows = short_windows(job.data.windows)
-    peaks = product_peaks(job.traced, windows, HALF_MAX / 2, **job.options)
     for node, peak in peaks.items():
         if peak * nodes[node].scale > HALF_MAX:
             raise GraphError(scores_overflow(node, peak, nodes[node].scale, block_parts(job.sites)))
@@ -631,12 +672,12 @@ def round_to_nearest(rewrite: Rewrite | Recalled, path: Path, dtype: str) -> Non
     io.save(model, path)
 
 
-def _matching(job: _Job, chosen: Decisions) -> list[MatchQuality]:
-    """How well the inserted graph finds and matches the sinks of held-out text, if there is any."""
+def _matching(job: _Job, chosen: Decisions, stats: TokenStats | None) -> list[MatchQuality]:
+    """How well the inserted graph finds and matches the sinks of held-out text, if there is any,
+    which has `stats`."""
     heldout = job.data.heldout
-    if not chosen.sinks or not heldout:
+    if not chosen.sinks or stats is None:
         return []
-    stats = observe_tokens(job.traced, job.sites, heldout, **job.options)
     indices = [index_name(number) for number in range(len(chosen.sinks))]
     return measure(
         job.at(PREPARED, chosen), job.at(INSERTED, chosen), indices, job.sites, chosen.sinks, stats,
@@ -739,7 +780,7 @@ def _restored(job: _Job, chosen: Decisions, stage: str) -> Decisions:
     """
     if all(sinks.form == KV for sinks in chosen.sinks):
         return chosen  # it sets the residual
-    measured, most = list(chosen.sinks), _CHECKED_SINKS if stage == SHIPPED else None
+    measured, most = list(chosen.sinks), _CHECKED_SINKS if stage == ROUNDED else None
     prepared, model = job.at(PREPARED, chosen), job.at(stage, chosen)
     for number in sorted(range(len(measured)), key=lambda n: measured[n].lifecycle.end):
         (measured[number],) = with_restore(

@@ -8,16 +8,14 @@ queries and keys by the scale's root first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.data import Window
-from iq_export.observe.walk import Graph, loaded, walk
+from iq_export.observe.walk import Values
 from iq_export.passes.scale_query import attention_scale, query_heads
-from iq_export.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -48,29 +46,25 @@ def attentions(model: ir.Model) -> list[Attended]:
     return found
 
 
-def product_peaks(
-    graph: Graph,
-    windows: Sequence[Window],
-    limit: float,
-    *,
-    providers: Sequence[str],
-    progress: Progress,
-) -> dict[str, float]:
-    """The largest `|q.k|` of every `Attention` node of `graph`, before its scale.
+class PeakObserver:
+    """The largest `|q.k|` of every `Attention` node, before its scale: `peaks`, by node.
 
-    Over all pairs of tokens of a window, those that the mask hides too. Where the lengths alone
-    tell that it is below `limit`, it is the product of the lengths.
+    Over all pairs of tokens of the first `windows` windows, those that the mask hides too. Where
+    the lengths alone tell that it is below `limit`, it is the product of the lengths.
     """
-    model = loaded(graph)
-    sites = attentions(model)
-    peaks = {site.node: 0.0 for site in sites}
-    names = [name for site in sites for name in (site.query, site.key)]
-    for _, values in walk(model, names, windows, providers=providers, progress=progress):
-        for site in sites:
-            if site.query not in values:
-                continue
-            peaks[site.node] = max(peaks[site.node], product_peak(site, values, limit))
-    return peaks
+
+    def __init__(self, model: ir.Model, windows: int, limit: float) -> None:
+        self.sites = attentions(model)
+        self.names = [name for site in self.sites for name in (site.query, site.key)]
+        self.of = range(windows)
+        self.peaks = {site.node: 0.0 for site in self.sites}
+        self._limit = limit
+
+    def add(self, number: int, values: Values) -> None:
+        for site in self.sites:
+            if site.query in values and site.key in values:
+                peak = product_peak(site, values, self._limit)
+                self.peaks[site.node] = max(self.peaks[site.node], peak)
 
 
 def product_peak(site: Attended, values: Mapping[str, np.ndarray], limit: float) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 
 from iq_export.calibrate.data import Window
 from iq_export.observe.loss import chunks, kl, log_softmax, nll
+from iq_export.observe.tail import Tail
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
@@ -27,7 +28,7 @@ class Divergence:
 
 
 def divergence(
-    reference: Graph,
+    reference: Tail,
     graph: Graph,
     windows: Sequence[Window],
     indices: Sequence[str],
@@ -35,16 +36,14 @@ def divergence(
     providers: Sequence[str],
     progress: Progress,
 ) -> Divergence:
-    """Run both graphs over `windows`; `indices` are the sink indices of `graph` (0: no sink)."""
+    """Run `graph` over `windows`, beside the logits of `reference`; `indices` are the sink indices
+    of `graph` (0: no sink)."""
     divergences, losses, sinks = [], [], []
-    runs = [
-        walk(each, ["logits"], windows, always=also, providers=providers, progress=progress)
-        for each, also in ((reference, ()), (graph, tuple(indices)))
-    ]
-    for (number, exact), (_, found) in zip(*runs, strict=True):
+    runs = walk(graph, ["logits"], windows, always=indices, providers=providers, progress=progress)
+    for exact, (number, found) in zip(reference.logits(windows), runs, strict=True):
         targets = np.asarray(windows[number].ids[1:])
         for rows in chunks(targets.size):
-            p, q = (log_softmax(values["logits"][rows]) for values in (exact, found))
+            p, q = (log_softmax(logits[rows]) for logits in (exact, found["logits"]))
             divergences.append(kl(p, q))
             losses.append(nll(q, targets[rows]))
         sinks.append(np.any([found[name][:-1] > 0 for name in indices] or [targets < 0], axis=0))

@@ -11,7 +11,9 @@ from iq_export.calibrate.data import Window
 from iq_export.observe.walk import Graph, Values, walk
 from iq_export.progress import Progress
 
-_BINS = 1 << 15
+_BINS = 1 << 12
+# A histogram counts every so manieth token: its quantiles are for people.
+_COUNTED = 8
 # The samples of all tensors together take at most this much memory.
 _SAMPLE_BYTES = 1 << 29
 
@@ -81,19 +83,24 @@ class TensorStats:
         return cls(0.0, 0.0, zeros, MagnitudeHistogram(), rows)
 
     def add(
-        self, value: np.ndarray, sinks: np.ndarray, sample: np.ndarray, *, count: bool = False
+        self, value: np.ndarray, sinks: np.ndarray, sample: np.ndarray, counted: int | None = None
     ) -> None:
         """Account for one window: `value` `[seq, features]`, `sinks` bool `[seq]`; the semantic
-        rows among `sample` (row numbers) are kept. `count`: fill the histogram as well."""
-        magnitude = np.abs(value)
-        self.absmax = max(self.absmax, float(magnitude.max(initial=0)))
-        semantic = magnitude[~sinks] if sinks.any() else magnitude
+        rows among `sample` (row numbers) are kept. With `counted`, the window's number, some of its
+        rows, other ones of each window, go into the histogram as well."""
+        semantic = value
+        if sinks.any():
+            self.absmax = max(self.absmax, float(np.abs(value[sinks]).max()))
+            semantic = value[~sinks]
         if semantic.size:
-            np.maximum(self.channel_absmax, semantic.max(0), out=self.channel_absmax)
+            top = np.maximum(semantic.max(0), -semantic.min(0))
+            np.maximum(self.channel_absmax, top, out=self.channel_absmax)
             self.absmax_semantic = float(self.channel_absmax.max())
-        self.rows = np.concatenate([self.rows, value[sample[~sinks[sample]]]])
-        if count:
-            self.histogram.add(magnitude)
+            self.absmax = max(self.absmax, self.absmax_semantic)
+        if sample.size:
+            self.rows = np.concatenate([self.rows, value[sample[~sinks[sample]]]])
+        if counted is not None:
+            self.histogram.add(np.abs(value[counted % _COUNTED :: _COUNTED]))
 
 
 class MagnitudeObserver:
@@ -102,17 +109,16 @@ class MagnitudeObserver:
 
     def __init__(self, widths: Mapping[str, int], windows: int) -> None:
         self.stats = {name: TensorStats.empty(width) for name, width in widths.items()}
-        self._windows = windows
+        self.of = range(windows)
 
     @property
     def names(self) -> list[str]:
         return list(self.stats)
 
     def add(self, number: int, values: Values) -> None:
-        if number < self._windows:
-            nobody = np.zeros(0, int)
-            for name, value in values.items():
-                self.stats[name].add(value, np.zeros(len(value), bool), nobody, count=True)
+        nobody = np.zeros(0, int)
+        for name, value in values.items():
+            self.stats[name].add(value, np.zeros(len(value), bool), nobody, number)
 
 
 def observe_ranges(

@@ -11,8 +11,7 @@ import numpy as np
 from iq_export.calibrate.data import Window
 from iq_export.graph.interface import Role, name_of
 from iq_export.observe.loss import token_losses
-from iq_export.observe.walk import Graph, walk
-from iq_export.progress import Progress
+from iq_export.observe.walk import Values
 
 # Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. Single
 # letters and parts of a character are 2 % of prose and of code, 31 % of French, 81 % of Russian and
@@ -63,37 +62,32 @@ def _is_letter(text: str) -> bool:
     return len(text) == 1 and text.isalpha() and unicodedata.east_asian_width(text) not in "WF"
 
 
-def surprise_warning(
-    model: Graph, windows: Sequence[Window], *, providers: Sequence[str], progress: Progress
-) -> str | None:
-    """Whether the model predicts the text hardly better than its token frequencies would.
+class SurpriseObserver:
+    """How well the model predicts the first of `windows`, beside the token frequencies of all."""
 
-    The loss is that of the first windows; the frequencies are those of all.
-    """
-    ids = np.concatenate([np.asarray(window.ids) for window in windows])
-    _, counts = np.unique(ids, return_counts=True)
-    share = counts / ids.size
-    # Few tokens make frequencies look more telling than they are (Miller and Madow's correction).
-    entropy = float(-(share * np.log(share)).sum()) + (counts.size - 1) / (2 * ids.size)
-    loss = _loss(model, windows[:_SURPRISE_WINDOWS], providers, progress)
-    if entropy <= 0 or loss <= _MOST_SURPRISE * entropy:
-        return None
-    return (
-        f"the model predicts the calibration text with a loss of {loss:.2f} nats per token "
-        f"(perplexity {np.exp(min(loss, 99)):.3g}); its token frequencies alone have "
-        f"{entropy:.2f}: to this model it is noise, so what is measured on it says little about "
-        "real use; give text that the model was made for"
-    )
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self.names = [_LOGITS]
+        self.of = range(min(_SURPRISE_WINDOWS, len(windows)))
+        self._windows, self._loss, self._tokens = windows, 0.0, 0
 
+    def add(self, number: int, values: Values) -> None:
+        targets = np.asarray(self._windows[number].ids[1:])
+        self._loss += float(token_losses(values[_LOGITS][:-1], targets).sum())
+        self._tokens += targets.size
 
-def _loss(
-    model: Graph, windows: Sequence[Window], providers: Sequence[str], progress: Progress
-) -> float:
-    """Mean negative log-likelihood, nats per predicted token."""
-    total, tokens = 0.0, 0
-    runs = walk(model, [_LOGITS], windows, providers=providers, progress=progress)
-    for number, values in runs:
-        targets = np.asarray(windows[number].ids[1:])
-        total += float(token_losses(values[_LOGITS][:-1], targets).sum())
-        tokens += targets.size
-    return total / tokens
+    def warning(self) -> str | None:
+        """Whether the model predicts the text hardly better than its token frequencies would."""
+        ids = np.concatenate([np.asarray(window.ids) for window in self._windows])
+        _, counts = np.unique(ids, return_counts=True)
+        share = counts / ids.size
+        # Few tokens make frequencies look more telling than they are (Miller and Madow).
+        entropy = float(-(share * np.log(share)).sum()) + (counts.size - 1) / (2 * ids.size)
+        loss = self._loss / self._tokens
+        if entropy <= 0 or loss <= _MOST_SURPRISE * entropy:
+            return None
+        return (
+            f"the model predicts the calibration text with a loss of {loss:.2f} nats per token "
+            f"(perplexity {np.exp(min(loss, 99)):.3g}); its token frequencies alone have "
+            f"{entropy:.2f}: to this model it is noise, so what is measured on it says little "
+            "about real use; give text that the model was made for"
+        )

@@ -33,9 +33,11 @@ class TokenStats:
 
 
 class TokenObserver:
-    """Keeps three numbers per block and token, and one before the first block."""
+    """Keeps three numbers per block and token, and one before the first block. `windows` are those
+    of a walk from the number `first` on."""
 
-    def __init__(self, sites: Sites, windows: Sequence[Window]) -> None:
+    def __init__(self, sites: Sites, windows: Sequence[Window], first: int = 0) -> None:
+        self.of = range(first, first + len(windows))
         lengths = [len(window.ids) for window in windows]
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         shape = (len(sites.blocks), int(self._starts[-1]))

@@ -21,6 +21,7 @@ from iq_export.graph.half import HALF_MAX
 from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.observe.loss import kl, log_softmax
+from iq_export.observe.tail import Tail
 from iq_export.observe.walk import CPU, Graph, loaded, walk
 from iq_export.progress import Progress
 from iq_export.sinks.ops import DOMAIN
@@ -80,7 +81,7 @@ class FinalCheck:
 
 
 def final_check(
-    traced: Graph,
+    reference: Tail,
     shipped: Graph,
     windows: Sequence[Window],
     parts: Mapping[str, str] | None = None,
@@ -88,17 +89,17 @@ def final_check(
     providers: Sequence[str],
     progress: Progress,
 ) -> FinalCheck:
-    """Run both graphs over the first of `windows`; half values of `shipped` are rounded.
+    """Run `shipped` over the beginnings of the first of `windows`, its half values rounded, beside
+    the traced graph's logits there, of which `reference` is the tail on those windows.
 
     Raises GraphError as `finite_logits` does. Whether what is left is enough, the caller decides.
     """
     short = short_windows(windows)
     tensors = len(watched(loaded(shipped)))
-    exact_runs = walk(traced, [_LOGITS], short, providers=providers, progress=progress)
     found_runs = finite_logits(shipped, short, parts, providers=providers, progress=progress)
     same, divergences, logs = [], [], []
-    for (_, values), logits in zip(exact_runs, found_runs, strict=True):
-        p, q = log_softmax(values[_LOGITS]), log_softmax(logits)
+    for exact, logits in zip(reference.logits(short), found_runs, strict=True):
+        p, q = log_softmax(exact), log_softmax(logits)
         same.append(p.argmax(axis=-1) == q.argmax(axis=-1))
         divergences.append(kl(p, q))
         logs.append(p)

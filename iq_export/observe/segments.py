@@ -112,12 +112,19 @@ def _cheap_cuts(
     alive = np.cumsum(heavy)
     cuts, size = [], 0
     seen: set[ir.Value] = set()
-    for i, node in enumerate(order[:-1]):
-        size += _weights(node, seen)
-        if alive[i] <= 1 and size >= budget:
-            cuts.append(i)
-            size = 0
-            seen = set()
+    open_, behind = None, 0  # the last place to cut at, and the weights behind it
+    for i, node in enumerate(order):
+        more = _weights(node, seen)
+        size, behind = size + more, behind + more
+        if open_ is not None and behind >= budget and size > behind:
+            cuts.append(open_)  # one large weight, as the head's, is a piece of its own
+            size, open_ = behind, None
+        if alive[i] <= 1 and i < len(order) - 1:
+            open_, behind = i, 0
+            if size >= budget:
+                cuts.append(i)
+                size, open_ = 0, None
+                seen = set()
     return cuts
 
 

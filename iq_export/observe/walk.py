@@ -7,7 +7,7 @@ else is kept here: callers reduce.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from iq_export.graph.interface import Interface
 from iq_export.memory import give_back
 from iq_export.observe.segments import segments
 from iq_export.progress import Progress
-from iq_export.run.ort import model_session, ort_errors
+from iq_export.run.ort import model_session, needed_only, ort_errors
 
 _LONGEST = 300  # characters of another's words in an error
 CPU = ("CPUExecutionProvider",)
@@ -46,50 +46,62 @@ def walk(
     progress: Progress,
     round_half: bool = False,
     raw: bool = False,
+    only: Callable[[str, int], bool] = lambda name, window: True,
 ) -> Iterator[tuple[int, Values]]:
     """Yield `(window number, values)`: for every piece of the graph that makes some of `names`,
     every window with these. What is behind the last of them is not run.
 
     `always` names values (indices of sinks) that come with each, from the piece that makes them
-    on. Float values come as fp32. `round_half` as at `run.ort.open_session`. `raw`: values as the
-    graph has them, with their batch axis and what is not finite.
+    on. `only(name, window number)` tells who wants which of `names`: a window goes no further than
+    to the last that it wants. Float values come as fp32. `round_half` as at
+    `run.ort.open_session`. `raw`: values as the graph has them, with their batch axis and what is
+    not finite.
 
     Raises GraphError naming the tensor, its window and position if a value is NaN or Inf.
     """
     model, label = loaded(graph), named(graph)
     pieces = segments(model.graph)
-    wanted = set(names)
-    used = [number for number, piece in enumerate(pieces) if wanted & piece.made]
-    if unknown := wanted - {name for piece in pieces for name in piece.made}:
+    if unknown := set(names) - {name for piece in pieces for name in piece.made}:
         raise GraphError(f"{label} has no values {sorted(unknown)}.")
-    pieces = pieces[: used[-1] + 1] if used else []
+    wanted = [{name for name in names if only(name, order)} for order in range(len(windows))]
+    ends = [  # of every window, one behind the last piece that it needs
+        max((n + 1 for n, piece in enumerate(pieces) if its & piece.made), default=0)
+        for its in wanted
+    ]
     carried: list[Carried] = [{} for _ in windows]
-    for number, piece in enumerate(pieces):
-        taps = [name for name in names if name in piece.made]
+    for number in range(max(ends, default=0)):
+        piece = pieces[number]
+        inside = [order for order, end in enumerate(ends) if end > number]
+        taps = [n for n in names if n in piece.made and any(n in wanted[i] for i in inside)]
         here = [name for name in always if name in piece.made]
-        last = number == len(pieces) - 1
+        last = number + 1 == max(ends)
         kept = [] if last else [name for name in piece.kept if name in piece.made]
         outputs = list(dict.fromkeys([*taps, *here, *kept]))
         part = cut(model, piece.carried, outputs)
         with Piece(part, outputs, providers, label, round_half=round_half) as runner:
-            for order, window in enumerate(windows):
-                found = runner.run(window, carried[order])
-                before = carried[order]
-                now = {**before, **found}
-                carried[order] = {n: now[n] for n in (*piece.kept, *always) if n in now}
-                if taps:
-                    values = {name: found[name] for name in taps}
-                    values |= {name: carried[order][name] for name in always if name in now}
+            for done, order in enumerate(inside, start=1):
+                mine = [name for name in taps if name in wanted[order]]
+                goes_on = ends[order] > number + 1
+                outputs = [*mine, *here, *(kept if goes_on else ())]
+                found = runner.run(windows[order], carried[order], outputs)
+                now = {**carried[order], **found}
+                through = (*piece.kept, *always) if goes_on else ()
+                carried[order] = {name: now[name] for name in through if name in now}
+                if mine:
+                    values = {name: found[name] for name in mine}
+                    values |= {name: now[name] for name in always if name in now}
                     yield order, values if raw else _all_checked(values, order)
-                progress.update(number * len(windows) + order + 1, len(pieces) * len(windows))
+                progress.update(number * len(inside) + done, max(ends) * len(inside))
 
 
 class Observer(Protocol):
-    """What reduces values on a walk: `names` are those that it wants of every window, and `add`
-    gets those of one piece of one window."""
+    """What reduces values on a walk: `names` are those that it wants of the windows whose numbers
+    are in `of`, and `add` gets those of one piece of one window."""
 
     @property
     def names(self) -> Sequence[str]: ...
+    @property
+    def of(self) -> range: ...
     def add(self, number: int, values: Values) -> None: ...
 
 
@@ -101,12 +113,23 @@ def observe(
     providers: Sequence[str] = CPU,
     progress: Progress,
 ) -> None:
-    """Let all `observers` ride on one walk. Raises GraphError as `walk` does."""
+    """Let all `observers` ride on one walk; each counts its own windows from 0.
+
+    Raises GraphError as `walk` does.
+    """
+    wanted = [(each, set(each.names), each.of) for each in observers]
     names = list(dict.fromkeys(name for each in observers for name in each.names))
-    wanted = [(each, set(each.names)) for each in observers]
-    for number, values in walk(graph, names, windows, providers=providers, progress=progress):
-        for each, its in wanted:
-            each.add(number, {name: value for name, value in values.items() if name in its})
+
+    def only(name: str, number: int) -> bool:
+        return any(name in its and number in of for _, its, of in wanted)
+
+    for number, values in walk(
+        graph, names, windows, providers=providers, progress=progress, only=only
+    ):
+        for each, its, of in wanted:
+            mine = {name: value for name, value in values.items() if name in its}
+            if mine and number in of:
+                each.add(number - of.start, mine)
 
 
 def loaded(graph: Graph) -> ir.Model:
@@ -142,15 +165,19 @@ class Piece:
         self._session = None
         give_back()
 
-    def run(self, window: Window, carried: Mapping[str, np.ndarray]) -> Carried:
-        """The outputs of one window with an empty cache, by name, with their batch axis."""
+    def run(
+        self, window: Window, carried: Mapping[str, np.ndarray], names: Sequence[str] | None = None
+    ) -> Carried:
+        """The outputs of one window with an empty cache, by name, with their batch axis; only what
+        `names` need is computed."""
         feeds = window_feeds(self._session, window, carried)
+        names = list(dict.fromkeys(self.names if names is None else names))
         try:
-            found = self._session.run(self.names, feeds)
+            found = self._session.run(names, feeds, needed_only() if names != self.names else None)
         except ort_errors() as error:
             reason = str(error).splitlines()[0]
             raise GraphError(f"{self._label} fails in ONNX Runtime: {reason}") from error
-        return dict(zip(self.names, found, strict=True))
+        return dict(zip(names, found, strict=True))
 
 
 def cut(model: ir.Model, carried: Sequence[str], outputs: Sequence[str]) -> ir.Model:
@@ -192,10 +219,16 @@ def checked(name: str, value: np.ndarray, window: int) -> np.ndarray:
         value = value.transpose(1, 0, 2).reshape(value.shape[1], -1)
     if value.dtype == np.float16:
         value = value.astype(np.float32)
-    if value.dtype == np.float32 and not np.isfinite(value).all():
+    if value.dtype == np.float32 and not _finite(value):
         row = int(np.argwhere(~np.isfinite(value))[0][0])
         raise GraphError(
             f"Tensor {name!r} holds NaN or Inf in calibration window {window}, position {row}. "
             "The model is not computable on this text in its own precision; check its weights."
         )
     return value
+
+
+def _finite(value: np.ndarray) -> bool:
+    with np.errstate(all="ignore"):
+        # A sum is finite only if all are, and quicker to have; rarely it overflows by itself.
+        return bool(np.isfinite(value.sum()) or np.isfinite(value).all())

@@ -5,7 +5,8 @@ Every block sees what the quantized blocks before it give (method.md step 8).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,44 +90,46 @@ def calibrate_blocks(
     for block in sites.blocks:
         inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
         names = [name for name, linears in readers.items() if linears[0].node in inside]
-        stats = {name: TensorStats.empty(widths[name]) for name in names}
-        compensated = names if recipe.gptq else []
-        hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in compensated}
-        for number, values in walk.observe(names):
-            length = len(windows[number].ids)
-            sample = sampled_rows(length, kept, seed, number)
+        here = [linear for name in names for linear in readers[name]]
+        with _computed(nodes, here) as weights:
+            stats = {name: TensorStats.empty(widths[name]) for name in names}
+            compensated = names if recipe.gptq else []
+            hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in compensated}
+            for number, values in walk.observe(names):
+                length = len(windows[number].ids)
+                sample = sampled_rows(length, kept, seed, number)
+                for name in names:
+                    masks = [
+                        values[index] > 0
+                        for index, scope in scopes.items()
+                        if readers[name][0].node in scope
+                    ]
+                    sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
+                    stats[name].add(values[name], sunk, sample, number)
+                    if recipe.gptq:
+                        rows = values[name][~sunk] if sunk.any() else values[name]
+                        rows = unit_rows(rows) if recipe.activations is None else rows
+                        hessians[name] += rows.T @ rows
             for name in names:
-                masks = [
-                    values[index] > 0
-                    for index, scope in scopes.items()
-                    if readers[name][0].node in scope
-                ]
-                sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
-                stats[name].add(values[name], sunk, sample, count=True)
-                if recipe.gptq:
-                    rows = values[name][~sunk]
-                    rows = unit_rows(rows) if recipe.activations is None else rows
-                    hessians[name] += rows.T @ rows
-        for name in names:
-            linears, tensor = readers[name], stats[name]
-            if recipe.activations is not None:
-                weights = [_weight(nodes, linear) for linear in linears]
-                strength = _clip_strength(linears[0], block, recipe)
-                found[name] = _quantizer(
-                    name, linears, weights, tensor, before, recipe.rounding, strength
-                )
-            curvature = Curvature(hessians.pop(name)) if recipe.gptq else None
-            for linear in linears:
-                assert recipe.weights is not None
-                weight = _weight(nodes, linear)
-                if curvature is not None:
-                    rounded = recipe.weights.compensate(weight, curvature)
-                else:
-                    rounded = recipe.weights.round(weight, (tensor.rows**2).mean(0))
-                codes.add(linear.weight, *rounded)
-            tensor.rows = tensor.rows[:0].copy()  # all that they were for is decided
+                linears, tensor = readers[name], stats[name]
+                if recipe.activations is not None:
+                    read = [weights[linear.node] for linear in linears]
+                    strength = _clip_strength(linears[0], block, recipe)
+                    found[name] = _quantizer(
+                        name, linears, read, tensor, before, recipe.rounding, strength
+                    )
+                curvature = Curvature(hessians.pop(name)) if recipe.gptq else None
+                for linear in linears:
+                    assert recipe.weights is not None
+                    weight = weights[linear.node]
+                    if curvature is not None:
+                        rounded = recipe.weights.compensate(weight, curvature)
+                    else:
+                        rounded = recipe.weights.round(weight, (tensor.rows**2).mean(0))
+                    codes.add(linear.weight, *rounded)
+                tensor.rows = tensor.rows[:0].copy()  # all that they were for is decided
         plan = QuantizePlan(
-            tuple(x for name in names for x in readers[name]),
+            tuple(here),
             recipe.rounding,
             {name: found[name].scale for name in names if name in found},
             codes=codes,
@@ -136,19 +139,38 @@ def calibrate_blocks(
     return found
 
 
+@contextmanager
+def _computed(
+    nodes: Mapping[str | None, ir.Node], linears: Sequence[Linear]
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the products multiply with in this graph, whatever passes have called it, by node:
+    computed once, and what the graph has until the block ends."""
+    values = {linear.node: nodes[linear.node].inputs[1] for linear in linears}
+    lazy = {}
+    for node, value in values.items():
+        assert value is not None and value.const_value is not None
+        lazy[node] = value.const_value
+    try:
+        for node, value in values.items():
+            assert value is not None
+            value.const_value = ir.Tensor(lazy[node].numpy(), name=value.name)
+        yield {
+            node: value.const_value.numpy()
+            for node, value in values.items()
+            if value is not None and value.const_value is not None
+        }
+    finally:
+        for node, value in values.items():
+            assert value is not None
+            value.const_value = lazy[node]
+
+
 def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
     if linear not in block.mlp.linears:
         return _ATTENTION_CLIP
     bare = linear == block.mlp.output and recipe.rotation is None
     assert recipe.activations is not None
     return _UNROTATED_DOWN_CLIP if bare else recipe.activations.mlp_clip
-
-
-def _weight(nodes: Mapping[str | None, ir.Node], linear: Linear) -> np.ndarray:
-    """What the product multiplies with in this graph, whatever passes have called it."""
-    value = nodes[linear.node].inputs[1]
-    assert value is not None and value.const_value is not None
-    return value.const_value.numpy()
 
 
 def _quantizer(

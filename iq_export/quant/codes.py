@@ -29,7 +29,7 @@ class CodeStore(Mapping[str, Rounded]):
 
     def __getitem__(self, name: str) -> Rounded:
         path, is_int4 = self._files[name]
-        codes = np.load(path, mmap_mode="r")
+        codes = np.load(path)  # not mapped: what is read of a file then stays resident
         return codes.view(ml_dtypes.int4) if is_int4 else codes, self._scales[name]
 
     def __contains__(self, name: object) -> bool:

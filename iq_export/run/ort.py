@@ -209,9 +209,10 @@ def model_session(
     literal: bool = False,
 ) -> Any:
     """As `open_session`, of a model in memory: its constants are computed or read now, and none is
-    in memory twice but where ONNX Runtime packs it. `label` names the graph in errors."""
+    in memory twice but where ONNX Runtime packs it. `label` names the graph in errors. With
+    `round_half` quantized weights are unpacked: a CPU would do so in every run."""
     onnxruntime = _onnxruntime()
-    options = _session_options(providers, None, literal=literal)
+    options = _session_options(providers, None, unpack=round_half, literal=literal)
     proto, arrays = _apart(model)
     if round_half and providers[0] == "CPUExecutionProvider":
         proto = _with_rounding(proto)
@@ -221,6 +222,13 @@ def model_session(
     session = _opened(proto.SerializeToString(), options, providers, label)
     _HELD[session] = (arrays, values)
     return session
+
+
+def needed_only() -> Any:
+    """Options of a run that computes what its outputs need, and no more."""
+    options = _onnxruntime().RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
 
 
 # The arrays that sessions compute with, which ONNX Runtime does not copy.
@@ -242,7 +250,7 @@ def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
         if kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8) and (
             tensor.nbytes >= _LARGE
         ):
-            arrays[name] = np.ascontiguousarray(tensor.numpy())
+            arrays[name] = np.ascontiguousarray(_unmapped(tensor))
             value.const_value = ir.ExternalTensor(
                 "beside", 0, tensor.nbytes, kind, shape=shape, name=name
             )
@@ -253,6 +261,19 @@ def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
     finally:
         for name, tensor in before.items():
             model.graph.initializers[name].const_value = tensor
+
+
+def _unmapped(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    """The values, none of them in a mapped file: what was read of one would stay resident."""
+    import onnx_ir as ir
+
+    array = tensor.numpy()
+    if not isinstance(tensor, ir.ExternalTensor):
+        return array
+    copy = np.array(array)
+    del array
+    tensor.release()
+    return copy
 
 
 def _session_options(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from iq_export.calibrate.data import Window, load_text
-from iq_export.calibrate.text_check import surprise_warning, token_warnings
+from iq_export.calibrate.text_check import SurpriseObserver, token_warnings
+from iq_export.observe.walk import observe
 from iq_export.progress import Progress
 from iq_export.run.generate import generate
 from iq_export.run.ort import CausalLM
-from tests.planted import CPU, Planted
+from tests.planted import Planted
 
 
 class Pieces:
@@ -133,10 +135,15 @@ def test_a_tokenizer_that_spells_everything() -> None:
     assert not falls_apart(Bytes(256), HELD_OUT)
 
 
+def surprise(path: Path, windows: Sequence[Window]) -> str | None:
+    observer = SurpriseObserver(windows)
+    observe(path, [observer], windows, progress=Progress(quiet=True))
+    return observer.warning()
+
+
 def test_noise_to_the_model(calm: Planted) -> None:
     """Random weights predict nothing; the same text is no surprise to weights that know it."""
-    options = {"providers": CPU, "progress": Progress(quiet=True)}
-    found = surprise_warning(calm.path, calm.windows, **options)
+    found = surprise(calm.path, calm.windows)
     assert found is not None
     assert "perplexity" in found and "token frequencies alone" in found
 
@@ -148,5 +155,4 @@ def test_text_that_the_model_predicts(calm: Planted) -> None:
         [start, *generate(model, [start], max_new_tokens=80, temperature=1.0, seed=start)]
         for start in range(4)
     ]
-    options = {"providers": CPU, "progress": Progress(quiet=True)}
-    assert surprise_warning(calm.path, [Window(ids, False) for ids in texts], **options) is None
+    assert surprise(calm.path, [Window(ids, False) for ids in texts]) is None

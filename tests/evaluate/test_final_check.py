@@ -25,6 +25,7 @@ from iq_export.evaluate.final_check import (
 from iq_export.graph import io
 from iq_export.graph.edit import recompute
 from iq_export.graph.sites import Sites, find_sites
+from iq_export.observe.tail import Tail
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
@@ -46,6 +47,10 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sites(traced: Path) -> Sites:
     return find_sites(io.load(traced))
+
+
+def tail(traced: Path) -> Tail:
+    return Tail.of_graph(traced, WINDOWS, **QUIET)
 
 
 def shipped(traced: Path, scale: float = 0.05, *, name: str, half: bool = True) -> ir.Model:
@@ -110,7 +115,7 @@ def test_an_attention_with_an_int8_cache(tmp_path: Path) -> None:
 
 def test_a_good_file(traced: Path) -> None:
     shipped(traced, name="good.onnx")
-    check = final_check(traced, traced.with_name("good.onnx"), WINDOWS, **QUIET)
+    check = final_check(tail(traced), traced.with_name("good.onnx"), WINDOWS, **QUIET)
     assert (check.windows, check.tokens) == (2, 64)
     assert check.top1 > 0.8 and check.lost < MUCH_LOST and check.warning() is None
     assert check.to_dict()["lost"] == check.lost
@@ -125,7 +130,7 @@ def test_nan_behind_which_a_quantizer_stands(traced: Path, sites: Sites) -> None
         recompute(scale, lambda array: (array * np.float16(300)).astype(np.float16))
     path = saved(model, traced, "nan.onnx")
     with pytest.raises(GraphError, match=r"the attention of block 1\): q\.k reaches"):
-        final_check(traced, path, WINDOWS, block_parts(sites), **QUIET)
+        final_check(tail(traced), path, WINDOWS, block_parts(sites), **QUIET)
     with pytest.raises(GraphError, match=r"the scores of layers\.1/self_attn/Attention:"):
         finite_values(path, WINDOWS[0].ids)
 
@@ -139,7 +144,7 @@ def test_infinity_in_front_of_a_quantizer(traced: Path, sites: Sites) -> None:
     path = saved(model, traced, "infinite.onnx")
     match = r"'layers\.1/mlp/Mul/out', the input of layers\.1/mlp/down_proj \(the MLP of block 1\)"
     with pytest.raises(GraphError, match=match) as caught:
-        final_check(traced, path, WINDOWS, block_parts(sites), **QUIET)
+        final_check(tail(traced), path, WINDOWS, block_parts(sites), **QUIET)
     assert "half values rounded" in str(caught.value)
 
 
@@ -159,7 +164,7 @@ def test_a_broken_file_is_told_with_the_place(traced: Path, sites: Sites, scale:
     head = node_of(model, "norm").inputs[1]
     recompute(head, lambda array: -array)  # and it says the contrary of what it knows
     path = saved(model, traced, "broken.onnx")
-    check = final_check(traced, path, WINDOWS, **QUIET)
+    check = final_check(tail(traced), path, WINDOWS, **QUIET)
     assert check.lost > MOST_LOST
     text = broken(check, traced, path, sites, WINDOWS, **QUIET)
     assert "the attention of block 1" in text and "broken" in text and "\n" not in text

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.calibrate.attention import attentions, product_peaks
+from iq_export.calibrate.attention import PeakObserver, attentions
+from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph import io
+from iq_export.observe.walk import observe
 from iq_export.passes.scale_query import attention_scale, scale_queries
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
@@ -33,8 +36,10 @@ def louder(factor: float, decoder: Decoder = SMALL) -> dict[str, np.ndarray]:
     return values
 
 
-def peaks(path: Path, limit: float = 0.0) -> dict[str, float]:
-    return product_peaks(path, WINDOWS, limit, providers=CPU, progress=Progress(quiet=True))
+def peaks(path: Path, limit: float = 0.0, windows: Sequence[Window] = WINDOWS) -> dict[str, float]:
+    observer = PeakObserver(io.load(path), len(windows), limit)
+    observe(path, [observer], windows, progress=Progress(quiet=True))
+    return observer.peaks
 
 
 @pytest.mark.parametrize("decoder", [SMALL, NORMED, Decoder(spikes=(), blocks=2, head_dim=8)])
@@ -85,7 +90,7 @@ def test_the_product_is_that_of_attention(tmp_path: Path) -> None:
     whole = CausalLM(beside, extra_outputs=[query])
     found = whole.forward(np.array([ROWS[0]]), np.ones((1, 24), np.int64), np.arange(24)[None])
     scores = found.extras[query][0] @ np.repeat(key, 2, axis=0).transpose(0, 2, 1)
-    one = product_peaks(path, WINDOWS[:1], 0.0, providers=CPU, progress=Progress(quiet=True))
+    one = peaks(path, windows=WINDOWS[:1])
     node = attentions(model)[1].node
     assert one[node] == pytest.approx(float(np.abs(scores).max()), rel=1e-5)
     # A bound is given where it is enough.

@@ -1,0 +1,56 @@
+"""The end of a graph, run again at little cost: what enters its last piece is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.calibrate.data import Window
+from iq_export.graph.interface import Role, name_of
+from iq_export.observe.segments import segments
+from iq_export.observe.walk import Graph, Piece, Values, checked, cut, loaded, named, observe
+from iq_export.progress import Progress
+
+_LOGITS = name_of(Role.LOGITS)
+
+
+class Tail:
+    """The logits of a causal LM on the first `windows` windows of a walk, as often as they are
+    asked for: an observer that keeps one row of the residual stream per token."""
+
+    def __init__(self, graph: Graph, windows: int, providers: Sequence[str]) -> None:
+        self._model, self._label = loaded(graph), named(graph)
+        self.names = list(segments(self._model.graph)[-1].carried)
+        self.of = range(windows)
+        self._providers = providers
+        self._rows: list[Values] = [{} for _ in self.of]
+
+    @classmethod
+    def of_graph(
+        cls,
+        graph: Graph,
+        windows: Sequence[Window],
+        *,
+        providers: Sequence[str],
+        progress: Progress,
+    ) -> Tail:
+        """Walk `graph` over `windows` for its tail alone. Raises GraphError as `walk` does."""
+        tail = cls(graph, len(windows), providers)
+        observe(graph, [tail], windows, providers=providers, progress=progress)
+        return tail
+
+    def add(self, number: int, values: Values) -> None:
+        self._rows[number] |= values
+
+    def logits(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
+        """float32 `[seq, vocab]` of each of `windows`: those that were walked, or their beginnings.
+
+        Raises GraphError if one is NaN or infinite.
+        """
+        part: ir.Model = cut(self._model, self.names, [_LOGITS])
+        with Piece(part, [_LOGITS], self._providers, self._label) as runner:
+            for number, (window, rows) in enumerate(zip(windows, self._rows, strict=False)):
+                given = {name: value[: len(window.ids)][None] for name, value in rows.items()}
+                yield checked(_LOGITS, runner.run(window, given)[_LOGITS], number)
