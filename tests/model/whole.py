@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from iq_export.graph import io
-from iq_export.graph.stored import StoredTensor
 from iq_export.model import load
 from iq_export.model.trace import MODEL_FILE, TracedModel
 
@@ -25,8 +24,4 @@ def whole_graph(traced: TracedModel) -> Path:
     """A graph that ONNX Runtime loads: the traced one, or its copy with all weights beside it."""
     folder = traced.folder.with_name(f"{traced.folder.name}.whole")
     folder.mkdir(exist_ok=True)
-    model = io.load(traced.model)
-    if not any(isinstance(v.const_value, StoredTensor) for v in model.graph.initializers.values()):
-        return traced.model
-    io.save(model, folder / MODEL_FILE)
-    return folder / MODEL_FILE
+    return io.whole(traced.model, folder / MODEL_FILE)
