@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import resource
-import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -55,11 +54,12 @@ from iq_export.options import CompileOptions, record, repeated
 from iq_export.precheck import Checked, check, disk_need, model_source, with_limit
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
-from iq_export.work import Work, check_work, default_work, recall_graphs, work_folder
+from iq_export.work import Work, check_work, default_work, kept_trace, work_folder
 
 if TYPE_CHECKING:
     from iq_export.decisions import Decisions
     from iq_export.graph.sites import Sites
+    from iq_export.observe.walk import Graph
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
@@ -134,9 +134,9 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             manifest = _manifest(folder, options, checked, traced, done, records, built, timings)
             manifest.write(folder)
         if keep:
-            but = f"{out} is complete, but the graphs to compare it with were not kept: "
+            but = f"{out} is complete, but the graph to compare it with was not kept: "
             with trouble_is_bundle_error(work.folder, but):
-                _remember(work, options, done, manifest.files[PLAN_NAME].sha256)
+                work.keep_trace()
     bundle = Bundle(options.out, manifest)
     if built.failures:
         raise EnginesFailed(bundle)
@@ -191,71 +191,105 @@ def reference_graphs(
     progress: Progress | None = None,
     hold: ExitStack | None = None,
     **permitted: bool,
-) -> dict[str, Path]:
-    """Graphs to compare a bundle with, label -> file: from the work folder, or made again.
+) -> dict[str, Graph]:
+    """Graphs to compare a bundle with, by label, in the order of the table.
 
-    They are lowered from the decisions in the bundle; one of an older version, which does not hold
-    them, is calibrated again from the options in its manifest. The order is the table's.
+    The first is the traced graph, from the work folder or traced again; the others are lowered in
+    memory from the decisions in the bundle; one of an older version, which does not hold them, is
+    calibrated again from the options in its manifest.
     What permits code or terms (`options.PERMISSIONS`) is not taken from there, whoever wrote it: it
     is asked for anew.
-    Until `hold` is closed no other run changes them. Raises ModelError if the model is not what
-    the bundle was made of, and BundleError if another run replaced the graphs at once.
+    Until `hold` is closed no other run changes the traced graph. Raises ModelError if the model is
+    not what the bundle was made of, and BundleError if another run replaced the graph at once.
     """
+    from iq_export.passes.order import INSERTED
+    from iq_export.references import baselines
+
     check_work(bundle.folder, work)
     folder = work or default_work(bundle.folder)
-    expected = bundle.manifest.files[PLAN_NAME].sha256
     progress = progress or Progress(quiet=True)
-    found = _hold(folder, expected, progress, hold)
-    if found:
-        return found
-    options = _options_of(bundle, folder, **permitted)
-    progress.note(f"no graphs of this bundle in {folder}: making them again from {options.model!r}")
+    plan = bundle.plan()
+    recalled = isinstance(plan.get("decisions"), dict) and isinstance(plan.get("absmax"), dict)
+    if not recalled and is_pipe(str(bundle.manifest.options.get("calibration"))):
+        raise DataError(
+            f"the calibration text of {bundle.folder} came from a pipe and cannot be read again: "
+            "measure the bundle alone with --bundle-only, or compile it again from a file"
+        )
+    held, done = _hold(bundle, folder, progress, hold) if recalled else None, None
+    if held is None:
+        options = _options_of(bundle, folder, **permitted)
+        if recalled:
+            progress.note(f"no traced graph of this bundle in {folder}: tracing {options.model!r}")
+        else:
+            progress.note(f"{bundle.folder} is of an older version: calibrating again")
+        with work_folder(bundle.folder, folder, keep=True, say=progress.waits) as made:
+            checked = None if recalled else _checked_again(bundle, options, folder, progress)
+            traced = _trace(options, made, progress)
+            _check_same_source(bundle, traced.source_sha256)
+            if checked is not None:
+                done = _calibrate_and_rewrite(options, checked, traced, made, progress)
+            with trouble_is_bundle_error(made.folder):
+                made.keep_trace()
+        held = _hold(bundle, folder, progress, hold)
+    if held is None:
+        raise BundleError(f"another run has replaced the graph in {folder}: run it again")
+    done = _recall(bundle, held, plan["absmax"]) if done is None else replace(done, traced=held)
+    graphs: dict[str, Graph] = {"fp32": held, **baselines(done)}
+    if done.sinks:
+        graphs["insertion only"] = done.graph(INSERTED)
+    return graphs
+
+
+def _checked_again(
+    bundle: Bundle, options: CompileOptions, folder: Path, progress: Progress
+) -> Checked:
+    """What the bundle, of an older version, is calibrated from."""
     if "alpha" in bundle.manifest.options:
         progress.note(
             "this bundle is of an older version, which found sinks by --alpha: they are found "
             "anew, so the graph with insertion alone may differ from what the bundle was made of"
         )
-    plan = bundle.plan()
-    recalled = isinstance(plan.get("decisions"), dict) and isinstance(plan.get("absmax"), dict)
-    if not recalled and is_pipe(options.calibration):
-        raise DataError(
-            f"the calibration text of {bundle.folder} came from a pipe and cannot be read again: "
-            "measure the bundle alone with --bundle-only, or compile it again from a file"
+    checked = check(replace(options, out=folder / "bundle"))  # the bundle itself is only read
+    recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
+    if recorded != checked.calibration_sha256:
+        progress.note(
+            f"warning: the calibration text {options.calibration} has changed since "
+            f"{bundle.folder} was made: only the fp32 graph is what it was then"
         )
-    checked = None
-    if not recalled:
-        checked = check(replace(options, out=folder / "bundle"))  # the bundle itself is only read
-        recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
-        if recorded != checked.calibration_sha256:
-            progress.note(
-                f"warning: the calibration text {options.calibration} has changed since "
-                f"{bundle.folder} was made: only the fp32 graph is what it was then"
-            )
-    with work_folder(bundle.folder, folder, keep=True, say=progress.waits) as made:
-        traced = _trace(options, made, progress)
-        _check_same_source(bundle, traced.source_sha256)
-        if checked is None:
-            done = _recall(bundle, traced, made, plan["absmax"])
-        else:
-            done = _calibrate_and_rewrite(options, checked, traced, made, progress)
-        with trouble_is_bundle_error(made.folder):
-            _remember(made, options, done, expected)
-    found = _hold(folder, expected, progress, hold)
-    if not found:
-        raise BundleError(f"another run has replaced the graphs in {folder}: run it again")
-    return found
+    return checked
 
 
-def _hold(
-    folder: Path, plan_sha256: str, progress: Progress, hold: ExitStack | None
-) -> dict[str, Path]:
-    """The kept graphs; if there are some, no run changes them until `hold` is closed."""
+def _hold(bundle: Bundle, folder: Path, progress: Progress, hold: ExitStack | None) -> Path | None:
+    """The kept graph that was traced from the source of `bundle`, if there is one and it is whole:
+    then no run changes it until `hold` is closed."""
+    from iq_export.model.trace import TracedModel
+
     with ExitStack() as stack:
         stack.enter_context(claim_shared(folder, say=progress.waits))
-        found = recall_graphs(folder, plan_sha256)
-        if found and hold is not None:
+        place = kept_trace(folder)
+        if place is None:
+            return None
+        try:
+            traced = TracedModel.load(place)
+        except ModelError:
+            return None
+        if bundle.manifest.source.get("sha256", traced.source_sha256) != traced.source_sha256:
+            return None
+        if not _weights_are_there(traced.model):
+            return None
+        if hold is not None:
             hold.push(stack.pop_all())
-    return found
+        return traced.model
+
+
+def _weights_are_there(traced: Path) -> bool:
+    """Whether the files that a traced graph refers to are what they were."""
+    from iq_export.graph import io
+    from iq_export.graph.stored import StoredTensor
+
+    tensors = (value.const_value for value in io.load(traced).graph.initializers.values())
+    places = {t.place.file: t.place for t in tensors if isinstance(t, StoredTensor)}
+    return all(place.is_there() for place in places.values())
 
 
 def _check_same_source(bundle: Bundle, sha256: str) -> None:
@@ -400,16 +434,14 @@ def _carry(
     return replace(done, warnings=[*traced.notes, *done.warnings])
 
 
-def _recall(bundle: Bundle, traced: Any, work: Work, absmax: dict[str, Any]) -> Any:
-    """The decisions of `bundle` for its own model, with a place for its graphs."""
+def _recall(bundle: Bundle, traced: Path, absmax: dict[str, Any]) -> Any:
+    """The decisions of `bundle` for its own model."""
     from iq_export.rewrite import recall
     from iq_export.saved_decisions import load_decisions
 
     if not all(isinstance(value, (int, float)) for value in absmax.values()):
         raise BundleError(f"{bundle.path(PLAN_NAME)} is damaged: compile the bundle again")
-    stages = work.run / f"{bundle.manifest.recipe}-{bundle.manifest.dtype}"
-    stages.mkdir()
-    return recall(traced.model, stages, lambda sites: load_decisions(bundle, sites), absmax)
+    return recall(traced, lambda sites: load_decisions(bundle, sites), absmax)
 
 
 def recipe_for(earlier: Bundle, asked: str) -> str:
@@ -632,22 +664,3 @@ def _peak_rss() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return unit * max(resource.getrusage(who).ru_maxrss for who in whose)
-
-
-def _remember(work: Work, options: CompileOptions, done: Any, plan_sha256: str) -> None:
-    """Write the baselines, and keep the graphs that belong to the bundle."""
-    from iq_export.graph import io
-    from iq_export.passes.order import INSERTED
-    from iq_export.references import write_baselines
-
-    # What `eval` opens lies in one folder with its weights.
-    done = replace(done, traced=io.whole(done.traced, done.quantized.with_name("fp32.onnx")))
-    graphs = {"fp32": done.traced}
-    if options.decisions is None:
-        graphs |= write_baselines(done, options)
-    if done.sinks:
-        graphs["insertion only"] = done.write(INSERTED, done.quantized.with_name("inserted.onnx"))
-    done.quantized.unlink(missing_ok=True)
-    done.quantized.with_name(done.quantized.name + ".data").unlink(missing_ok=True)
-    shutil.rmtree(done.quantized.with_name("codes"), ignore_errors=True)
-    work.keep_graphs(done.quantized.parent, graphs, plan_sha256)

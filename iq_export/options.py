@@ -233,7 +233,7 @@ class CompileOptions:
     keep_work: bool = field(
         default=False,
         metadata=option(
-            "keep the intermediate graphs (eval reuses them)",
+            "keep the traced graph (eval reuses it)",
             about="keep the work folder: `eval` reuses it",
             group="work",
         ),
@@ -242,7 +242,7 @@ class CompileOptions:
         default=None,
         metadata=option(
             "folder for intermediate graphs",
-            about="where the traced and the reference graphs go: a new or empty folder outside of "
+            about="where the traced graph goes: a new or empty folder outside of "
             "OUT, or one of an earlier compile; it is kept",
             group="work", metavar="DIR", shown=".OUT.work",
         ),

@@ -1,18 +1,24 @@
-"""Baselines that a bundle is measured against: what people would do without this compiler."""
+"""Baselines that a bundle is measured against: what people would do without this compiler.
+
+They are graphs in memory whose constants are computed when they are read: no weights are written.
+"""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
+from iq_export.graph import io
+
 if TYPE_CHECKING:
-    from iq_export.compile import CompileOptions
     from iq_export.rewrite import Recalled, Rewrite
 
+_DOMAIN = "com.microsoft"
 
-def write_baselines(done: Rewrite | Recalled, options: CompileOptions) -> dict[str, Path]:
-    """Write the bundle's baselines into the work folder: label -> file.
+
+def baselines(done: Rewrite | Recalled) -> dict[str, ir.Model]:
+    """The bundle's baselines by label.
 
     W8A8: round-to-nearest, static per-tensor absmax of the same calibration data. Int4: ONNX
     Runtime's MatMulNBits at the same block sizes. Nothing quantized, or a model that half precision
@@ -20,37 +26,60 @@ def write_baselines(done: Rewrite | Recalled, options: CompileOptions) -> dict[s
     """
     from iq_export.rewrite import plain_half, round_to_nearest
 
-    folder = done.quantized.parent
-    found: dict[str, Path] = {}
+    found: dict[str, ir.Model] = {}
     if done.scale_exponent or done.recipe.weights is None:
-        found["plain fp16"] = folder / "plain_half.onnx"
-        plain_half(done, found["plain fp16"])
+        found["plain fp16"] = plain_half(done)
     if done.blocks:
-        found["onnxruntime MatMulNBits RTN"] = folder / "matmulnbits.onnx"
-        _matmul_nbits(done, found["onnxruntime MatMulNBits RTN"])
+        found["onnxruntime MatMulNBits RTN"] = _matmul_nbits(done)
     elif done.recipe.weights is not None:
-        found["round-to-nearest w8a8"] = folder / "round_to_nearest.onnx"
-        round_to_nearest(done, found["round-to-nearest w8a8"], options.dtype)
+        found["round-to-nearest w8a8"] = round_to_nearest(done)
     return found
 
 
-def _matmul_nbits(done: Rewrite | Recalled, path: Path) -> None:
-    import onnx
-    from onnxruntime.quantization import matmul_nbits_quantizer
+def _matmul_nbits(done: Rewrite | Recalled) -> ir.Model:
+    model = io.load(done.traced)
+    nodes = {node.name: node for node in model.graph}
+    model.opset_imports[_DOMAIN] = 1
+    for linear in done.linears:
+        _replace(model.graph, nodes[linear.node], done.blocks[linear.weight])
+    return model
 
-    logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.WARNING)  # a line per node
-    model = onnx.load(done.traced)
-    sizes = {linear.node: done.blocks[linear.weight] for linear in done.linears}
-    for size in sorted(set(sizes.values())):
-        # `nodes_to_include` would add to the products that it takes anyway.
-        others = [
-            node.name
-            for node in model.graph.node
-            if node.op_type == "MatMul" and sizes.get(node.name) != size
-        ]
-        quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
-            model, block_size=size, is_symmetric=True, nodes_to_exclude=others
+
+def _replace(graph: ir.Graph, product: ir.Node, block: int) -> None:
+    """Let MatMulNBits take the place of a MatMul, its weight rounded by ONNX Runtime."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+    weight = product.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    source = weight.const_value
+    config = nbits.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True)
+    quantizer = nbits.DefaultWeightOnlyQuantizer(config)
+    rows, columns = source.shape.numpy()
+
+    def constant(part: int, dtype: ir.DataType, *shape: int) -> ir.Value:
+        name = f"{weight.name}.of.{product.name}.{('codes', 'scales')[part]}"
+        tensor = ir.LazyTensor(
+            lambda: ir.Tensor(quantizer.qbits_block_quant(source.numpy())[part], name=name),
+            dtype=dtype, shape=ir.Shape(shape), name=name,
+        )  # fmt: skip
+        value = ir.Value(
+            name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
         )
-        quantizer.process()
-        model = quantizer.model.model
-    onnx.save(model, path, save_as_external_data=True, location=path.name + ".data")
+        graph.register_initializer(value)
+        return value
+
+    count = -(-rows // block)
+    codes = constant(0, ir.DataType.UINT8, columns, count, block // 2)
+    scales = constant(1, ir.DataType.FLOAT, columns, count)
+    node = ir.node(
+        "MatMulNBits",
+        [product.inputs[0], codes, scales],
+        {"K": rows, "N": columns, "bits": 4, "block_size": block},
+        domain=_DOMAIN,
+        name=f"{product.name}_Q4",
+    )
+    ir.convenience.replace_nodes_and_values(
+        graph, product, [product], [node], product.outputs, node.outputs
+    )
+    if not weight.uses():
+        del graph.initializers[str(weight.name)]

@@ -316,22 +316,20 @@ def rewrite(
 
 @dataclass(frozen=True)
 class Recalled(_Made):
-    """What an earlier compile decided, of which graphs are made again: `quantized` is a place, not
-    a file, and `absmax` as in Rewrite."""
+    """What an earlier compile decided, of which graphs are made again; `absmax` as in Rewrite."""
 
     chosen: Decisions
     sites: Sites
     traced: Path
-    quantized: Path
     absmax: Mapping[str, float]
 
 
 def recall(
-    traced: Path, work: Path, decide_for: Callable[[Sites], Decisions], absmax: Mapping[str, float]
+    traced: Path, decide_for: Callable[[Sites], Decisions], absmax: Mapping[str, float]
 ) -> Recalled:
     """Decisions for the graph `traced`, with nothing lowered from them yet."""
     base, _ = begin(io.load(traced))
-    return Recalled(decide_for(base.sites), base.sites, traced, work / MODEL, absmax)
+    return Recalled(decide_for(base.sites), base.sites, traced, absmax)
 
 
 @dataclass(frozen=True)
@@ -655,21 +653,21 @@ def quantized_graph(
     return model
 
 
-def plain_half(rewrite: Rewrite | Recalled, path: Path) -> None:
-    """Write the baseline: the traced graph in half precision, whatever becomes of it."""
+def plain_half(rewrite: Rewrite | Recalled) -> ir.Model:
+    """The baseline: the traced graph in half precision, whatever becomes of it."""
     model = io.load(rewrite.traced)
     to_half(model)
-    io.save(model, path)
+    return model
 
 
-def round_to_nearest(rewrite: Rewrite | Recalled, path: Path, dtype: str) -> None:
-    """Write the baseline: the traced graph, absmax of all calibration tokens, nothing else."""
+def round_to_nearest(rewrite: Rewrite | Recalled) -> ir.Model:
+    """The baseline: the traced graph, absmax of all calibration tokens, nothing else."""
     scales = {name: INT8.scale(absmax) for name, absmax in rewrite.absmax.items() if absmax}
     base, _ = begin(io.load(rewrite.traced))
     model = quantized_graph(base.model, base.sites, scales)
-    if dtype == "fp16":
+    if rewrite.chosen.half:
         to_half(model)
-    io.save(model, path)
+    return model
 
 
 def _matching(job: _Job, chosen: Decisions, stats: TokenStats | None) -> list[MatchQuality]:

@@ -3,30 +3,27 @@
     D/.iq-export-owner          the mark: the folder is ours, and locked by the run that uses it
     D/run/                      what the running compile makes; gone when it ends
     D/traced/                   kept: the traced graph, found again by the next run
-    D/RECIPE-DTYPE/             kept: the graphs of one bundle, and references.json about them
+    D/kept                      a finished bundle is compared with that graph
 
 What is kept is replaced when a bundle is finished, never by a run that fails.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from iq_export.bundle.lock import Say, claim, quiet
-from iq_export.bundle.manifest import write_atomically
 from iq_export.bundle.package import parents_of
-from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError, UsageError
-from iq_export.graph.model_files import model_files
 
-REFERENCES = "references.json"
-_RUN, _TRACED = "run", "traced"
+_RUN, _TRACED, _KEPT = "run", "traced", "kept"
+# In the folders with whole graphs that older versions kept.
+_OLD_RECORD = "references.json"
 
 
 @dataclass(frozen=True)
@@ -48,51 +45,25 @@ class Work:
 
     def place_of_trace(self) -> Path:
         """Where a new traced graph goes: a run that fails leaves it to the next one, unless a
-        bundle's graphs depend on the one that is there."""
-        kept = any(self.folder.glob(f"*/{REFERENCES}"))
+        bundle depends on the one that is there."""
+        kept = (self.folder / _KEPT).exists() or any(self.folder.glob(f"*/{_OLD_RECORD}"))
         return self.run / _TRACED if kept or not self.keep else self.traced
 
-    def keep_graphs(self, stage: Path, graphs: Mapping[str, Path], plan_sha256: str) -> None:
-        """Keep `graphs`, by label, of the bundle whose plan.json has this checksum. They lie in
-        the folder `stage` of this run, or are the traced one."""
-        files = {file for graph in graphs.values() for file in model_files(graph)}
-        record = {
-            "plan_sha256": plan_sha256,
-            "graphs": {label: self._kept(graph, stage) for label, graph in graphs.items()},
-            "files": {self._kept(file, stage): sha256_file(file) for file in sorted(files)},
-        }
-        write_atomically(stage / REFERENCES, json.dumps(record, indent=1) + "\n")
+    def keep_trace(self) -> None:
+        """Keep the traced graph of this run for the bundle that was made of it."""
         if (self.run / _TRACED).is_dir():
             _replace(self.run / _TRACED, self.traced)
-        _replace(stage, self.folder / stage.name)
-
-    def _kept(self, file: Path, stage: Path) -> str:
-        """Where the file will lie, relative to the work folder."""
-        place = _TRACED if file.is_relative_to(self.traced) else None
-        if place is None and not file.is_relative_to(stage):
-            place = str(file.parent.relative_to(self.run))
-        return f"{place or stage.name}/{file.name}"
+        (self.folder / _KEPT).touch()
+        for record in self.folder.glob(f"*/{_OLD_RECORD}"):
+            shutil.rmtree(record.parent, ignore_errors=True)
 
 
-def recall_graphs(folder: Path, plan_sha256: str) -> dict[str, Path]:
-    """The kept graphs of the bundle whose plan.json has this checksum, label -> file.
-
-    Empty if there are none, or if one is not what it was then.
-    """
-    home = folder.resolve()
-    for file in sorted(folder.glob(f"*/{REFERENCES}")):
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            graphs = {label: folder / path for label, path in record["graphs"].items()}
-            files = {folder / path: digest for path, digest in record.get("files", {}).items()}
-            inside = all(home in path.resolve().parents for path in (*graphs.values(), *files))
-            there = inside and all(path.is_file() for path in graphs.values())
-            same = there and record["plan_sha256"] == plan_sha256
-            if same and all(sha256_file(path) == digest for path, digest in files.items()):
-                return graphs
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-    return {}
+def kept_trace(folder: Path) -> Path | None:
+    """The folder of the traced graph that is kept in the work folder, None if there is none, or it
+    lies elsewhere."""
+    traced = folder / _TRACED
+    inside = traced.is_dir() and traced.resolve() == folder.resolve() / _TRACED
+    return traced if inside else None
 
 
 def default_work(out: Path) -> Path:

@@ -39,7 +39,7 @@ LIGHT = ("--samples", "8", "--insertion", "kv")
 def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M compiled to W8A8 for one target, as a user does it. Tests must not write in it.
 
-    The work folder with the other graphs stands beside it as `work`, and what `--json` printed as
+    The work folder with the traced graph stands beside it as `work`, and what `--json` printed as
     `compile.json`.
     """
     folder = tmp_path_factory.mktemp("smollm2")
@@ -51,6 +51,19 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.fail(f"compile of {MODEL} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     (folder / "compile.json").write_text(done.stdout, encoding="utf-8")
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def smollm2_inserted(smollm2_bundle: Path) -> Path:
+    """The graph of `smollm2_bundle` with insertion alone, float32, written as a whole."""
+    from iq_export.bundle.package import Bundle
+    from iq_export.compile import reference_graphs
+    from iq_export.graph import io
+
+    made = reference_graphs(Bundle.open(smollm2_bundle), smollm2_bundle.parent / "work")
+    path = smollm2_bundle.parent / "inserted.onnx"
+    io.save(made["insertion only"], path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,12 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 
-from iq_export.compile import CompileOptions
 from iq_export.graph import io
 from iq_export.graph.half import HALF_MAX
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.references import write_baselines
+from iq_export.references import baselines
 from iq_export.rewrite import Calibration, Rewrite, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
@@ -82,8 +81,9 @@ def test_lifecycles_are_found_and_insertion_alone_is_exact(
 def test_half_is_finite_where_plain_half_is_not(decoder: Decoder, tmp_path: Path) -> None:
     done = made(decoder, tmp_path, "fp16")
     assert done.sinks and done.quantized.is_file() and not done.quantizers
-    options = CompileOptions("model", tmp_path / "out", recipe="fp16")
-    ((label, plain),) = write_baselines(done, options).items()
+    ((label, model),) = baselines(done).items()
+    plain = tmp_path / "plain.onnx"
+    io.save(model, plain)
     assert label == "plain fp16"
     assert half_peak(plain, decoder) > HALF_MAX
     assert half_peak(done.quantized, decoder) < HALF_MAX
@@ -147,7 +147,7 @@ def test_w8a8_of_a_scaled_stream(tmp_path: Path) -> None:
     assert errors["fp16"] < 1.1 * errors["fp32"]
     assert errors["fp32"] < 0.3  # the spike that stays stretches ranges
     assert half_peak(done.quantized, STAYS) < HALF_MAX
-    labels = write_baselines(done, CompileOptions("model", tmp_path / "out"))
+    labels = baselines(done)
     assert set(labels) == {"plain fp16", "round-to-nearest w8a8"}
 
 

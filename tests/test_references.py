@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnxruntime.quantization import matmul_nbits_quantizer
 
-from iq_export.compile import CompileOptions
+from iq_export.decisions import Decisions
+from iq_export.graph import io
+from iq_export.graph.sites import Sites, find_sites
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.references import write_baselines
-from iq_export.rewrite import Calibration, rewrite
+from iq_export.references import baselines
+from iq_export.rewrite import Calibration, Recalled, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
 from tests.planted import CPU, logits
@@ -30,8 +33,9 @@ def baseline(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path,
         traced, tmp_path / "work", replace(load_recipe(request.param), smoothing=False), "fp32",
         Calibration(data, [], 0.1, 0, CPU), Progress(quiet=True),
     )  # fmt: skip
-    options = CompileOptions("model", tmp_path / "out", recipe=request.param, dtype="fp32")
-    ((label, path),) = write_baselines(done, options).items()
+    ((label, model),) = baselines(done).items()
+    path = tmp_path / "baseline.onnx"
+    io.save(model, path)
     return label, path, traced
 
 
@@ -54,3 +58,31 @@ def test_baseline_is_quantized_and_runs(baseline: tuple[str, Path, Path]) -> Non
     rows = [window.ids for window in planted.windows(planted.NO_SPIKES, count=2)]
     exact, found = (logits(CausalLM(p), rows) for p in (traced, path))
     assert np.corrcoef(exact.ravel(), found.ravel())[0, 1] > 0.95
+
+
+def test_matmul_nbits_is_what_its_quantizer_makes(tmp_path: Path) -> None:
+    """Of ONNX Runtime, of the whole file."""
+    traced = planted.save(replace(planted.NO_SPIKES, blocks=1), tmp_path)
+    sites = find_sites(io.load(traced))
+    chosen = Decisions(load_recipe("w4a16"), "fp32")
+    ((label, model),) = baselines(Recalled(chosen, sites, traced, {})).items()
+    assert "MatMulNBits" in label
+    io.save(model, tmp_path / "ours.onnx")
+    whole = onnx.load(traced)
+    for size in (64, 128):
+        others = [x.node for x in sites.linears if (64 if x.in_features % 128 else 128) != size]
+        left = [n.name for n in whole.graph.node if n.op_type == "MatMul"]
+        left = [name for name in left if name in others or name not in _products(sites)]
+        quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
+            whole, block_size=size, is_symmetric=True, nodes_to_exclude=left
+        )
+        quantizer.process()
+        whole = quantizer.model.model
+    onnx.save(whole, tmp_path / "theirs.onnx")
+    rows = [window.ids for window in planted.windows(planted.NO_SPIKES, count=2)]
+    ours, theirs = (logits(CausalLM(tmp_path / f"{n}.onnx"), rows) for n in ("ours", "theirs"))
+    assert np.array_equal(ours, theirs)
+
+
+def _products(sites: Sites) -> set[str]:
+    return {linear.node for linear in sites.linears}

@@ -137,7 +137,7 @@ def test_form_that_is_asked_for(tmp_path: Path, insertion: str) -> None:
 def test_w8a8_beats_round_to_nearest(run: Run) -> None:
     done = run(SPIKY)
     baseline = done.quantized.with_name("nearest.onnx")
-    round_to_nearest(done, baseline, "fp32")
+    io.save(round_to_nearest(done), baseline)
     ours, nearest = error(done.quantized, done.traced), error(baseline, done.traced)
     assert ours < 0.03
     assert nearest > 2 * ours

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -17,7 +17,9 @@ from iq_export.checksum import sha256_file
 from iq_export.errors import BundleError, GraphError, ModelError, UsageError
 from iq_export.graph.model_files import model_files
 from iq_export.model.load import ModelSource, fingerprint
-from iq_export.work import check_work, default_work, recall_graphs, work_folder
+from iq_export.model.trace import TracedModel
+from iq_export.progress import Progress
+from iq_export.work import check_work, default_work, work_folder
 
 compile_module = importlib.import_module("iq_export.compile")
 
@@ -39,42 +41,61 @@ def keep(folder: Path, plan: str, value: float = 1.0, *, kept: bool = True) -> N
     """What a compile does with its work folder."""
     with work_folder(folder.parent / "out", folder, keep=kept) as work:
         traced = save(work.place_of_trace() / "model.onnx", value, "model.onnx.data")
-        stage = work.run / "w8a8-fp16"
-        inserted = save(stage / "inserted.onnx", value, "prepared.onnx.data")
+        record_trace(traced.parent, plan)
+        save(work.run / "w8a8-fp16" / "quantized.onnx", value)
         if kept:
-            work.keep_graphs(stage, {"fp32": traced, "insertion only": inserted}, plan)
+            work.keep_trace()
 
 
-def test_kept_graphs_are_found_again(tmp_path: Path) -> None:
+def record_trace(folder: Path, source: str) -> None:
+    """What stands beside a traced graph."""
+    (folder / "assets").mkdir(exist_ok=True)
+    TracedModel(folder, "m", source, 1.0).save("key")
+
+
+def recall(folder: Path, source: str) -> Path | None:
+    """The kept graph for a bundle of this source."""
+    bundle = SimpleNamespace(manifest=SimpleNamespace(source={"sha256": source}))
+    found: Path | None = compile_module._hold(bundle, folder, Progress(quiet=True), None)
+    return found
+
+
+def test_a_kept_graph_is_found_again(tmp_path: Path) -> None:
     keep(tmp_path / "w", "first")
-    graphs = recall_graphs(tmp_path / "w", "first")
-    assert graphs == {
-        "fp32": tmp_path / "w/traced/model.onnx",
-        "insertion only": tmp_path / "w/w8a8-fp16/inserted.onnx",
-    }
-    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [MARK, "traced", "w8a8-fp16"]
-    assert recall_graphs(tmp_path / "w", "second") == {}
+    assert recall(tmp_path / "w", "first") == tmp_path / "w/traced/model.onnx"
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [MARK, "kept", "traced"]
+    assert recall(tmp_path / "w", "second") is None
     (tmp_path / "moved").mkdir()
     os.rename(tmp_path / "w", tmp_path / "moved" / "w")
-    assert recall_graphs(tmp_path / "moved" / "w", "first")
+    assert recall(tmp_path / "moved" / "w", "first")
+    assert recall(tmp_path / "absent", "first") is None
 
 
-@pytest.mark.parametrize("name", ["traced/model.onnx.data", "w8a8-fp16/prepared.onnx.data"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
 def test_a_changed_graph_is_not_compared_with(tmp_path: Path, name: str) -> None:
     keep(tmp_path / "w", "first")
-    content = bytearray((tmp_path / "w" / name).read_bytes())
+    content = bytearray((tmp_path / "w/traced" / name).read_bytes())
     content[-1] ^= 1
-    (tmp_path / "w" / name).write_bytes(content)
-    assert recall_graphs(tmp_path / "w", "first") == {}
+    (tmp_path / "w/traced" / name).write_bytes(content)
+    assert recall(tmp_path / "w", "first") is None
+
+
+def test_whole_graphs_that_an_older_version_kept_go(tmp_path: Path) -> None:
+    keep(tmp_path / "w", "first")
+    save(tmp_path / "w/w8a8-fp16/fp32.onnx", 1.0)
+    (tmp_path / "w/w8a8-fp16/references.json").write_text("{}")
+    keep(tmp_path / "w", "second")
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [MARK, "kept", "traced"]
 
 
 def test_the_next_bundle_replaces_what_was_kept(tmp_path: Path) -> None:
     keep(tmp_path / "w", "first", 1.0)
     keep(tmp_path / "w", "second", 2.0)
-    assert recall_graphs(tmp_path / "w", "first") == {}
-    graphs = recall_graphs(tmp_path / "w", "second")
-    assert numpy_helper.to_array(onnx.load(graphs["fp32"]).graph.initializer[0])[0, 0] == 2
-    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [MARK, "traced", "w8a8-fp16"]
+    assert recall(tmp_path / "w", "first") is None
+    graph = recall(tmp_path / "w", "second")
+    assert graph is not None
+    assert numpy_helper.to_array(onnx.load(graph).graph.initializer[0])[0, 0] == 2
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [MARK, "kept", "traced"]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
@@ -88,9 +109,9 @@ def test_a_run_that_fails_keeps_the_kept(
         save(work.place_of_trace() / "model.onnx", 3.0, "model.onnx.data")
         save(work.run / "w8a8-fp16" / "inserted.onnx", 3.0, "prepared.onnx.data")
         raise failure
-    assert recall_graphs(tmp_path / "w", "first")
+    assert recall(tmp_path / "w", "first")
     keep(tmp_path / "w", "second", 3.0, kept=False)
-    assert recall_graphs(tmp_path / "w", "first")
+    assert recall(tmp_path / "w", "first")
 
 
 def test_a_failed_run_leaves_its_trace_to_the_next(tmp_path: Path) -> None:
@@ -229,20 +250,10 @@ def test_a_changed_licence_is_not_found_in_an_older_trace(tmp_path: Path) -> Non
     assert len(keys) == 3
 
 
-def test_graphs_outside_of_the_work_folder_are_not_recalled(tmp_path: Path) -> None:
-    """Whoever wrote what says where they are."""
-    work = tmp_path / "work"
-    (work / "w8a8").mkdir(parents=True)
-    inside, outside = work / "w8a8" / "traced.onnx", tmp_path / "secret.onnx"
-    link = work / "w8a8" / "linked.onnx"
-    link.symlink_to(outside)
-    for place, name in (
-        (inside, "w8a8/traced.onnx"),
-        (outside, "../secret.onnx"),
-        (outside, str(outside)),
-        (outside, "w8a8/linked.onnx"),
-    ):
-        place.write_bytes(b"graph")
-        record = {"plan_sha256": "0", "graphs": {"fp32": name}}
-        (work / "w8a8" / "references.json").write_text(json.dumps(record))
-        assert recall_graphs(work, "0") == ({"fp32": inside} if place == inside else {})
+@pytest.mark.parametrize("name", ["traced", "traced/model.onnx", "traced/model.onnx.data"])
+def test_a_graph_outside_of_the_work_folder_is_not_recalled(tmp_path: Path, name: str) -> None:
+    """Whoever laid a link there."""
+    keep(tmp_path / "w", "first")
+    os.rename(tmp_path / "w" / name, tmp_path / "outside")
+    (tmp_path / "w" / name).symlink_to(tmp_path / "outside")
+    assert recall(tmp_path / "w", "first") is None

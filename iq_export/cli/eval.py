@@ -26,6 +26,7 @@ from iq_export.evaluate.compare import (
     time_prefill,
 )
 from iq_export.lengths import bundle_limit, window_length
+from iq_export.observe.walk import Graph
 from iq_export.options import PERMISSIONS, add, positive, seed, window_tokens
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
@@ -51,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="of the places of the windows")
     parser.add_argument(
         "--work", type=Path, metavar="DIR",
-        help="folder with the other graphs (compile --keep-work); rebuilt if absent",
+        help="folder with the traced graph (compile --keep-work); traced again if absent",
     )  # fmt: skip
     parser.add_argument(
         "--bundle-only", action="store_true", help="only this bundle: no other graph is rebuilt"
@@ -98,10 +99,11 @@ def _run(args: argparse.Namespace, hold: ExitStack) -> int:
             providers=providers,
             progress=progress,
         )
-        if REFERENCE in graphs and not args.no_speed:
+        reference = graphs.get(REFERENCE)
+        if isinstance(reference, Path) and not args.no_speed:
             with progress.step("Time a prefill, bundle against fp32"):
                 speed = time_prefill(
-                    bundle.model, graphs[REFERENCE], length=window_length(0, limit)[0],
+                    bundle.model, reference, length=window_length(0, limit)[0],
                     providers=providers,
                 )  # fmt: skip
     _print(comparison, speed, as_json=args.json)
@@ -138,9 +140,9 @@ def bundle_label(bundle: Bundle) -> str:
     return f"bundle ({bundle.manifest.recipe})"
 
 
-def _graphs(bundle: Bundle, args: argparse.Namespace, hold: ExitStack) -> dict[str, Path]:
+def _graphs(bundle: Bundle, args: argparse.Namespace, hold: ExitStack) -> dict[str, Graph]:
     """Label -> graph: the references, then the file that ships."""
-    graphs: dict[str, Path] = {}
+    graphs: dict[str, Graph] = {}
     if not args.bundle_only:
         progress = options.progress(args, 1)
         with progress.step("Prepare the graphs to compare with"):
@@ -156,9 +158,9 @@ def build_references(
     progress: Progress,
     hold: ExitStack | None = None,
     **permitted: bool,
-) -> dict[str, Path]:
-    """The graphs to compare with, from the work folder or made again; they stay until `hold` is
-    closed.
+) -> dict[str, Graph]:
+    """The graphs to compare with: the traced one, from the work folder or made again, which stays
+    until `hold` is closed, and others in memory.
 
     `permitted` is what this run permits (`options.PERMISSIONS`), whatever the manifest records.
 

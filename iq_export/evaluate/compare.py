@@ -1,7 +1,8 @@
 """Several graphs of one model on the same windows: perplexity, agreement with fp32, paired timing.
 
-One graph is loaded at a time and only the reference's top-1 tokens and a sample of its
-log-probabilities are kept, so memory does not grow with the number of graphs.
+One piece of one graph is in memory at a time, and of the reference only its top-1 tokens and a
+sample of its log-probabilities are kept: memory grows neither with the number of graphs nor with
+their depth.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,15 @@ import numpy as np
 
 from iq_export.calibrate.data import Bos, Window, check_windows, windows
 from iq_export.errors import GraphError, UsageError
-from iq_export.evaluate.perplexity import Scored, exp_or_inf, score
+from iq_export.evaluate.perplexity import Scored, exp_or_inf, score, window_logits
+from iq_export.graph.vocabulary import read_vocabulary
 from iq_export.observe.loss import kl
+from iq_export.observe.segments import segments
+from iq_export.observe.walk import Graph, Piece, cut, loaded, named
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:
     from iq_export.run.generate import Tokenizer
-    from iq_export.run.ort import CausalLM
 
 REFERENCE = "fp32"
 # Positions per window whose full distributions are compared: 8 x 49152 x 4 bytes = 1.6 MB each.
@@ -38,7 +42,8 @@ class Row:
 
     `ratio` is perplexity over the reference's; `top1_agreement` the share of positions with the
     reference's likeliest token; `kl` the mean KL(reference || graph) in nats over sampled
-    positions. All three are None without a reference. `error` says why a row has no numbers.
+    positions. All three are None without a reference. `seconds` is its share of the graph's walk.
+    `error` says why a row has no numbers.
     """
 
     graph: str
@@ -87,7 +92,7 @@ class Speed:
 
 
 def compare(
-    graphs: Mapping[str, Path],
+    graphs: Mapping[str, Graph],
     tokenizer: Tokenizer,
     text: str,
     *,
@@ -98,7 +103,7 @@ def compare(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure `graphs` (label -> model.onnx) on `count` windows with and without BOS.
+    """Measure `graphs` by label on `count` windows with and without BOS; one of them is a file.
 
     The graph labelled `fp32` is the reference, if it is there. Half values are rounded op by op, as
     hardware that computes in half does (see `open_session`). A graph whose logits are not finite
@@ -107,8 +112,9 @@ def compare(
     progress = progress or Progress(quiet=True)
     variants = {bos: _cut(tokenizer, text, length, count, seed, bos) for bos in _bos(tokenizer)}
     labels = sorted(graphs, key=lambda label: label != REFERENCE)
-    for cut in variants.values():
-        check_windows(cut, tokenizer, graphs[labels[-1]], f"text {text_name}")
+    file = [graph for graph in graphs.values() if isinstance(graph, Path)][-1]
+    for windows_cut in variants.values():
+        check_windows(windows_cut, tokenizer, file, f"text {text_name}")
     references: dict[bool, list[Scored]] = {}
     rows = []
     for label in labels:
@@ -133,37 +139,44 @@ def _cut(
 
 def _measure(
     label: str,
-    path: Path,
+    graph: Graph,
     variants: Mapping[bool, list[Window]],
     references: dict[bool, list[Scored]],
     providers: Sequence[str],
     progress: Progress,
 ) -> list[Row]:
-    """The rows of one graph; fills `references` if it is the reference."""
-    from iq_export.run.ort import CausalLM
-
-    model = CausalLM(path, providers=providers, round_half=True)
-    rows = []
-    done, total = 0, sum(map(len, variants.values()))
-    for bos, cut in variants.items():
-        sample = np.linspace(0, len(cut[0].ids) - 2, _SAMPLE_ROWS, dtype=int).tolist()
-        begin = time.perf_counter()
-        scores: list[Scored] = []
-        try:
-            for scored in score(model, cut, sample):
-                scores.append(scored)
-                done += 1
-                progress.update(done, total)
-        except GraphError as error:
-            if label == REFERENCE:
-                raise GraphError(f"{label}: {error}") from error
-            rows.append(Row(label, bos, None, None, None, None, 0, 0.0, str(error)))
-            continue
-        if label == REFERENCE:
-            references[bos] = scores
-        seconds = time.perf_counter() - begin
-        rows.append(_row(label, bos, scores, references.get(bos), seconds))
-    return rows
+    """The rows of one graph, all of one walk; fills `references` if it is the reference."""
+    begin = time.perf_counter()
+    places = [(bos, number) for bos, those in variants.items() for number in range(len(those))]
+    every = [window for those in variants.values() for window in those]
+    scores: dict[bool, list[Scored]] = {bos: [] for bos in variants}
+    errors: dict[bool, str] = {}
+    try:
+        found = window_logits(graph, every, providers=providers, progress=progress)
+        for place, logits in found:
+            bos, number = places[place]
+            window = variants[bos][number]
+            sample = np.linspace(0, len(window.ids) - 2, _SAMPLE_ROWS, dtype=int).tolist()
+            try:
+                if bos not in errors:
+                    scores[bos].append(score(logits, window, number, sample))
+            except GraphError as error:
+                errors[bos] = str(error)
+            if len(errors) == len(variants):
+                break
+    except GraphError as error:
+        errors = dict.fromkeys(variants, str(error)) | errors
+    if label == REFERENCE and errors:
+        raise GraphError(f"{label}: {next(iter(errors.values()))}")
+    if label == REFERENCE:
+        references |= scores
+    seconds = (time.perf_counter() - begin) / len(every)
+    return [
+        Row(label, bos, None, None, None, None, 0, 0.0, errors[bos])
+        if bos in errors
+        else _row(label, bos, scores[bos], references.get(bos), seconds * len(those))
+        for bos, those in variants.items()
+    ]
 
 
 def _row(
@@ -198,28 +211,54 @@ def time_prefill(
     labels: tuple[str, str] = ("bundle", REFERENCE),
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> Speed:
-    """Time a prefill of `length` tokens of two graphs, in alternation after one warm-up each."""
-    from iq_export.run.ort import CausalLM
+    """Time a prefill of `length` tokens of two graphs, in alternation after one warm-up each.
 
+    A round's seconds are the sum over the graph's pieces, of which one is in memory at a time.
+    """
     if length < 1 or rounds < 1:
         raise UsageError(f"timing needs a length and rounds of at least 1, not {length}, {rounds}")
-    models = [CausalLM(path, providers=providers) for path in (graph, reference)]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(_WARM_UP + rounds):
-        for model, times in zip(models, seconds, strict=True):
-            times.append(_prefill_seconds(model, length))
-    kept = [times[_WARM_UP:] for times in seconds]
+    known = read_vocabulary(graph)
+    ids = (np.arange(length) % (known.rows or known.logits or 1)).tolist()
+    seconds = np.zeros((2, _WARM_UP + rounds))
+    both = (_prefill_pieces(each, Window(ids, False), providers) for each in (graph, reference))
+    for pair in zip_longest(*both):
+        for number in range(_WARM_UP + rounds):
+            for times, run in zip(seconds, pair, strict=True):
+                times[number] += 0.0 if run is None else run()
+    kept = seconds[:, _WARM_UP:].tolist()
     ratio = statistics.median(ours / theirs for ours, theirs in zip(*kept, strict=True))
     medians = {label: statistics.median(times) for label, times in zip(labels, kept, strict=True)}
     return Speed(labels[0], labels[1], length, rounds, medians, ratio, list(providers))
 
 
-def _prefill_seconds(model: CausalLM, length: int) -> float:
-    ids = (np.arange(length, dtype=np.int64) % model.embedding_rows)[None]
-    positions = np.arange(length, dtype=np.int64)[None]
-    begin = time.perf_counter()
-    model.forward(ids, np.ones_like(ids), positions)
-    return time.perf_counter() - begin
+def _prefill_pieces(
+    graph: Path, window: Window, providers: Sequence[str]
+) -> Iterator[Callable[[], float]]:
+    """For each piece of a graph in turn, what runs it once and says how many seconds that took."""
+    model, label = loaded(graph), named(graph)
+    given = {str(value.name) for value in model.graph.outputs}
+    carried: dict[str, np.ndarray] = {}
+    for piece in segments(model.graph):
+        outputs = [n for n in dict.fromkeys([*piece.kept, *sorted(given)]) if n in piece.made]
+        left: dict[str, np.ndarray] = {}
+        part = cut(model, piece.carried, outputs)
+        with Piece(part, outputs, providers, label) as runner:
+
+            def run(
+                runner: Piece = runner,
+                before: dict[str, np.ndarray] = carried,
+                kept: Sequence[str] = piece.kept,
+                after: dict[str, np.ndarray] = left,
+            ) -> float:
+                begin = time.perf_counter()
+                found = runner.run(window, before)
+                seconds = time.perf_counter() - begin
+                now = {**before, **found}
+                after |= {name: now[name] for name in kept}
+                return seconds
+
+            yield run
+        carried = left
 
 
 def table(comparison: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""Perplexity of a causal LM over token windows, one window in memory at a time."""
+"""Perplexity of a causal LM over token windows: one piece of the graph in memory at a time, and the
+logits of one window.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iq_export.errors import DataError, GraphError
+from iq_export.graph.interface import VOCABULARY, Interface, Role
 from iq_export.observe.loss import log_softmax, token_losses
+from iq_export.observe.walk import CPU, Graph, loaded, named, walk
+from iq_export.progress import Progress
 
 if TYPE_CHECKING:
     from iq_export.calibrate.data import Window
-    from iq_export.progress import Progress
-    from iq_export.run.ort import CausalLM
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ class Scored:
 
 
 def perplexity(
-    model: CausalLM, windows: Sequence[Window], *, progress: Progress | None = None
+    graph: Graph,
+    windows: Sequence[Window],
+    *,
+    providers: Sequence[str] = CPU,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of `windows`, each scored on its own from an empty cache.
 
@@ -54,11 +61,11 @@ def perplexity(
         raise DataError("there is no window to evaluate")
     begin = time.perf_counter()
     nll, tokens = 0.0, 0
-    for number, scored in enumerate(score(model, windows), start=1):
+    found = window_logits(graph, windows, providers=providers, progress=progress)
+    for number, logits in found:
+        scored = score(logits, windows[number], number)
         nll += float(scored.nll.sum())
         tokens += scored.nll.size
-        if progress is not None:
-            progress.update(number, len(windows))
     return Perplexity(exp_or_inf(nll / tokens), nll, tokens, time.perf_counter() - begin)
 
 
@@ -70,28 +77,44 @@ def exp_or_inf(value: float) -> float:
         return math.inf
 
 
+def window_logits(
+    graph: Graph,
+    windows: Sequence[Window],
+    *,
+    providers: Sequence[str] = CPU,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the number of each window and its logits, float32 `[length, vocab]`.
+
+    Half values are rounded op by op (see `run.ort.open_session`). Raises GraphError for a graph
+    that is no causal LM with cache or cannot be run.
+    """
+    interface = Interface.of_graph(loaded(graph).graph)
+    interface.check_causal_lm(named(graph))
+    logits = interface.find(Role.LOGITS)
+    assert logits is not None
+    logits.fixed(VOCABULARY)
+    found = walk(
+        graph, [logits.name], windows, providers=providers,
+        progress=progress or Progress(quiet=True), round_half=True, raw=True,
+    )  # fmt: skip
+    for number, values in found:
+        yield number, values[logits.name][0].astype(np.float32, copy=False)
+
+
 def score(
-    model: CausalLM, windows: Sequence[Window], sample_rows: Sequence[int] = ()
-) -> Iterator[Scored]:
-    """Score windows one by one; `sample_rows` are positions whose log-probabilities are kept."""
-    for number, window in enumerate(windows):
-        logits = _logits(model, window)
-        bad = ~np.isfinite(logits).all(axis=-1)
-        if bad.any():
-            raise GraphError(
-                f"logits of window {number} are NaN or infinite from token {int(bad.argmax())} on "
-                f"({'with' if window.bos else 'without'} BOS)"
-            )
-        yield _score_window(logits[:-1], np.asarray(window.ids[1:]), sample_rows)
+    logits: np.ndarray, window: Window, number: int, sample_rows: Sequence[int] = ()
+) -> Scored:
+    """Score the logits of a window; `sample_rows` are positions whose log-probabilities are kept.
 
-
-def _logits(model: CausalLM, window: Window) -> np.ndarray:
-    """Logits [length, vocab] float32 of one unpadded window."""
-    ids = np.asarray([window.ids], np.int64)
-    positions = np.arange(ids.shape[1], dtype=np.int64)[None]
-    return model.forward(ids, np.ones_like(ids), positions, need_present=False).logits[0]
-
-
-def _score_window(logits: np.ndarray, targets: np.ndarray, sample_rows: Sequence[int]) -> Scored:
-    sample = log_softmax(logits[list(sample_rows)], np.float64).astype(np.float32)
-    return Scored(token_losses(logits, targets, np.float64), logits.argmax(axis=-1), sample)
+    Raises GraphError if one is NaN or infinite, naming the window by its number.
+    """
+    bad = ~np.isfinite(logits).all(axis=-1)
+    if bad.any():
+        raise GraphError(
+            f"logits of window {number} are NaN or infinite from token {int(bad.argmax())} on "
+            f"({'with' if window.bos else 'without'} BOS)"
+        )
+    rows, targets = logits[:-1], np.asarray(window.ids[1:])
+    sample = log_softmax(rows[list(sample_rows)], np.float64).astype(np.float32)
+    return Scored(token_losses(rows, targets, np.float64), rows.argmax(axis=-1), sample)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -18,7 +19,7 @@ from iq_export.sinks import ops as sink_ops
 
 
 def load(path: Path) -> ir.Model:
-    """Read the graph at `path`; initializers are memory-mapped, not loaded.
+    """Read the graph at `path`; initializers are read when they are asked for, and not kept.
 
     Those of a traced graph whose weights lie in its source's files are float32 too, `[in, out]`;
     nothing is read of them before they are asked for, nor kept afterwards. Reading one then raises
@@ -31,6 +32,7 @@ def load(path: Path) -> ir.Model:
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
         lift(model, path.parent)
+        _unmap(model.graph)
         return model
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist.") from error
@@ -39,6 +41,27 @@ def load(path: Path) -> ir.Model:
     ) as error:  # fmt: skip
         reason = error.__cause__ or error  # a SerdeError only says in which function
         raise GraphError(f"{path} is not a readable ONNX model: {reason}") from error
+
+
+class _Unmapped(ir.ExternalTensor):
+    """One that keeps no file mapped: its pages would count as this process's memory for good."""
+
+    __slots__ = ()
+
+    def numpy(self) -> np.ndarray:
+        found = np.array(super().numpy())
+        self.release()
+        return found
+
+
+def _unmap(graph: ir.Graph) -> None:
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _Unmapped(
+                tensor.location, tensor.offset, tensor.length, tensor.dtype,
+                shape=tensor.shape, name=str(tensor.name), base_dir=tensor.base_dir,
+            )  # fmt: skip
 
 
 def save_skeleton(model: ir.Model, path: Path) -> None:

@@ -65,6 +65,14 @@ class Stored:
         """Size in the file."""
         return math.prod(self.shape) * np.dtype(_RAW[self.dtype]).itemsize
 
+    def is_there(self) -> bool:
+        """Whether the file is there and what it was."""
+        try:
+            with open_belonging(self.folder, self.file, ModelError) as stream:
+                return self.stamp in (None, Stamp.of(stream))
+        except (OSError, ModelError):
+            return False
+
     def read(self, *, transposed: bool = False) -> NDArray[np.float32]:
         """The values now. Raises ModelError if the file is not what it was, or not there."""
         path = self.folder / self.file

@@ -15,7 +15,9 @@ import pytest
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import main
+from iq_export.compile import reference_graphs
 from iq_export.evaluate.compare import REFERENCE, compare
+from iq_export.graph import io
 from iq_export.run.generate import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -90,13 +92,9 @@ def test_ranges_of_birth_and_death_shrink(smollm2_bundle: Path) -> None:
 
 def test_size_against_the_fp32_export(smollm2_bundle: Path) -> None:
     ours = sum(path.stat().st_size for path in smollm2_bundle.glob("model.onnx*"))
-    traced = [
-        sum(path.stat().st_size for path in model.parent.glob("model.onnx*"))
-        for model in (smollm2_bundle.parent / "work").rglob("model.onnx")
-        if "trace" in model.parent.name
-    ]
-    assert len(traced) == 1
-    assert ours <= 0.32 * traced[0]
+    graph = io.load(smollm2_bundle.parent / "work" / "traced" / "model.onnx").graph
+    traced = sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value)
+    assert ours <= 0.32 * traced
 
 
 def test_insertion_alone_is_exact(evaluated: Bundle) -> None:
@@ -136,10 +134,8 @@ def test_insertion_elsewhere_than_calibrated(smollm2_bundle: Path, name: str) ->
     """Templates from English prose hold for other text: within 0.2 % of fp32."""
     text = runpy.run_path(str(TOOLS / "fetch_texts.py"))["TEXTS"][name]()
     work = smollm2_bundle.parent / "work"
-    graphs = {
-        REFERENCE: work / "traced" / "model.onnx",
-        "insertion only": work / "w8a8-fp16" / "inserted.onnx",
-    }
+    made = reference_graphs(Bundle.open(smollm2_bundle), work)
+    graphs = {label: made[label] for label in (REFERENCE, "insertion only")}
     found = compare(graphs, Tokenizer(smollm2_bundle), text, count=8, length=512, text_name=name)
     assert found.windows == 8
     measured = {row.bos: row.ratio for row in found.rows if row.graph != REFERENCE}

@@ -146,12 +146,12 @@ def test_w4a16_is_no_worse_than_matmulnbits(
     w4a16_bundle: Bundle, work: Path, tokenizer: Tokenizer, text: str, bos: Any
 ) -> None:
     (baseline,) = [
-        path for label, path in reference_graphs(w4a16_bundle, work).items() if "NBits" in label
+        graph for label, graph in reference_graphs(w4a16_bundle, work).items() if "NBits" in label
     ]
     cut = windows(tokenizer, text, length=512, count=8, seed=0, bos=bos)
     assert len(cut) == 8
-    ours = perplexity(CausalLM(w4a16_bundle.folder / "model.onnx"), cut)
-    theirs = perplexity(CausalLM(baseline), cut)
+    ours = perplexity(w4a16_bundle.model, cut)
+    theirs = perplexity(baseline, cut)
     print(f"{bos} BOS: W4A16 {ours.value:.4f}, MatMulNBits {theirs.value:.4f}")
     assert ours.value <= theirs.value
 
@@ -169,13 +169,12 @@ def short(tokenizer: Tokenizer, text: str) -> list[Window]:
 
 
 def test_insertion_is_no_no_op(
-    smollm2_bundle: Path, work: Path, short: list[Window], tmp_path: Path
+    smollm2_bundle: Path, smollm2_inserted: Path, work: Path, short: list[Window], tmp_path: Path
 ) -> None:
     """What stands in a sink's row before an insertion is not used; without insertions it is."""
-    inserted = work / "w8a8-fp16" / "inserted.onnx"
-    sites = _sites(inserted)
+    sites = _sites(smollm2_inserted)
     assert sites
-    graph = _Noisy(inserted, sites)
+    graph = _Noisy(smollm2_inserted, sites)
     sinks: list[Rows] = []
     for number, window in enumerate(short):
         clean = graph.run(window, {})
@@ -212,9 +211,9 @@ def test_insertion_is_no_no_op(
 
 @pytest.mark.parametrize("chunk", [7, 128])
 def test_chunks_and_decode_steps_equal_one_pass(
-    work: Path, short: list[Window], chunk: int
+    smollm2_inserted: Path, short: list[Window], chunk: int
 ) -> None:
-    model = CausalLM(work / "w8a8-fp16" / "inserted.onnx")
+    model = CausalLM(smollm2_inserted)
     shares = []
     for window in (short[0], short[-1]):
         prefill = len(window.ids) - DECODED

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from iq_export.bundle.package import Bundle, update_manifest
@@ -18,9 +20,19 @@ from iq_export.cli.eval import build_references
 from iq_export.compile import CompileOptions, _options_of
 from iq_export.errors import BundleError, UsageError
 from iq_export.progress import Progress
+from tests import lookup
+from tests.cli.conftest import VOCAB
 from tests.test_disk import largest_file
 
 SMALL = ("--windows", "2", "--length", "16", "--bundle-only")
+
+
+@pytest.fixture(autouse=True)
+def model(bundle: Path) -> Path:
+    """The bundle's model is a graph that runs."""
+    path = lookup.save(bundle / "model.onnx", np.random.default_rng(0).normal(size=(VOCAB, VOCAB)))
+    update_manifest(Bundle.open(bundle, verify=False), rehash=["model.onnx"])
+    return path
 
 
 def test_table_goes_into_manifest_and_report(
@@ -38,11 +50,11 @@ def test_table_goes_into_manifest_and_report(
 
 
 def test_references_and_timing(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    bundle: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     reference = tmp_path / "fp32.onnx"
-    reference.write_bytes(b"graph")
+    shutil.copy(model, reference)
     monkeypatch.setattr(
         "iq_export.cli.eval.build_references", lambda *_, **__: {"fp32": reference}, raising=True
     )
@@ -57,7 +69,7 @@ def test_references_and_timing(
 def test_broken_bundle_is_exit_code_5_and_recorded(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (bundle / "model.onnx").write_bytes(b"nan")
+    lookup.save(bundle / "model.onnx", np.full((VOCAB, VOCAB), np.nan))
     update_manifest(Bundle.open(bundle, verify=False), rehash=["model.onnx"])
     assert main(["eval", str(bundle), *SMALL]) == 5
     assert "NaN" in capsys.readouterr().err

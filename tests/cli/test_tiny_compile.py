@@ -101,6 +101,15 @@ def test_eval_against_the_work_folder(compiled: Path, capsys: pytest.CaptureFixt
     assert main(["verify", str(compiled), "--quiet"]) == 0
 
 
+def test_no_copy_of_all_weights_is_kept(compiled: Path, tiny_model: Path) -> None:
+    """Where the source is safetensors: the traced graph refers to it, and others are lowered."""
+    source = (tiny_model / "model.safetensors").stat().st_size
+    kept = sorted((compiled.parent / "work").rglob("*"))
+    assert [p.name for p in kept if p.suffix in (".onnx", ".data")] == ["model.onnx"]
+    (graph,) = [p for p in kept if p.suffix == ".onnx"]
+    assert graph.stat().st_size < source / 2
+
+
 def test_eval_lowers_the_graphs_again_where_none_were_kept(
     compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +124,7 @@ def test_eval_lowers_the_graphs_again_where_none_were_kept(
         found.append(
             [(r["graph"], r["bos"], r["perplexity"]) for r in json.loads(told.out)["rows"]]
         )
-    assert "making them again" in told.err and "Calibrate" not in told.err
+    assert "tracing" in told.err and "Calibrate" not in told.err
     assert len(found[0]) > 4 and found[1] == found[0]
 
 
@@ -134,17 +143,17 @@ def test_a_full_disk_behind_the_bundle_keeps_it(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Only the graphs that were to be kept are lost, and that is said."""
+    """Only the graph that was to be kept is lost, and that is said."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Work, "keep_graphs", full)
+    monkeypatch.setattr(Work, "keep_trace", full)
     argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--recipe", "fp16", "--target",
             "h100", "--samples", "1", "--length", "32", "--insertion", "norm",
             "--keep-work"]  # fmt: skip
     assert main(argv) == 7
-    assert "is complete, but the graphs to compare it with were not kept" in capsys.readouterr().err
+    assert "is complete, but the graph to compare it with was not kept" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 

@@ -84,13 +84,16 @@ def test_a_later_turn_has_no_position_0(staggered: Planted) -> None:
 @pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.parametrize(("graph", "reply"), [("insertion only", 10), ("bundle", 4)])
-def test_smollm2_talks_the_same_in_one_pass(smollm2_bundle: Path, graph: str, reply: int) -> None:
+def test_smollm2_talks_the_same_in_one_pass(
+    smollm2_bundle: Path, smollm2_inserted: Path, graph: str, reply: int
+) -> None:
     """Three questions, each asked with the conversation so far in the cache.
 
     The bundle is half precision, of which a CPU writes about one token a second.
     """
-    work = smollm2_bundle.parent / "work" / "w8a8-fp16" / "inserted.onnx"
-    model = CausalLM(work if graph == "insertion only" else smollm2_bundle / "model.onnx")
+    model = CausalLM(
+        smollm2_inserted if graph == "insertion only" else smollm2_bundle / "model.onnx"
+    )
     tokenizer = Tokenizer(smollm2_bundle)
     turns = [
         tokenizer.encode(f"{before}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",

@@ -69,7 +69,8 @@ def measure_text(
     losses, top1, samples = [], [], []
     divergence, agreement = [], []
     try:
-        for number, scored in enumerate(score(model, windows, rows)):
+        for number, window in enumerate(windows):
+            scored = score(_logits(model, window), window, number, rows)
             losses.append(scored.nll)
             top1.append(scored.top1)
             if reference is None:
@@ -90,6 +91,13 @@ def measure_text(
     }
     kept = None if reference else Reference(np.stack(top1), np.stack(samples))
     return result, kept
+
+
+def _logits(model: Model, window: Window) -> np.ndarray:
+    """Logits `[length, vocab]` of one unpadded window."""
+    ids, mask, positions = left_pad([window.ids], pad_id=0)
+    found: np.ndarray = model.forward(ids, mask, positions, need_present=False).logits[0]
+    return found
 
 
 def measure_task(
