@@ -250,7 +250,7 @@ def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
         if kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8) and (
             tensor.nbytes >= _LARGE
         ):
-            arrays[name] = np.ascontiguousarray(_unmapped(tensor))
+            arrays[name] = np.ascontiguousarray(tensor.numpy())
             value.const_value = ir.ExternalTensor(
                 "beside", 0, tensor.nbytes, kind, shape=shape, name=name
             )
@@ -261,19 +261,6 @@ def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
     finally:
         for name, tensor in before.items():
             model.graph.initializers[name].const_value = tensor
-
-
-def _unmapped(tensor: ir.TensorProtocol) -> NDArray[Any]:
-    """The values, none of them in a mapped file: what was read of one would stay resident."""
-    import onnx_ir as ir
-
-    array = tensor.numpy()
-    if not isinstance(tensor, ir.ExternalTensor):
-        return array
-    copy = np.array(array)
-    del array
-    tensor.release()
-    return copy
 
 
 def _session_options(
