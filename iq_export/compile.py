@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from iq_export.bundle.lock import claim_shared, clear_dead
 from iq_export.bundle.manifest import (
     MANIFEST_NAME,
+    GraphInfo,
     Manifest,
     TensorInfo,
     json_safe,
@@ -71,7 +72,7 @@ class EnginesFailed(EngineError):
     """TensorRT refused one or more engines at the end: `bundle` is whole without them."""
 
     def __init__(self, bundle: Bundle) -> None:
-        failures = bundle.manifest.engine_failures
+        failures = bundle.manifest.graph.engine_failures
         names = ", ".join(failures)
         super().__init__(
             f"{bundle.folder} is complete but for the engine of {names}: "
@@ -489,7 +490,8 @@ def _records(done: Any, traced: Any, earlier: Bundle | None) -> _Records:
         "warnings": done.warnings,
         "decisions": decisions_record(done.chosen),
     }
-    return _Records({**earlier.plan(), **new}, earlier.manifest.lifecycles, earlier.manifest.mixed)
+    lifecycles = earlier.manifest.graph.lifecycles
+    return _Records({**earlier.plan(), **new}, lifecycles, earlier.manifest.mixed)
 
 
 def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any, records: _Records) -> None:
@@ -594,7 +596,15 @@ def _manifest(
             f"1/{2**done.chosen.exponent}, exactly, in its constants"
         )
     notes += [f"left as it is: {r.node}: {r.reason}" for r in done.sites.refused]
-    inputs, outputs = _interface(folder / "model.onnx")
+    inputs, outputs = _interface(folder / MODEL_NAME)
+    graph = GraphInfo(
+        inputs=inputs,
+        outputs=outputs,
+        profile=options.profile.to_json(),
+        engines=built.engines,
+        engine_failures=built.failures,
+        lifecycles=records.lifecycles,
+    )
     manifest = Manifest(
         name=traced.name,
         recipe=options.recipe,
@@ -609,13 +619,8 @@ def _manifest(
         },
         versions=_versions(),
         options={**record(options), "calibration_sha256": checked.calibration_sha256},
-        inputs=inputs,
-        outputs=outputs,
-        profile=options.profile.to_json(),
+        graphs=[graph],
         targets=[target.name for target in checked.targets],
-        engines=built.engines,
-        engine_failures=built.failures,
-        lifecycles=records.lifecycles,
         check=done.check.to_dict(),
         mixed=records.mixed,
         timings=timings,

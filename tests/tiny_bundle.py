@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import FileRecord
+from iq_export.bundle.manifest import FileRecord, GraphInfo, Manifest
 
 REQUIRED = ("model.onnx", "model.onnx.data", "tokenizer.json")
 ABSENT = FileRecord(1, "0" * 64)  # of a file that nobody opens
@@ -22,6 +23,14 @@ def fill(folder: Path) -> Path:
 def records(**more: FileRecord) -> dict[str, FileRecord]:
     """A manifest's `files` without their files, so that its text can be read."""
     return {**dict.fromkeys(REQUIRED, ABSENT), **more}
+
+
+def manifest(**values: Any) -> Manifest:
+    """A manifest with one graph: what belongs to that is put there."""
+    of_graph = {f.name for f in fields(GraphInfo)} - {"name"}
+    graph = GraphInfo(**{key: value for key, value in values.items() if key in of_graph})
+    rest = {key: value for key, value in values.items() if key not in of_graph}
+    return Manifest(**rest, graphs=[graph])
 
 
 def engine_record(target: str = "rtx-ampere", **changes: Any) -> dict[str, Any]:

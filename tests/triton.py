@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from iq_export.bundle.manifest import Manifest, TensorInfo, record_files
+from iq_export.bundle.manifest import TensorInfo, record_files
 from iq_export.engine.build import EngineReport
 from iq_export.engine.profile import Profile, Range
-from tests.tiny_bundle import fill
+from tests.tiny_bundle import fill, manifest
 
 PROFILE = Profile(Range(1, 1, 8), Range(1, 128, 512), Range(0, 256, 1024))
 LAYERS, HEADS, WIDTH, VOCAB = 2, 3, 64, 50
@@ -71,7 +71,7 @@ def write_bundle(folder: Path, *engines: dict[str, Any], **changes: Any) -> Path
     files = record_files(folder)
     plans = {e["target"]: asdict(files[f"engines/{e['plan']}"]) for e in engines}
     values["engines"] = {e["target"]: {**e, **plans[e["target"]]} for e in engines}
-    Manifest(**{**values, **changes}, files=files).write(folder)
+    manifest(**{**values, **changes}, files=files).write(folder)
     return folder
 
 

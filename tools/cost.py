@@ -187,8 +187,9 @@ def _row(folder: Path, shape: Shape, blocks: int, args: argparse.Namespace) -> d
     if row["exit_code"] == 0:
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         row["steps"] = manifest["timings"]
+        (graph,) = manifest["graphs"]
         row["lifecycles"] = [
-            [life["birth"], life["end"], life["replaced"]] for life in manifest["lifecycles"]
+            [life["birth"], life["end"], life["replaced"]] for life in graph["lifecycles"]
         ]
         row["check"] = manifest["check"]
     shutil.rmtree(folder)

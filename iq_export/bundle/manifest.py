@@ -17,10 +17,10 @@ from typing import Any
 
 from iq_export.bundle import schema
 from iq_export.checksum import sha256_file
-from iq_export.errors import BundleError
+from iq_export.errors import BundleError, GraphError
 from iq_export.graph.interface import BATCH, PAST, SEQ
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 # Beside it, as `sha256sum` writes and checks it: a manifest cannot hold its own checksum.
 CHECKSUM_NAME = "manifest.json.sha256"
@@ -53,6 +53,35 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class GraphInfo:
+    """One graph of a bundle, with what is known of it alone: `file` and `weights` are named after
+    it, so that no two can share one.
+
+    `profile` holds the shapes that engines are built for, `engines` maps a target's name to its
+    engine report, `engine_failures` to why TensorRT refused to build it; `lifecycles` are its
+    sinks'.
+    """
+
+    name: str = "model"
+    inputs: list[TensorInfo] = field(default_factory=list)
+    outputs: list[TensorInfo] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engine_failures: dict[str, str] = field(default_factory=dict)
+    lifecycles: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def file(self) -> str:
+        """The name of its ONNX file in the bundle."""
+        return f"{self.name}.onnx"
+
+    @property
+    def weights(self) -> str:
+        """The name of that file's external data."""
+        return f"{self.file}.data"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`. Plain JSON values only, so that every field can be diffed.
     `manifest.schema.json` beside this module says what each may be.
@@ -60,10 +89,9 @@ class Manifest:
     `recipe_settings` is all that the recipe asked for (None in a bundle of an older version).
     `check` compares the finished file with fp32 (`evaluate.final_check`; None in a bundle of an
     older version). `mixed` says what a `--budget` left in half precision (None without one).
-    `engines` maps a target's name to its engine report, `engine_failures` to why TensorRT refused
-    to build it; `accuracy` is the table of `evaluate.compare` (None until it is measured) and
-    `speed` its paired timing; `timings` are seconds per step; `peak_rss_bytes` is the high-water
-    mark of the compile.
+    `accuracy` is the table of `evaluate.compare` (None until it is measured) and `speed` its paired
+    timing; `timings` are seconds per step; `peak_rss_bytes` is the high-water mark of the compile.
+    What belongs to one graph is in `graphs`.
     """
 
     name: str
@@ -75,13 +103,8 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    inputs: list[TensorInfo] = field(default_factory=list)
-    outputs: list[TensorInfo] = field(default_factory=list)
-    profile: dict[str, Any] = field(default_factory=dict)
+    graphs: list[GraphInfo] = field(default_factory=lambda: [GraphInfo()])
     targets: list[str] = field(default_factory=list)
-    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
-    engine_failures: dict[str, str] = field(default_factory=dict)
-    lifecycles: list[dict[str, Any]] = field(default_factory=list)
     check: dict[str, Any] | None = None
     mixed: dict[str, Any] | None = None
     accuracy: dict[str, Any] | None = None
@@ -90,6 +113,17 @@ class Manifest:
     peak_rss_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> GraphInfo:
+        """The only graph. Raises GraphError, with their names, if there are several."""
+        if len(self.graphs) > 1:
+            names = ", ".join(graph.name for graph in self.graphs)
+            raise GraphError(
+                f"{self.name} has several graphs ({names}), and this command is for bundles of "
+                "one: iq-export inspect shows them, and libiq_runtime opens one by its name"
+            )
+        return self.graphs[0]
 
     def to_json(self) -> str:
         """The text of `manifest.json`; numbers that JSON cannot hold (inf, nan) become null."""
@@ -105,15 +139,17 @@ class Manifest:
         if not isinstance(raw, dict):
             raise BundleError(f"{where} is not a bundle manifest")
         version = raw.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in (1, FORMAT_VERSION):
             raise BundleError(
                 f"{where} has format {version!a:.60}, this iq-export reads format "
                 f"{FORMAT_VERSION}: compile the model again or use the version that wrote it"
             )
+        if version == 1:
+            raw = _of_format_1(raw)
         try:
             schema.check(raw, schema.manifest_schema())
             read = cls._from_dict(raw)
-            _check_engines(read)
+            _check_graphs(read)
         except ValueError as error:
             raise BundleError(f"{where} is damaged ({error}): compile the bundle again") from error
         return read
@@ -121,9 +157,12 @@ class Manifest:
     @classmethod
     def _from_dict(cls, raw: dict[str, Any]) -> Manifest:
         """Of what fits the schema. Members that this version does not know are left out."""
-        values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-        for key in ("inputs", "outputs"):
-            values[key] = [TensorInfo(**tensor) for tensor in raw[key]]
+        values = _known(cls, raw)
+        values["graphs"] = [_known(GraphInfo, graph) for graph in raw["graphs"]]
+        for graph in values["graphs"]:
+            for key in ("inputs", "outputs"):
+                graph[key] = [TensorInfo(**tensor) for tensor in graph[key]]
+        values["graphs"] = [GraphInfo(**graph) for graph in values["graphs"]]
         values["files"] = {name: FileRecord(**record) for name, record in raw["files"].items()}
         return cls(**values)
 
@@ -146,10 +185,40 @@ class Manifest:
         return path
 
 
-def _check_engines(manifest: Manifest) -> None:
-    """ValueError for what a schema cannot say of engines."""
-    for name, engine in manifest.engines.items():
-        place = f"engines.{name:.60}"
+def _of_format_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1 as one of format 2: what the one graph had at the top is moved, and no
+    value is changed, so that the one schema says what each may be."""
+    graph = {key: raw[key] for key in _GRAPH_OF_FORMAT_1 if key in raw}
+    rest = {key: value for key, value in raw.items() if key not in graph}
+    return {**rest, "format_version": 2, "graphs": [{"name": "model", **graph}]}
+
+
+_GRAPH_OF_FORMAT_1 = (
+    "inputs", "outputs", "profile", "engines", "engine_failures", "lifecycles",
+)  # fmt: skip
+
+
+def _known(record: type, raw: dict[str, Any]) -> dict[str, Any]:
+    """The members of `raw` that the dataclass has."""
+    return {f.name: raw[f.name] for f in fields(record) if f.name in raw}
+
+
+def _check_graphs(manifest: Manifest) -> None:
+    """ValueError for what a schema cannot say of graphs."""
+    names = set()
+    for number, graph in enumerate(manifest.graphs):
+        if graph.name in names:
+            raise ValueError(f"graphs has the name '{graph.name}' twice")
+        names.add(graph.name)
+        for file in (graph.file, graph.weights):
+            if file not in manifest.files:
+                raise ValueError(f"files has no '{file}'")
+        _check_engines(manifest, graph, f"graphs[{number}]")
+
+
+def _check_engines(manifest: Manifest, graph: GraphInfo, where: str) -> None:
+    for name, engine in graph.engines.items():
+        place = f"{where}.engines.{name:.60}"
         for axis in (BATCH, SEQ, PAST):
             sizes = engine["profile"][axis]
             if not sizes["min"] <= sizes["opt"] <= sizes["max"]:

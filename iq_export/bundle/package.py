@@ -21,6 +21,7 @@ from iq_export.bundle.manifest import (
     MANIFEST_NAME,
     UNLISTED,
     FileRecord,
+    GraphInfo,
     Manifest,
     checksum_line,
     record_files,
@@ -44,7 +45,7 @@ from iq_export.disk import FULL, trouble_is_bundle_error
 from iq_export.errors import BundleError
 from iq_export.files import flush, open_inside, read_inside, sync
 
-MODEL_NAME = "model.onnx"
+MODEL_NAME = GraphInfo().file
 PLAN_NAME = "plan.json"
 PLUGIN_NAME = "plugins/libiq_plugins.so"
 PLUGIN_VERSION = "1"  # of the plugin layers in a plan, as kPluginVersion of the C++ reader
@@ -140,8 +141,8 @@ class Bundle:
 
     @property
     def model(self) -> Path:
-        """The one ONNX file that ships."""
-        return self.folder / MODEL_NAME
+        """The one ONNX file that ships. Raises GraphError if there are several."""
+        return self.folder / self.manifest.graph.file
 
     def plan(self) -> dict[str, Any]:
         """The content of `plan.json`. Raises BundleError if it is missing or no JSON object."""
@@ -225,7 +226,8 @@ def _root(folder: Path, ahead: Path | None, name: str) -> Path:
 
 def _gaps(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
     """What the engines need and `manifest` does not have (manifestGaps of the C++ reader)."""
-    for name, engine in manifest.engines.items():
+    engines = [entry for graph in manifest.graphs for entry in graph.engines.items()]
+    for name, engine in engines:
         needed = [f"engines/{engine['plan']}"]
         if engine["form"] == "plugin":
             version = engine.get("plugin_version") or "none"

@@ -110,6 +110,8 @@ def check(value: Any, schema: dict[str, Any], place: str = "") -> None:
         if not low <= value <= high:
             raise _wrong(place, f"is not an integer from {low} to {high}")
     elif isinstance(value, list) and "items" in schema:
+        if "maxItems" in schema and not schema["minItems"] <= len(value) <= schema["maxItems"]:
+            raise _wrong(place, f"is not a list of {schema['minItems']} to {schema['maxItems']}")
         for number, item in enumerate(value):
             check(item, schema["items"], f"{place}[{number}]")
     elif isinstance(value, dict):

@@ -155,10 +155,10 @@ def _plan(
     bundle: Bundle, repository: Path, target: str | None, backend: str, name: str | None
 ) -> Model:
     """What the model folder is to hold."""
-    manifest = bundle.manifest
+    manifest, graph = bundle.manifest, bundle.manifest.graph
     name = _model_name(manifest, name)
     engine: EngineReport | None
-    if not manifest.inputs or not manifest.outputs:
+    if not graph.inputs or not graph.outputs:
         raise BundleError(
             f"{bundle.folder} does not record its inputs and outputs: compile it again"
         )
@@ -170,7 +170,7 @@ def _plan(
         raise UsageError("--target chooses an engine, and the backend onnxruntime uses none.")
     else:
         engine = None
-        profile = Profile.from_json(manifest.profile) if manifest.profile else Profile()
+        profile = Profile.from_json(graph.profile) if graph.profile else Profile()
         copies, options = _graph_files(bundle), ()
     texts = {
         CONFIG_NAME: config_text(manifest, name, backend, profile),
@@ -192,7 +192,7 @@ def _model_name(manifest: Manifest, name: str | None) -> str:
 
 def choose_engine(bundle: Bundle, target: str | None) -> EngineReport:
     """The engine of `target`, or the only one. Raises if Triton cannot serve it."""
-    engines = bundle.manifest.engines
+    engines = bundle.manifest.graph.engines
     if not engines:
         raise BundleError(
             f"{bundle.folder} has no engine: build one on the device with 'iq-export build', or "
@@ -235,9 +235,10 @@ def _engine_files(engine: EngineReport) -> dict[str, str]:
 
 
 def _graph_files(bundle: Bundle) -> dict[str, str]:
-    """model.onnx and its external data, which it finds beside itself by these names."""
-    names = [MODEL_NAME, *(n for n in bundle.manifest.files if n.startswith(f"{MODEL_NAME}."))]
-    return {f"{_VERSION}/{name}": name for name in names}
+    """The ONNX file, by the name that Triton looks for, and its external data, which it finds
+    beside itself by its own."""
+    graph = bundle.manifest.graph
+    return {f"{_VERSION}/{MODEL_NAME}": graph.file, f"{_VERSION}/{graph.weights}": graph.weights}
 
 
 def _needs_library(engine: EngineReport) -> bool:
@@ -266,7 +267,7 @@ def max_batch_size(manifest: Manifest, profile: Profile) -> int:
     requests whose other sizes agree, so decode steps over caches of the same length; no row reads
     another's, so nobody's logits depend on the company.
     """
-    for tensor in (*manifest.inputs, *manifest.outputs):
+    for tensor in (*manifest.graph.inputs, *manifest.graph.outputs):
         first, *rest = tensor.shape or [0]
         if first != BATCH or BATCH in rest or not rest:
             return 0
@@ -283,8 +284,8 @@ def config_text(manifest: Manifest, name: str, backend: str, profile: Profile) -
         f"platform: {json.dumps(_PLATFORMS[backend])}",
         f"max_batch_size: {batch}",
         "version_policy { latest { num_versions: 1 } }",
-        *_tensor_lines("input", manifest.inputs, batch > 0),
-        *_tensor_lines("output", manifest.outputs, batch > 0),
+        *_tensor_lines("input", manifest.graph.inputs, batch > 0),
+        *_tensor_lines("output", manifest.graph.outputs, batch > 0),
     ]
     if backend == "tensorrt":
         # The one optimisation profile of the plan. A second instance would hold a second context
@@ -362,7 +363,7 @@ The server keeps nothing between two requests: no text, no KV cache, no sampling
 
 def _cost(manifest: Manifest, profile: Profile) -> str:
     """The bytes that a request carries because the cache is the client's."""
-    interface = Interface.of_tensors(manifest.inputs, manifest.outputs)
+    interface = Interface.of_tensors(manifest.graph.inputs, manifest.graph.outputs)
     token = sum(map(_bytes_per_token, interface.past))
     logits = sum(_bytes_per_token(t) for t in interface.outputs if t.role is Role.LOGITS)
     return (
@@ -408,7 +409,7 @@ def _needs(manifest: Manifest, engine: EngineReport | None) -> list[str]:
 
 def _shapes(manifest: Manifest, profile: Profile) -> str:
     rows = ["| tensor | type | shape |", "|---|---|---|"]
-    interface = Interface.of_tensors(manifest.inputs, manifest.outputs)
+    interface = Interface.of_tensors(manifest.graph.inputs, manifest.graph.outputs)
     named = [*interface.inputs, *interface.outputs]
     for tensor in named:
         if not tensor.layer:  # one layer and one lifecycle stand for all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,10 +130,10 @@ def _build_all(args: argparse.Namespace, scratch: Path, progress: Progress) -> i
 
 def choose_profile(args: argparse.Namespace, bundle: Bundle) -> Profile:
     """The shape options if there is one, else the shapes the bundle was compiled with."""
-    if args.min_shapes or args.opt_shapes or args.max_shapes or not bundle.manifest.profile:
+    if args.min_shapes or args.opt_shapes or args.max_shapes or not bundle.manifest.graph.profile:
         return Profile.parse(args.min_shapes, args.opt_shapes, args.max_shapes)
     with reading_records(bundle.folder / MANIFEST_NAME):
-        return Profile.from_json(bundle.manifest.profile)
+        return Profile.from_json(bundle.manifest.graph.profile)
 
 
 def choose_recipe(bundle: Bundle, progress: Progress) -> Recipe | None:
@@ -213,7 +214,7 @@ def plugin_architectures(bundle: Bundle, target: Target) -> list[int]:
     """Those of `target` and of the bundle's engines: there is one plugin library for all."""
     wanted = set(target.compute_capabilities)
     with reading_records(bundle.folder / MANIFEST_NAME):
-        for engine in bundle.manifest.engines.values():
+        for engine in bundle.manifest.graph.engines.values():
             wanted.update(engine.get("compute_capabilities", ()))
         return sorted(wanted)
 
@@ -223,14 +224,14 @@ def _install(bundle: Bundle, plan: Path, library: Path | None, report: EngineRep
     new: dict[str, Path | str] = {f"engines/{plan.name}": plan}
     if library is not None:
         new[f"plugins/{library.name}"] = library
-    engines = {**bundle.manifest.engines, report.target: report.to_json()}
-    failures = {k: v for k, v in bundle.manifest.engine_failures.items() if k != report.target}
+    graph = bundle.manifest.graph
+    engines = {**graph.engines, report.target: report.to_json()}
+    failures = {k: v for k, v in graph.engine_failures.items() if k != report.target}
     head = engine_note(report.target)
     return update_with_report(
         bundle,
         new=new,
-        engines=engines,
-        engine_failures=failures,
+        graphs=[replace(graph, engines=engines, engine_failures=failures)],
         targets=list(dict.fromkeys([*bundle.manifest.targets, report.target])),
         notes=[note for note in bundle.manifest.notes if not note.startswith(head)],
     )
@@ -250,7 +251,8 @@ def repaired(folder: Path, progress: Progress) -> tuple[Bundle, list[str]]:
         return bundle, []
     if not all(name.startswith(UPDATED) for name in damaged):
         return Bundle.open(folder), []  # says what differs
-    engines = bundle.manifest.engines
+    graph = bundle.manifest.graph
+    engines = graph.engines
     with reading_records(folder / MANIFEST_NAME):
         library = any(name.startswith("plugins/") for name in damaged)
         dropped = [
@@ -265,7 +267,7 @@ def repaired(folder: Path, progress: Progress) -> tuple[Bundle, list[str]]:
     bundle = update_with_report(
         bundle,
         drop=[*(damaged - {REPORT_NAME}), *plans],
-        engines={t: engine for t, engine in engines.items() if t not in dropped},
+        graphs=[replace(graph, engines={t: e for t, e in engines.items() if t not in dropped})],
     )
     return Bundle.open(folder), dropped
 

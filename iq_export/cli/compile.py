@@ -86,7 +86,7 @@ def _closing(bundle: Bundle, seconds: float) -> str:
         left = sum(len(site["products"]) for site in manifest.mixed["in_half"])
         ratio = manifest.mixed["ratio"]
         lines.append(f"  {left} products in half precision, calibration perplexity {ratio:.4f} x")
-    for target, engine in manifest.engines.items():
+    for target, engine in manifest.graph.engines.items():
         form, reason = engine.get("form", "none"), engine.get("form_reason", "")
         size = options.size(engine.get("bytes", 0))
         lines.append(f"  engine {target}: {size}, sinks: {form}{reason and f' ({reason})'}")

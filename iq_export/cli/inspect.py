@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, reading_records
+from iq_export.bundle.manifest import MANIFEST_NAME, GraphInfo, Manifest, reading_records
 from iq_export.bundle.package import Bundle
 from iq_export.cli import options
 from iq_export.evaluate.compare import speed_line, table
@@ -42,13 +42,15 @@ def run(args: argparse.Namespace) -> int:
 def describe(manifest: Manifest) -> str:
     """The manifest as sections of text."""
     manifest = in_a_line(manifest)
+    graphs = manifest.graphs
+    of = {g.name: f" of {g.name}" if len(graphs) > 1 else "" for g in graphs}
     sections = [
         _head(manifest),
-        _section("sink lifecycles", _lifecycles(manifest)),
+        *(_section(f"sink lifecycles{of[g.name]}", _lifecycles(g)) for g in graphs),
         _section("mixed plan", _mixed(manifest)),
         _section("accuracy", _accuracy(manifest)),
-        _section("engines", _engines(manifest)),
-        _section("inputs and outputs", _tensors(manifest)),
+        *(_section(f"engines{of[g.name]}", _engines(g)) for g in graphs),
+        *(_section(f"inputs and outputs{of[g.name]}", _tensors(g)) for g in graphs),
         _section("files", _files(manifest)),
         _section("cost of the compile", _cost(manifest)),
         _section("notes", manifest.notes),
@@ -69,11 +71,11 @@ def _head(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _lifecycles(manifest: Manifest) -> list[str]:
-    if not manifest.lifecycles:
+def _lifecycles(graph: GraphInfo) -> list[str]:
+    if not graph.lifecycles:
         return ["none found: the model has no spikes that the recipe had to treat"]
     lines = []
-    for number, record in enumerate(manifest.lifecycles, start=1):
+    for number, record in enumerate(graph.lifecycles, start=1):
         first, *rest = describe_lifecycle(record)
         lines += [f"{number}. {first}", *(f"   {line}" for line in rest)]
     return lines
@@ -106,9 +108,9 @@ def _accuracy(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _engines(manifest: Manifest) -> list[str]:
-    failed = [f"{name}: FAILED: {reason}" for name, reason in manifest.engine_failures.items()]
-    if not manifest.engines:
+def _engines(graph: GraphInfo) -> list[str]:
+    failed = [f"{name}: FAILED: {reason}" for name, reason in graph.engine_failures.items()]
+    if not graph.engines:
         return [*failed, "none: iq-export build OUT --target NAME"]
     header = ("target", "size", "TensorRT", "sm", "sink ops", "build", "sha256")
     rows = [
@@ -121,18 +123,18 @@ def _engines(manifest: Manifest) -> list[str]:
             f"{engine.get('seconds', 0.0):.0f} s",
             str(engine.get("sha256", ""))[:_HASH_DIGITS],
         )
-        for target, engine in manifest.engines.items()
+        for target, engine in graph.engines.items()
     ]
     reasons = [
         f"{target}: {engine['form_reason']}"
-        for target, engine in manifest.engines.items()
+        for target, engine in graph.engines.items()
         if engine.get("form_reason")
     ]
     return [*columns([header, *rows]), *reasons, *failed]
 
 
-def _tensors(manifest: Manifest) -> list[str]:
-    interface = Interface.of_tensors(manifest.inputs, manifest.outputs)
+def _tensors(graph: GraphInfo) -> list[str]:
+    interface = Interface.of_tensors(graph.inputs, graph.outputs)
     named = [("in", t) for t in interface.inputs] + [("out", t) for t in interface.outputs]
     caches = [t for _, t in named if t.kind]
     rows = [

@@ -170,7 +170,7 @@ def _series(values: Any) -> list[Series]:
 
 
 def _lifecycles(manifest: Manifest, plan: Mapping[str, Any]) -> str:
-    lifecycles = manifest.lifecycles or plan.get("lifecycles") or []
+    lifecycles = manifest.graph.lifecycles or plan.get("lifecycles") or []
     if not lifecycles:
         return "<p>None: no token stretches a range, so no sink op was added.</p>"
     items = (f"<li>{'<br>'.join(map(escape, describe_lifecycle(r)))}</li>" for r in lifecycles)
@@ -222,7 +222,7 @@ def _engines(manifest: Manifest) -> str:
             str(engine.get("plugin_layers", "")),
             number(engine.get("seconds"), ".1f"),
         ]
-        for target, engine in manifest.engines.items()
+        for target, engine in manifest.graph.engines.items()
     ]
     if not rows:
         return "<p>None: <code>iq-export build</code> makes them.</p>"

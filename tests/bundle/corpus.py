@@ -20,7 +20,7 @@ from iq_export.bundle.manifest import (
 )
 
 SEED = 12
-RANDOM = 400
+RANDOM, RANDOM_OF_FORMAT_1 = 400, 40
 _MARK = "\ue000"  # around JSON that json.dumps cannot write
 
 WHOLE = "whole"  # the names of those that must be accepted begin with it
@@ -54,16 +54,45 @@ def make(original: Path, root: Path) -> Iterator[tuple[str, Path]]:
     """Folders below `root`, each a copy of the bundle `original` with one change, and its name."""
     manifest = json.loads((original / MANIFEST_NAME).read_text(encoding="utf-8"))
     changes: dict[str, Callable[[Path], object]] = {**_FILES, **_texts(manifest)}
-    for name, forge in _FORGERIES.items():
-        changes[name] = lambda folder, forge=forge: seal(folder, _forged(manifest, forge))
-    for number in range(RANDOM):
+    older, two = of_format_1(manifest), _with_another(manifest)
+    for base, forgeries in ((manifest, _FORGERIES), (older, _OF_FORMAT_1), (two, _OF_TWO_GRAPHS)):
+        for name, forge in forgeries.items():
+            changes[name] = lambda folder, base=base, forge=forge: seal(
+                folder, _forged(base, forge)
+            )
+    for number in range(RANDOM + RANDOM_OF_FORMAT_1):
+        base = manifest if number < RANDOM else older
         rng = random.Random(SEED * 10_000 + number)
-        changes[f"random {number}"] = lambda folder, rng=rng: _at_random(folder, manifest, rng)
+        changes[f"random {number}"] = lambda folder, base=base, rng=rng: _at_random(
+            folder, base, rng
+        )
     for number, (name, change) in enumerate(changes.items()):
         folder = root / str(number)
         shutil.copytree(original, folder, copy_function=os.link)
+        if name in _OF_TWO_GRAPHS:
+            for end in ("onnx", "onnx.data"):
+                (folder / f"other.{end}").hardlink_to(folder / f"model.{end}")
         change(folder)
         yield name, folder
+
+
+def of_format_1(manifest: Any) -> Any:
+    """A manifest of one graph as versions wrote it that knew no other."""
+    (graph,) = manifest["graphs"]
+    older = {key: value for key, value in manifest.items() if key != "graphs"}
+    return {
+        **older, "format_version": 1,
+        "inputs": graph["inputs"], "outputs": graph["outputs"], "profile": graph["profile"],
+        "engines": graph["engines"], "engine_failures": graph["engine_failures"],
+        "lifecycles": graph["lifecycles"],
+    }  # fmt: skip
+
+
+def _with_another(manifest: Any) -> Any:
+    """A manifest with a second graph `other`, whose files are those of `model`."""
+    files = {name.replace("model.", "other."): r for name, r in manifest["files"].items()}
+    graphs = [*manifest["graphs"], {**manifest["graphs"][0], "name": "other"}]
+    return copy.deepcopy({**manifest, "graphs": graphs, "files": {**manifest["files"], **files}})
 
 
 def _forged(manifest: Any, forge: Callable[[Any], Any]) -> str:
@@ -118,6 +147,10 @@ _NAMES = [
     "engines",
 ]  # fmt: skip
 
+# What a graph must have, and what it may have.
+_NEEDED = ("inputs", "outputs", "engines")
+_SPARED = ("profile", "engine_failures", "lifecycles")
+
 _FORGERIES: dict[str, Callable[[Any], Any]] = {
     "whole: as it is": lambda content: None,
     "whole: unknown field": _put("surprise", {"a": [1]}),
@@ -130,14 +163,29 @@ _FORGERIES: dict[str, Callable[[Any], Any]] = {
     "weights not listed": _drop("files", "model.onnx.data"),
     "plan not listed": _drop("files", "engines/orin.plan"),
     "plugin not listed": _drop("files", "plugins/libiq_plugins.so"),
-    "another plugin version": _put("engines", "orin", "plugin_version", "2"),
-    "no plugin version": _drop("engines", "orin", "plugin_version"),
-    "whole: embedded plugin": _put("engines", "orin", "plugin_embedded", True),
-    "plan above": _put("engines", "orin", "plan", "../engines/orin.plan"),
-    "plan of another": _put("engines", "orin", "plan", "rtx-ampere.plan"),
+    "another plugin version": _put("graphs", 0, "engines", "orin", "plugin_version", "2"),
+    "no plugin version": _drop("graphs", 0, "engines", "orin", "plugin_version"),
+    "whole: embedded plugin": _put("graphs", 0, "engines", "orin", "plugin_embedded", True),
+    "plan above": _put("graphs", 0, "engines", "orin", "plan", "../engines/orin.plan"),
+    "plan of another": _put("graphs", 0, "engines", "orin", "plan", "rtx-ampere.plan"),
     "format true": _put("format_version", True),
     "format 1.0": _put("format_version", 1.0),
-    "format 2": _put("format_version", 2),
+    **{f"format {number}": _put("format_version", number) for number in (1, 3, 0, -1, 4, 2**31)},
+    "no graphs": _drop("graphs"),
+    "graphs empty": _put("graphs", []),
+    "one name twice": lambda content: content["graphs"].append(content["graphs"][0]),
+    "65 graphs": lambda content: content.update(graphs=content["graphs"] * 65),
+    "many graphs": _put("graphs", [{}] * 100_000),
+    "whole: unknown field of a graph": _put("graphs", 0, "surprise", {"a": [1]}),
+    **{f"graphs {number}": _put("graphs", value) for number, value in enumerate(VALUES[::3])},
+    **{f"a graph {number}": _put("graphs", 0, value) for number, value in enumerate(VALUES[::4])},
+    **{f"graph's name {number}": _put("graphs", 0, "name", value)
+       for number, value in enumerate([*_NAMES[:20], *VALUES[::3], "x" * 64, "Model", "model\n",
+                                       "1model", "model.onnx"])},
+    **{f"graph without {key}": _drop("graphs", 0, key) for key in ("name", *_NEEDED)},
+    **{f"whole: graph without {key}": _drop("graphs", 0, key) for key in _SPARED},
+    **{f"graph's {key} {number}": _put("graphs", 0, key, value)
+       for key in (*_NEEDED, *_SPARED) for number, value in enumerate(VALUES[::9])},
     "a list": lambda content: [content],
     **{f"at the top {number}": lambda _, value=value: value
        for number, value in enumerate(VALUES) if value not in (None, False, 0, "", [], {})},
@@ -146,13 +194,42 @@ _FORGERIES: dict[str, Callable[[Any], Any]] = {
        for number, value in enumerate(VALUES)},
     **{f"options.x {number}": _put("options", "x", value) for number, value in enumerate(VALUES)},
     **{f"surprise {number}": _put("surprise", value) for number, value in enumerate(VALUES)},
-    **{f"version {text!a}": _put("engines", "orin", "tensorrt_version", text)
+    **{f"version {text!a}": _put("graphs", 0, "engines", "orin", "tensorrt_version", text)
        for text in ("", "1", "1.", "1.2.3.4", "1.2.3.4.5", "123456789", "10.15.1rc1", "1.2+x", "v1",
                     "1 ", "1\n", "\u0661", "1.2.3.4.post1", "1" * 70)},
-    **{f"profile {sizes}": _put("engines", "orin", "profile", "past",
+    **{f"profile {sizes}": _put("graphs", 0, "engines", "orin", "profile", "past",
                                 dict(zip(("min", "opt", "max"), sizes, strict=False)))
        for sizes in ((0, 0, 0), (2, 1, 3), (1, 3, 2), (-1, 0, 1), (0, 1), (0, 1, 2**31))},
 }  # fmt: skip
+
+
+_OF_FORMAT_1: dict[str, Callable[[Any], Any]] = {
+    "whole: of format 1": lambda content: None,
+    "whole: of format 1, unknown field": _put("surprise", {"a": [1]}),
+    "whole: of format 1, graphs of its own": _put("graphs", 3),
+    "of format 1, called true": _put("format_version", True),
+    "of format 1, called 1.0": _put("format_version", 1.0),
+    "of format 1, called 2": _put("format_version", 2),
+    "of format 1, weights not listed": _drop("files", "model.onnx.data"),
+    "of format 1, plan not listed": _drop("files", "engines/orin.plan"),
+    "of format 1, plan of another": _put("engines", "orin", "plan", "rtx-ampere.plan"),
+    "of format 1, min above opt": _put("engines", "orin", "profile", "past", "min", 65),
+    **{f"of format 1 without {key}": _drop(key) for key in _NEEDED},
+    **{f"whole: of format 1 without {key}": _drop(key) for key in _SPARED},
+    **{f"of format 1, {key} {number}": _put(key, value)
+       for key in (*_NEEDED, *_SPARED) for number, value in enumerate(VALUES[::11])},
+}  # fmt: skip
+
+_OF_TWO_GRAPHS: dict[str, Callable[[Any], Any]] = {
+    "whole: two graphs": lambda content: None,
+    "two graphs of one name": _put("graphs", 1, "name", "model"),
+    "two graphs, a file not listed": _drop("files", "other.onnx"),
+    "two graphs, weights not listed": _drop("files", "other.onnx.data"),
+    "two graphs, plan not listed": _put("graphs", 1, "engines", "orin", "plan", "other.plan"),
+    "two graphs, plugin version": _put("graphs", 1, "engines", "orin", "plugin_version", "2"),
+    "two graphs, checksum of a plan": _put("graphs", 1, "engines", "orin", "sha256", "0" * 64),
+    "two graphs, one without inputs": _drop("graphs", 1, "inputs"),
+}
 
 
 def _texts(manifest: Any) -> dict[str, Callable[[Path], object]]:

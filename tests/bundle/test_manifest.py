@@ -13,6 +13,7 @@ from iq_export.bundle.manifest import (
     CHECKSUM_NAME,
     FORMAT_VERSION,
     FileRecord,
+    GraphInfo,
     Manifest,
     TensorInfo,
     checksum_line,
@@ -20,11 +21,13 @@ from iq_export.bundle.manifest import (
     reading_records,
     record_files,
 )
-from iq_export.errors import BundleError
+from iq_export.errors import BundleError, GraphError
 from tests.tiny_bundle import engine_record, records
 
 RECORDS = {name: asdict(record) for name, record in records().items()}
 RECORD = {"bytes": 1, "sha256": "0" * 64}
+GRAPH = {"name": "model", "inputs": [], "outputs": [], "engines": {}}
+OF_A_GRAPH = ("inputs", "outputs", "profile", "engines", "engine_failures", "lifecycles")
 
 
 def sample() -> Manifest:
@@ -33,7 +36,7 @@ def sample() -> Manifest:
         recipe="w8a8",
         dtype="float16",
         opset=23,
-        inputs=[TensorInfo("input_ids", "int64", ["batch", "seq"])],
+        graphs=[GraphInfo(inputs=[TensorInfo("input_ids", "int64", ["batch", "seq"])])],
         files=records(),
     )
 
@@ -93,8 +96,68 @@ def test_damaged_manifests_are_refused(text: str) -> None:
     ],
 )  # fmt: skip
 def test_fields_of_another_type_are_refused(field: str, value: object) -> None:
-    text = json.dumps({**json.loads(sample().to_json()), field: value})
+    whole = json.loads(sample().to_json())
+    (whole["graphs"][0] if field in whole["graphs"][0] and field != "name" else whole)[field] = (
+        value
+    )
     with pytest.raises(BundleError, match=f"somewhere is damaged.*{field}"):
+        Manifest.from_json(json.dumps(whole), "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("graphs", "says"),
+    [
+        ([], "graphs is not a list of 1 to 64"), ([GRAPH] * 65, "is not a list of 1 to 64"),
+        ([GRAPH] * 2, "graphs has the name 'model' twice"), ({"model": GRAPH}, "is not a list"),
+        (None, "is not a list"), ([None], r"graphs\[0\] is not an object"),
+        ([{**GRAPH, "name": "other"}], "files has no 'other.onnx'"),
+        ([GRAPH, {**GRAPH, "name": "half"}], "files has no 'half.onnx.data'"),
+        ([{**GRAPH, "name": "../model"}], r"graphs\[0\]\.name '\.\./model' is not a graph's name"),
+        ([{**GRAPH, "name": "model\n"}], "is not a graph's name"),
+        ([{**GRAPH, "name": "x" * 65}], "is not a graph's name"),
+        ([GRAPH, {**GRAPH, "name": 1}], r"graphs\[1\]\.name is not a text"),
+        ([{"name": "model"}], r"graphs\[0\] has no 'inputs'"),
+        ([{**GRAPH, "inputs": [{"name": "x", "dtype": "int64", "shape": [2**31]}]}],
+         r"graphs\[0\]\.inputs\[0\]\.shape\[0\] is not an integer from 0"),
+    ],
+)  # fmt: skip
+def test_graphs_of_another_shape_are_refused(graphs: object, says: str) -> None:
+    files = {**RECORDS, "half.onnx": RECORD}
+    text = json.dumps({**json.loads(sample().to_json()), "graphs": graphs, "files": files})
+    with pytest.raises(BundleError, match=f"somewhere is damaged.*{says}"):
+        Manifest.from_json(text, "somewhere")
+
+
+def test_a_second_graph() -> None:
+    vision = GraphInfo("vision", inputs=[TensorInfo("pixel_values", "float16", ["batch", 3, 8])])
+    files = records(
+        **{vision.file: FileRecord(1, "0" * 64), vision.weights: FileRecord(2, "1" * 64)}
+    )
+    manifest = replace(sample(), graphs=[*sample().graphs, vision], files=files)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert sample().graph.file == "model.onnx"
+    with pytest.raises(GraphError, match=r"tiny has several graphs \(model, vision\)"):
+        _ = manifest.graph
+
+
+def test_format_1_is_read_as_format_2() -> None:
+    """`format_1.json` is what a version wrote that knew no other."""
+    text = (Path(__file__).parent / "format_1.json").read_text(encoding="utf-8")
+    older = json.loads(text)
+    read = Manifest.from_json(text)
+    assert older["format_version"] == 1 and read.format_version == 2 and len(older["engines"]) == 2
+    assert json.loads(read.to_json()) == {
+        **{key: value for key, value in older.items() if key not in OF_A_GRAPH},
+        "format_version": 2,
+        "graphs": [{"name": "model", **{key: older[key] for key in OF_A_GRAPH}}],
+    }
+    assert Manifest.from_json(read.to_json()) == read
+
+
+@pytest.mark.parametrize("version", [0, 3, -1, 2**70, 1.0, 2.0, True, "2", None, [1]])
+def test_other_formats_are_refused(version: object) -> None:
+    text = json.dumps({**json.loads(sample().to_json()), "format_version": version})
+    with pytest.raises(BundleError, match=r"somewhere has format .*this iq-export reads format 2"):
         Manifest.from_json(text, "somewhere")
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 
 from iq_export.bundle import schema
-from iq_export.bundle.manifest import MANIFEST_NAME, Manifest, reading_records
+from iq_export.bundle.manifest import MANIFEST_NAME, GraphInfo, Manifest, reading_records
 from iq_export.bundle.package import Bundle
 from iq_export.bundle.triton import write_repository
 from iq_export.cli import inspect
@@ -52,6 +52,7 @@ PLAN = {
 
 KNOWN = {
     "$ref", "type", "const", "enum", "maxLength", "pattern", "minimum", "maximum", "items",
+    "minItems", "maxItems",
     "required", "properties", "additionalProperties", "propertyNames",
 }  # fmt: skip
 COMMENTS = {"$schema", "$defs", "title", "description"}
@@ -81,11 +82,14 @@ def test_both_readers_know_every_keyword() -> None:
         if "integer" in part.get("type", ()) and "const" not in part:
             assert -(2**63) <= part["minimum"] <= part["maximum"] < 2**63
         assert ("minimum" in part) == ("maximum" in part)
+        assert ("minItems" in part) == ("maxItems" in part)
         assert part.get("additionalProperties") is not True
 
 
 def test_it_names_every_field_of_a_manifest() -> None:
-    assert {f.name for f in fields(Manifest)} == schema.manifest_schema()["properties"].keys()
+    whole = schema.manifest_schema()
+    assert {f.name for f in fields(Manifest)} == whole["properties"].keys()
+    assert {f.name for f in fields(GraphInfo)} == whole["$defs"]["graph"]["properties"].keys()
 
 
 def test_it_is_what_a_validator_of_json_schema_says(tmp_path: Path) -> None:
@@ -142,7 +146,10 @@ def test_what_the_schema_leaves_open_is_a_sentence(
     folder = write_bundle(tmp_path / "bundle", **MEASURED)
     manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     assert "18.5" in inspected(folder, capsys)
-    for holder, key in places({name: manifest[name] for name in MEASURED}):
+    (graph,) = manifest["graphs"]
+    assert MEASURED.keys() <= {*manifest, *graph}
+    found = {name: manifest.get(name, graph.get(name)) for name in MEASURED}
+    for holder, key in places(found):
         kept = holder[key]
         for value in corpus.VALUES[::8]:
             holder[key] = value

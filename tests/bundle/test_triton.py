@@ -11,7 +11,7 @@ import pytest
 
 from iq_export.bundle import triton
 from iq_export.bundle.lock import MARK
-from iq_export.bundle.manifest import Manifest, TensorInfo
+from iq_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
 from iq_export.bundle.package import Bundle
 from iq_export.bundle.triton import max_batch_size, write_repository
 from iq_export.errors import BundleError, EngineError, IqError, UsageError
@@ -49,8 +49,8 @@ def test_config_is_triton_s_and_says_what_the_engine_has(bundle: Bundle, tmp_pat
     assert group.kind == kind.ModelInstanceGroup.KIND_GPU and list(group.profile) == ["0"]
     inputs = {t.name: (t.data_type, list(t.dims)) for t in config.input}
     outputs = {t.name: (t.data_type, list(t.dims)) for t in config.output}
-    assert list(inputs) == [t.name for t in bundle.manifest.inputs]
-    assert list(outputs) == [t.name for t in bundle.manifest.outputs]
+    assert list(inputs) == [t.name for t in bundle.manifest.graph.inputs]
+    assert list(outputs) == [t.name for t in bundle.manifest.graph.outputs]
     assert inputs["input_ids"] == (kind.TYPE_INT64, [-1])
     assert inputs["past_key_values.1.value"] == (kind.TYPE_FP16, [3, -1, 64])
     assert outputs["logits"] == (kind.TYPE_FP16, [-1, 50])
@@ -103,7 +103,7 @@ def test_one_row_is_not_joined(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "out", report(profile=profile.to_json()))
     config = parse_config(write_repository(Bundle.open(folder), tmp_path / "repo").folder)
     assert config.max_batch_size == 1 and not config.HasField("dynamic_batching")
-    manifest = Manifest("m", "w8a8", "fp16", 23, **tensors())
+    manifest = Manifest("m", "w8a8", "fp16", 23, graphs=[GraphInfo(**tensors())])
     assert max_batch_size(manifest, profile) == 1
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iq_export.bundle.manifest import Manifest, TensorInfo, record_files
+from iq_export.bundle.manifest import TensorInfo, record_files
 from iq_export.bundle.package import atomic_folder
 from iq_export.run.ort import Step
-from tests.tiny_bundle import engine_record, fill
+from tests.tiny_bundle import engine_record, fill, manifest
 
 VOCAB = 50
 
@@ -59,7 +59,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         with (folder / "engines" / "rtx-ampere.plan").open("wb") as plan:
             plan.truncate(2_500_000)
         files = record_files(fill(folder))
-        Manifest(
+        manifest(
             name="tiny",
             recipe="w8a8",
             dtype="float16",

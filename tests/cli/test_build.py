@@ -97,13 +97,13 @@ def test_engine_is_added_and_rebuilt(built: Path, capsys: pytest.CaptureFixture[
     assert report["profile"]["seq"]["max"] == 8
     assert "nvcc was not found" in streams.err
     manifest = _manifest(built)
-    assert manifest.engines["rtx-ampere"]["sha256"] == report["sha256"]
+    assert manifest.graph.engines["rtx-ampere"]["sha256"] == report["sha256"]
     assert manifest.files["engines/rtx-ampere.plan"].sha256 == report["sha256"]
     assert manifest.targets == ["rtx-ampere"]
     # Again, with the bundle's own targets and another one beside them.
     assert main(["build", str(built), *SHAPES, "-q"]) == 0
     assert main(["build", str(built), "--target", "rtx-all", *SHAPES]) == 0
-    assert list(_manifest(built).engines) == ["rtx-ampere", "rtx-all"]
+    assert list(_manifest(built).graph.engines) == ["rtx-ampere", "rtx-all"]
     assert "sink ops as function bodies" in capsys.readouterr().out
     assert sorted(path.name for path in built.iterdir()) == [
         "engines",
@@ -209,11 +209,11 @@ def test_plugin_form(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("nvcc or TensorRT's headers are missing: no plugin can be compiled")
     assert main(["build", str(built), "--target", "rtx-ampere", "--plugin", "on", *SHAPES]) == 0
     manifest = _manifest(built)
-    assert manifest.engines["rtx-ampere"]["form"] == "plugin"
+    assert manifest.graph.engines["rtx-ampere"]["form"] == "plugin"
     assert "plugins/libiq_plugins.so" in manifest.files
     # And back: the form is that of the last build.
     assert main(["build", str(built), "--target", "rtx-ampere", "--plugin", "off", *SHAPES]) == 0
-    assert _manifest(built).engines["rtx-ampere"]["form"] == "body"
+    assert _manifest(built).graph.engines["rtx-ampere"]["form"] == "body"
 
 
 def test_a_timing_cache_that_is_no_file(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
-from iq_export.bundle.manifest import CHECKSUM_NAME, MANIFEST_NAME, checksum_line, record_files
+from iq_export.bundle.manifest import (
+    CHECKSUM_NAME,
+    MANIFEST_NAME,
+    GraphInfo,
+    checksum_line,
+    record_files,
+)
 from iq_export.bundle.package import Bundle, atomic_folder, update_manifest
 from iq_export.bundle.update import STATE, bundle_lock
 from iq_export.checksum import sha256_file
@@ -53,7 +59,7 @@ def bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build_module, "provide_plugin", lambda *_: PluginBuild(None, "none"))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     plans = [f"engines/{plan.name}" for plan in bundle.glob("engines/*")]
-    update_manifest(Bundle.open(bundle), engines={}, targets=[], drop=plans)
+    update_manifest(Bundle.open(bundle), graphs=[GraphInfo()], targets=[], drop=plans)
     return bundle
 
 
@@ -99,7 +105,7 @@ def test_builds_and_an_eval_at_once(bundle: Path) -> None:
     commands.append(["eval", str(bundle), "-q", *small])
     assert _many(bundle, commands) == [0] * 5
     manifest = Bundle.open(bundle).manifest
-    assert sorted(manifest.engines) == sorted(TARGETS) == sorted(manifest.targets)
+    assert sorted(manifest.graph.engines) == sorted(TARGETS) == sorted(manifest.targets)
     assert manifest.accuracy is not None
     assert all(f"engines/{name}.plan" in manifest.files for name in TARGETS)
 
@@ -140,7 +146,7 @@ def test_build_mends_a_plan_that_the_manifest_does_not_describe(bundle: Path) ->
     assert main(["verify", str(bundle), "-q"]) == 7
     assert build(bundle, "rtx-ada") == 0
     manifest = Bundle.open(bundle).manifest
-    assert sorted(manifest.engines) == ["rtx-ada", "rtx-ampere"]
+    assert sorted(manifest.graph.engines) == ["rtx-ada", "rtx-ampere"]
     assert names(bundle) == whole
 
 
@@ -154,7 +160,7 @@ def test_an_engine_that_cannot_be_built_here_is_dropped(
     )
     assert main(["build", str(bundle), "--target=rtx-ada"]) == 0
     assert "engine of rtx-ampere is not the one that was recorded" in capsys.readouterr().err
-    assert list(Bundle.open(bundle).manifest.engines) == ["rtx-ada"]
+    assert list(Bundle.open(bundle).manifest.graph.engines) == ["rtx-ada"]
     assert not (bundle / "engines" / "rtx-ampere.plan").exists()
 
 
@@ -162,16 +168,16 @@ def test_a_damaged_library_takes_the_engines_that_need_it(bundle: Path) -> None:
     assert build(bundle, "rtx-ampere", "rtx-ada") == 0
     (bundle / "plugins").mkdir()
     (bundle / "plugins" / "libiq_plugins.so").write_text("old")
-    engines = Bundle.open(bundle).manifest.engines
-    engines["rtx-ada"] |= {"form": "plugin", "plugin_embedded": False, "plugin_version": "1"}
+    graph = Bundle.open(bundle).manifest.graph
+    graph.engines["rtx-ada"] |= {"form": "plugin", "plugin_embedded": False, "plugin_version": "1"}
     opened = update_manifest(
-        Bundle.open(bundle), rehash=["plugins/libiq_plugins.so"], engines=engines
+        Bundle.open(bundle), rehash=["plugins/libiq_plugins.so"], graphs=[graph]
     )
     assert opened.mismatches() == []
     (bundle / "plugins" / "libiq_plugins.so").write_text("new")
     assert build(bundle, "rtx-ampere") == 0
     manifest = Bundle.open(bundle).manifest
-    assert manifest.engines["rtx-ada"]["form"] == "none"  # built again
+    assert manifest.graph.engines["rtx-ada"]["form"] == "none"  # built again
     assert "plugins/libiq_plugins.so" not in manifest.files
 
 

@@ -77,13 +77,13 @@ def test_cost_of_the_compile(smollm2_bundle: Path) -> None:
 
 
 def test_two_lifecycles_are_found(smollm2_bundle: Path) -> None:
-    assert len(Bundle.open(smollm2_bundle, verify=False).manifest.lifecycles) == 2
+    assert len(Bundle.open(smollm2_bundle, verify=False).manifest.graph.lifecycles) == 2
 
 
 def test_ranges_of_birth_and_death_shrink(smollm2_bundle: Path) -> None:
     bundle = Bundle.open(smollm2_bundle, verify=False)
     quantizers = {q["name"]: q for q in bundle.plan()["quantizers"]}
-    replaced = [life for life in bundle.manifest.lifecycles if life["replaced"]]
+    replaced = [life for life in bundle.manifest.graph.lifecycles if life["replaced"]]
     assert replaced
     for block in {life[end] for life in replaced for end in ("birth", "death")}:
         (name,) = [q for q in quantizers if q.startswith(f"layers.{block}/mlp/down_proj")]

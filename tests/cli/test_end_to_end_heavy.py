@@ -132,7 +132,7 @@ def test_w4a16_plans_against_half_precision(
     model = io.load(work / "traced" / "model.onnx")
     to_half(model)
     io.save(model, tmp_path / "half.onnx")
-    engines = w4a16_bundle.manifest.engines
+    engines = w4a16_bundle.manifest.graph.engines
     assert set(engines) == set(TARGETS)
     half = _build(tmp_path / "half.onnx", plan, TARGETS[0])
     (tmp_path / "half.onnx.data").unlink()
@@ -235,7 +235,7 @@ def test_recompiling_gives_the_same_bytes(smollm2_bundle: Path, tmp_path: Path) 
     first, again = Bundle.open(smollm2_bundle).manifest, Bundle.open(out).manifest
     for name in ("plan.json", "sinks.safetensors", "model.onnx", "model.onnx.data"):
         assert first.files[name] == again.files[name], name
-    hashes = [m.engines[TARGETS[0]]["sha256"] for m in (first, again) if m.engines]
+    hashes = [m.graph.engines[TARGETS[0]]["sha256"] for m in (first, again) if m.graph.engines]
     print(f"engine of {TARGETS[0]}: sha256 {hashes}")
 
 

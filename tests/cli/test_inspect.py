@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from iq_export.bundle.manifest import Manifest, TensorInfo
+from iq_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.cli import main
 from iq_export.cli.inspect import describe
@@ -31,6 +32,20 @@ def test_sections_for_people(bundle: Path, capsys: pytest.CaptureFixture[str]) -
     ):
         assert expected in text
     assert "past_key_values.1.key" not in text
+
+
+def test_several_graphs_are_shown_each(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    vision = GraphInfo("vision", inputs=[TensorInfo("pixel_values", "float16", ["batch", 3, 8])])
+    text = describe(replace(manifest, graphs=[manifest.graph, vision]))
+    for expected in (
+        "sink lifecycles of model:\n  1. blocks 11 to 29",
+        "sink lifecycles of vision:\n  none found",
+        "engines of model:\n  target",
+        "engines of vision:\n  none",
+        "inputs and outputs of vision:\n  in  pixel_values  float16  [batch, 3, 8]",
+    ):
+        assert expected in text
 
 
 def test_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,11 +86,14 @@ def test_what_a_manifest_says_is_shown_and_not_obeyed(
     manifest = Bundle.open(bundle).manifest
     update_manifest(
         Bundle.open(bundle), name=evil, recipe=evil, dtype=evil, notes=[evil], targets=[evil],
-        source={evil: evil}, engine_failures={evil: evil}, timings={evil: 1.0},
-        lifecycles=[{"birth": 1, "death": 2, "tokens": [evil]}],
-        engines={evil: engine_record(form_reason=evil, plan="none.plan")},
-        inputs=[TensorInfo(evil, "int64", [evil])],
+        source={evil: evil}, timings={evil: 1.0},
         accuracy={"text": evil, "windows": 1, "length": 1, "rows": []},
+        graphs=[GraphInfo(
+            engine_failures={evil: evil},
+            lifecycles=[{"birth": 1, "death": 2, "tokens": [evil]}],
+            engines={evil: engine_record(form_reason=evil, plan="none.plan")},
+            inputs=[TensorInfo(evil, "int64", [evil])],
+        )],
     )  # fmt: skip
     assert main(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out

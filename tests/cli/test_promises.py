@@ -257,12 +257,12 @@ def test_the_bundle_is_whole_without_the_engine(
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
     assert main(["verify", str(out), "--quiet"]) == 0
     manifest = Bundle.open(out).manifest
-    assert list(manifest.engines) == ["rtx-ada"]
-    assert list(manifest.engine_failures) == ["rtx-ampere"]
-    reason = manifest.engine_failures["rtx-ampere"]
+    assert list(manifest.graph.engines) == ["rtx-ada"]
+    assert list(manifest.graph.engine_failures) == ["rtx-ampere"]
+    reason = manifest.graph.engine_failures["rtx-ampere"]
     assert reason == "TensorRT cannot parse 'model.onnx': it does not like it."
     assert f"no engine for 'rtx-ampere': {reason}" in manifest.notes
-    assert document["engine_failures"] == manifest.engine_failures
+    assert document["graphs"][0]["engine_failures"] == manifest.graph.engine_failures
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     assert f"rtx-ampere: FAILED: {reason}" in capsys.readouterr().out
@@ -274,8 +274,8 @@ def test_a_later_build_clears_the_failure(
     out = shutil.copytree(without_engine[0], tmp_path / "copy")
     assert main(["build", str(out), "--target", "rtx-ampere", "--quiet"]) == 0
     manifest = Bundle.open(out).manifest
-    assert sorted(manifest.engines) == ["rtx-ada", "rtx-ampere"]
-    assert manifest.engine_failures == {}
+    assert sorted(manifest.graph.engines) == ["rtx-ada", "rtx-ampere"]
+    assert manifest.graph.engine_failures == {}
     assert not any("rtx-ampere" in note for note in manifest.notes)
     assert main(["verify", str(out), "--quiet"]) == 0
 
@@ -301,7 +301,7 @@ def test_a_target_that_fails_to_build_stops_no_other(
     assert main(argv) == 6
     streams = capsys.readouterr()
     assert "it does not like it" in streams.err and "rtx-ampere.plan" in streams.out
-    assert sorted(Bundle.open(out).manifest.engines) == ["rtx-ada", "rtx-ampere"]
+    assert sorted(Bundle.open(out).manifest.graph.engines) == ["rtx-ada", "rtx-ampere"]
 
 
 @RTX

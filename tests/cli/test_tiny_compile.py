@@ -42,12 +42,14 @@ def test_bundle_is_whole(compiled: Path) -> None:
     manifest = Bundle.open(compiled).manifest
     assert manifest.recipe == "w8a8" and recipe_of(manifest) == load_recipe("w8a8")
     assert {"model.onnx", "plan.json", "report.html", "tokenizer.json"} <= set(manifest.files)
-    assert manifest.inputs and manifest.outputs and manifest.timings and manifest.versions
+    assert (
+        manifest.graph.inputs and manifest.graph.outputs and manifest.timings and manifest.versions
+    )
     assert not list(compiled.parent.glob(".*"))
 
 
 def test_no_spikes_no_sink_ops(compiled: Path) -> None:
-    assert Bundle.open(compiled).manifest.lifecycles == []
+    assert Bundle.open(compiled).manifest.graph.lifecycles == []
     assert b"SinkClampInsert" not in (compiled / "model.onnx").read_bytes()
 
 
@@ -63,7 +65,7 @@ def test_decisions_of_a_bundle_make_its_graph_again(
         assert (again / name).read_bytes() == (compiled / name).read_bytes()
     manifest = Bundle.open(again).manifest
     assert manifest.targets == ["orin"] and manifest.recipe == "w8a8"
-    assert manifest.lifecycles == Bundle.open(compiled).manifest.lifecycles
+    assert manifest.graph.lifecycles == Bundle.open(compiled).manifest.graph.lifecycles
     assert "Calibrate quantizers" not in manifest.timings
     assert main([*argv, str(wide), *more, "--dtype", "fp32"]) == 0
     assert Bundle.open(wide).manifest.check["top1"] > 0.9
@@ -88,7 +90,7 @@ def test_decisions_for_something_else_are_refused(
 def test_engine_is_recorded(compiled: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     manifest = Bundle.open(compiled).manifest
-    assert manifest.engines["rtx-ampere"]["form"] == "none"
+    assert manifest.graph.engines["rtx-ampere"]["form"] == "none"
     assert "engines/rtx-ampere.plan" in manifest.files
 
 
@@ -135,7 +137,7 @@ def test_same_input_same_files(compiled: Path, tiny_model: Path, tmp_path: Path)
     ours, again = Bundle.open(compiled).manifest, Bundle.open(tmp_path / "again").manifest
     for name in ("model.onnx", "model.onnx.data", "plan.json", "sinks.safetensors"):
         assert ours.files[name] == again.files[name]
-    for target, engine in again.engines.items():
+    for target, engine in again.graph.engines.items():
         assert engine["sha256"] == again.files[f"engines/{target}.plan"].sha256
 
 
@@ -164,7 +166,9 @@ def test_int8_cache_through_every_command(
     argv = ["compile", str(tiny_model), str(out), "--recipe", "w8a8kv8", *SMALL, *SHAPES]
     assert main([*argv, "--work", str(compiled.parent / "work"), "--keep-work"]) == 0
     manifest = Bundle.open(out).manifest
-    caches = [t for t in (*manifest.inputs, *manifest.outputs) if t.name.endswith(".key")]
+    caches = [
+        t for t in (*manifest.graph.inputs, *manifest.graph.outputs) if t.name.endswith(".key")
+    ]
     assert {(t.dtype, len(t.shape)) for t in caches} == {("int8", 4)}
     plan = json.loads((out / "plan.json").read_text())
     assert len(plan["kv_cache"]) == 4

@@ -11,8 +11,8 @@ from typing import Any
 from tests.faults.run import World, run
 
 # Of the manifest: what two compiles of the same model have in common.
-_SAME = ("name", "recipe", "dtype", "opset", "source", "options", "inputs", "outputs",
-         "lifecycles", "check")  # fmt: skip
+_SAME = ("name", "recipe", "dtype", "opset", "source", "options", "check")
+_SAME_GRAPH = ("name", "inputs", "outputs", "lifecycles")
 _CONTENT = ("model.onnx", "model.onnx.data", "plan.json", "sinks.safetensors", "tokenizer.json")
 
 
@@ -37,6 +37,8 @@ def signature(bundle: Path) -> dict[str, Any]:
     """What is the same whenever this bundle is compiled: no times, no engines."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     found = {name: manifest[name] for name in _SAME}
+    (graph,) = manifest["graphs"]
+    found |= {f"graph's {name}": graph[name] for name in _SAME_GRAPH}
     for name in _CONTENT:
         path = bundle / name
         found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

@@ -203,6 +203,16 @@ def _top(**changes: object) -> Change:
     return lambda site: site.write({**site.manifest(), **changes})
 
 
+def _graph(**changes: object) -> Change:
+    """Fields of the graph are others."""
+
+    def change(site: Site) -> None:
+        manifest = site.manifest()
+        site.write({**manifest, "graphs": [{**manifest["graphs"][0], **changes}]})
+
+    return change
+
+
 def _files(change: Callable[[dict[str, Any], Site], object]) -> Change:
     def apply(site: Site) -> None:
         manifest = site.manifest()
@@ -337,13 +347,22 @@ BY_HAND: tuple[Change, ...] = (
     lambda site: site.write(json.dumps(site.manifest()).replace('"opset": 23', '"opset": 1e999')),
     _top(format_version=True),
     _top(format_version=1.0),
+    _top(format_version=3),
+    _top(format_version=1),
+    _top(graphs=[]),
+    _top(graphs={"model": {}}),
+    _top(graphs=[{}] * 100_000),
+    lambda site: site.write({**site.manifest(), "graphs": site.manifest()["graphs"] * 2}),
+    _graph(name="../../outside/canary"),
+    _graph(name="other"),
+    _graph(name=_ESCAPES),
     _top(peak_rss_bytes=-(10**30)),
-    _top(profile={"batch": {"min": 10**30, "opt": -1, "max": "x"}}),
-    _top(engines={"../../outside/victim/x": {}}),
-    _top(engines={"rtx-ampere": {"bytes": "many", "form": _ESCAPES}}),
+    _graph(profile={"batch": {"min": 10**30, "opt": -1, "max": "x"}}),
+    _graph(engines={"../../outside/victim/x": {}}),
+    _graph(engines={"rtx-ampere": {"bytes": "many", "form": _ESCAPES}}),
     _top(targets=["../../outside/victim/rtx-ampere"]),
-    _top(inputs=[{"name": "input_ids", "dtype": "int64", "shape": [10**30]}]),
-    _top(lifecycles=[{"birth": "x"}, {}]),
+    _graph(inputs=[{"name": "input_ids", "dtype": "int64", "shape": [10**30]}]),
+    _graph(lifecycles=[{"birth": "x"}, {}]),
     _top(check={"tokens": [], "top1": "x", "kl": None}),
     _top(accuracy={"rows": 5}, speed={"x": 1}),
     _top(timings={"x": "y"}),

@@ -127,7 +127,7 @@ def _records(crowd: Crowd) -> list[str]:
     for done in crowd.done:
         if done.code == 0 and done.argv[0] == "build":
             target = done.argv[done.argv.index("--target") + 1]
-            if target not in manifest["engines"]:
+            if target not in manifest["graphs"][0]["engines"]:
                 why.append(f"the engine of {target} was built and is not recorded")
         if done.code == 0 and done.argv[0] == "eval" and not manifest["accuracy"]:
             why.append("eval ended with 0 and its table is not recorded")

@@ -13,7 +13,7 @@ from iq_export.bundle.package import Bundle
 from iq_export.errors import BundleError
 from iq_export.report.chart import Series, line_chart
 from iq_export.report.html import check_report, render, update_with_report, write_report
-from tests.tiny_bundle import fill
+from tests.tiny_bundle import fill, manifest
 
 _VOID = {"meta", "line", "circle", "polyline", "br"}
 
@@ -34,11 +34,11 @@ class Balance(HTMLParser):
             assert self.open.pop() == tag
 
 
-def manifest() -> Manifest:
+def sample() -> Manifest:
     row = {"graph": "bundle (w8a8)", "bos": True, "perplexity": 18.5, "ratio": 1.03, "tokens": 8,
            "top1_agreement": 0.9, "kl": 0.01, "seconds": 1.0, "error": None}  # fmt: skip
     broken = {**row, "graph": "rtn <w8a8>", "perplexity": None, "error": "NaN in window 0"}
-    return Manifest(
+    return manifest(
         name="<tiny>",
         recipe="w8a8",
         dtype="float16",
@@ -66,7 +66,7 @@ PLAN = {
 
 
 def test_complete_report(tmp_path: Path) -> None:
-    page = write_report(manifest(), PLAN, tmp_path / "report.html").read_text(encoding="utf-8")
+    page = write_report(sample(), PLAN, tmp_path / "report.html").read_text(encoding="utf-8")
     balance = Balance()
     balance.feed(page)
     assert balance.open == []

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.bundle.manifest import Manifest, TensorInfo, record_files
+from iq_export.bundle.manifest import TensorInfo, record_files
 from iq_export.engine.build import EngineReport
 from iq_export.engine.plugin import find_cmake
+from tests.tiny_bundle import manifest
 
 SOURCES = Path(__file__).resolve().parents[2] / "plugins" / "runtime"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -171,7 +172,7 @@ def write_bundle(folder: Path, *engines: EngineReport, **changes: object) -> Pat
         profile=ORIN.profile, targets=list(records), engines=records, files=files,
         source={"model": "tiny"}, timings={"trace": 1.5}, notes=["größer"],
     )  # fmt: skip
-    Manifest(**{**values, **changes}).write(folder)  # type: ignore[arg-type]
+    manifest(**{**values, **changes}).write(folder)
     return folder
 
 

@@ -237,13 +237,30 @@ def _name(name: str) -> Callable[[Any], None]:
     return lambda content: content["files"].update({name: content["files"]["model.onnx"]})
 
 
+def _graph(*path: Any) -> Callable[[Any], None]:
+    return _set("graphs", 0, *path)
+
+
+def _engine(*path: Any) -> Callable[[Any], None]:
+    return _graph("engines", "orin", *path)
+
+
 MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "list": (lambda _: [1], "not an object"),
-    "format": (_set("format_version", 2), "format version"),
+    "format": (_set("format_version", 3), "format version"),
+    "no graphs": (_set("graphs", []), "graphs is not a list of 1 to 64"),
+    "graphs as object": (_set("graphs", {}), "graphs is not a list"),
+    "many graphs": (_set("graphs", [{}] * 65), "graphs is not a list of 1 to 64"),
+    "no graph": (_set("graphs", 0, None), "graphs[0] is not an object"),
+    "a name twice": (lambda c: c["graphs"].append(c["graphs"][0]), "has the name 'model' twice"),
+    "graph above": (_graph("name", "../x"), "is not a graph's name"),
+    "graph not listed": (_graph("name", "x"), "files has no 'x.onnx'"),
+    "no inputs": (lambda c: c["graphs"][0].pop("inputs") and None, "graphs[0] has no 'inputs'"),
     "format as text": (_set("format_version", "1"), "format_version is not an integer"),
     "no format": (lambda c: c.pop("format_version") and None, "no 'format_version'"),
     "unknown field": (_set("files", "plan.json", "surprise", 1), "unknown field 'surprise'"),
-    "no files": (_set("files", {}), "files has no 'model.onnx'"),
+    "no files": (_set("files", {}), "files has no 'tokenizer.json'"),
+    "no model": (lambda c: c["files"].pop("model.onnx") and None, "files has no 'model.onnx'"),
     "files as list": (_set("files", []), "files is not an object"),
     "no weights": (lambda c: c["files"].pop("model.onnx.data") and None, "model.onnx.data"),
     "no tokenizer": (lambda c: c["files"].pop("tokenizer.json") and None, "tokenizer.json"),
@@ -268,28 +285,28 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "notes": (_set("notes", [3]), "notes[0] is not a text"),
     "check": (_set("check", []), "check is not an object or null"),
     "long name": (_name("x" * 5000), "too long"),
-    "engine list": (_set("engines", []), "engines is not an object"),
-    "plan above": (_set("engines", "orin", "plan", "../orin.plan"), "plan of engine orin"),
-    "plan checksum": (_set("engines", "orin", "sha256", "0" * 64), "same size and checksum"),
-    "flavour": (_set("engines", "orin", "flavour", "onnx"), "not known"),
-    "version": (_set("engines", "orin", "tensorrt_version", "new"), "not a version"),
-    "version huge": (_set("engines", "orin", "tensorrt_version", "9" * 40), "not a version"),
-    "sm huge": (_set("engines", "orin", "compute_capabilities", [10**9]), "not an integer"),
-    "form": (_set("engines", "orin", "form", "other"), "not known"),
-    "embedded": (_set("engines", "orin", "plugin_embedded", 1), "not true or false"),
-    "profile": (_set("engines", "orin", "profile", {}), "no 'batch'"),
-    "profile order": (_set("engines", "orin", "profile", "seq", "max", 1), "not an integer from 4"),
-    "decode only": (_set("engines", "orin", "profile", "past", "min", 1), "prefill and decode"),
-    "no cache": (_set("inputs", []), "not a causal LM"),
-    "axis": (_set("inputs", 3, "shape", 1, 0), "no usable size"),
-    "axis huge": (_set("inputs", 3, "shape", 3, 2**31 - 1), "no usable size"),
-    "cache type": (_set("inputs", 3, "dtype", "int64"), "no output"),
-    "odd rows": (_set("inputs", 3, "shape", 3, 3), "rows of a type or size"),
-    "ids": (_set("inputs", 0, "dtype", "int32"), "not int64"),
-    "unknown input": (_set("inputs", 0, "name", "input"), "not a causal LM"),
-    "other input": (_set("inputs", 1, "name", "token_type_ids"), "how to fill"),
-    "present": (_set("outputs", 1, "name", "x"), "no output 'present.0.key'"),
-    "control": (_set("engines", "orin", "form", "\x1b[31m\n"), "is '?[31m?'"),
+    "engine list": (_graph("engines", []), "engines is not an object"),
+    "plan above": (_engine("plan", "../orin.plan"), "plan of engine orin"),
+    "plan checksum": (_engine("sha256", "0" * 64), "same size and checksum"),
+    "flavour": (_engine("flavour", "onnx"), "not known"),
+    "version": (_engine("tensorrt_version", "new"), "not a version"),
+    "version huge": (_engine("tensorrt_version", "9" * 40), "not a version"),
+    "sm huge": (_engine("compute_capabilities", [10**9]), "not an integer"),
+    "form": (_engine("form", "other"), "not known"),
+    "embedded": (_engine("plugin_embedded", 1), "not true or false"),
+    "profile": (_engine("profile", {}), "no 'batch'"),
+    "profile order": (_engine("profile", "seq", "max", 1), "not an integer from 4"),
+    "decode only": (_engine("profile", "past", "min", 1), "prefill and decode"),
+    "no cache": (_graph("inputs", []), "not a causal LM"),
+    "axis": (_graph("inputs", 3, "shape", 1, 0), "no usable size"),
+    "axis huge": (_graph("inputs", 3, "shape", 3, 2**31 - 1), "no usable size"),
+    "cache type": (_graph("inputs", 3, "dtype", "int64"), "no output"),
+    "odd rows": (_graph("inputs", 3, "shape", 3, 3), "rows of a type or size"),
+    "ids": (_graph("inputs", 0, "dtype", "int32"), "not int64"),
+    "unknown input": (_graph("inputs", 0, "name", "input"), "not a causal LM"),
+    "other input": (_graph("inputs", 1, "name", "token_type_ids"), "how to fill"),
+    "present": (_graph("outputs", 1, "name", "x"), "no output 'present.0.key'"),
+    "control": (_engine("form", "\x1b[31m\n"), "is '?[31m?'"),
 }  # fmt: skip
 
 
@@ -323,6 +340,53 @@ def test_unknown_fields_of_the_top_level_are_ignored(check: Check, bundle: Path)
     assert check().code == 0
 
 
+def with_vision(bundle: Path) -> None:
+    """A second graph, which is no causal LM and has an engine of its own."""
+    for end in ("onnx", "onnx.data"):
+        shutil.copy(bundle / f"model.{end}", bundle / f"vision.{end}")
+
+    def change(content: Any) -> None:
+        for end in ("onnx", "onnx.data"):
+            content["files"][f"vision.{end}"] = content["files"][f"model.{end}"]
+        pixels = {"name": "pixel_values", "dtype": "float16", "shape": ["batch", 3, 8, 8]}
+        engines = {"rtx-ada": content["graphs"][0]["engines"]["rtx-ampere"]}
+        content["graphs"].append(
+            {"name": "vision", "inputs": [pixels], "outputs": [], "engines": engines}
+        )
+
+    rewrite(bundle, change)
+
+
+def test_one_graph_of_several_is_opened_by_its_name(check: Check, bundle: Path) -> None:
+    with_vision(bundle)
+    for arguments in ((), HERE):
+        done = check(*arguments)
+        assert done.code == 5 and re.search(r"graph +the name of one +model, vision$", done.error)
+    done = check("--graph", "text", *HERE)
+    assert done.code == 5 and re.search(r"graph +text +model, vision$", done.error)
+    done = check("--graph", "model", *HERE)
+    assert done.code == 0 and "engine orin" in done.out and "rtx-ada" not in done.out
+    done = check("--graph", "vision", "--engine", "orin")
+    assert done.code == 6 and re.search(r"engine +orin +rtx-ada$", done.error)
+    done = check("--graph", "vision")
+    assert done.code == 5 and "not a causal LM" in done.error
+    (bundle / "vision.onnx").write_bytes(b"other")
+    assert check("--graph", "model").code == 7
+
+
+def test_format_1_is_read_as_format_2(check: Check, bundle: Path) -> None:
+    """`format_1.json` is what a version wrote that knew no other; its files are the same."""
+    now = check()
+    text = (Path(__file__).parents[1] / "bundle" / "format_1.json").read_bytes()
+    (bundle / MANIFEST_NAME).write_bytes(text)
+    (bundle / CHECKSUM_NAME).write_text(checksum_line(text))
+    then = check()
+    assert (then.code, then.out) == (0, now.out)
+    assert check("--graph", "model", *HERE).code == 0
+    rewrite(bundle, _set("engines", "orin", "form", "other"))
+    assert check().code == 7 and "not known" in check().error
+
+
 def switched(bundle: Path) -> dict[str, bytes]:
     """The bundle as a build that was killed right behind its switch leaves it; what is ahead."""
     ahead = bundle / ".iq-export" / "update"
@@ -330,7 +394,8 @@ def switched(bundle: Path) -> dict[str, bytes]:
     (ahead / "engines" / "orin.plan").write_bytes(b"a newer plan")
 
     def newer(content: Any) -> None:
-        for record in (content["files"]["engines/orin.plan"], content["engines"]["orin"]):
+        engine = content["graphs"][0]["engines"]["orin"]
+        for record in (content["files"]["engines/orin.plan"], engine):
             record["bytes"] = len(b"a newer plan")
             record["sha256"] = hashlib.sha256(b"a newer plan").hexdigest()
 
@@ -365,8 +430,9 @@ def test_control_characters_are_never_printed_raw(check: Check, bundle: Path) ->
 
     def change(content: Any) -> None:
         content.update(name=evil, recipe=evil)
-        for name in list(content["engines"]):
-            content["engines"][evil + name] = content["engines"].pop(name)
+        engines = content["graphs"][0]["engines"]
+        for name in list(engines):
+            engines[evil + name] = engines.pop(name)
 
     rewrite(bundle, change)
     for arguments in ((), HERE, ("--engine", "none"), ("--engine", evil), (evil,)):
@@ -433,7 +499,7 @@ def test_damage_is_also_found_by_python(bundle: Path) -> None:
     from iq_export.bundle.package import Bundle
     from iq_export.errors import BundleError
 
-    assert Bundle.open(bundle).manifest.engines["rtx-ampere"]["form"] == RTX.form
+    assert Bundle.open(bundle).manifest.graph.engines["rtx-ampere"]["form"] == RTX.form
     line = (bundle / CHECKSUM_NAME).read_text()
     digest = hashlib.sha256((bundle / MANIFEST_NAME).read_bytes()).hexdigest()
     assert line == f"{digest}  {MANIFEST_NAME}\n"

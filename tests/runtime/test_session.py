@@ -166,8 +166,9 @@ def test_a_plan_that_is_none_is_told(run: Run, tmp_path: Path) -> None:
 
     bundle = Bundle.open(folder, verify=False)
     record = record_files(folder, ["engines/x.plan"])["engines/x.plan"]
-    engines = {"orin": {**bundle.manifest.engines["orin"], "sha256": record.sha256}}
-    update_manifest(bundle, rehash=["engines/x.plan"], engines=engines)
+    graph = bundle.manifest.graph
+    graph.engines["orin"]["sha256"] = record.sha256
+    update_manifest(bundle, rehash=["engines/x.plan"], graphs=[graph])
     done = run("1", folder=folder)
     assert done.code == 6 and "x.plan: this is no plan" in done.error
 

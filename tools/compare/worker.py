@@ -179,8 +179,9 @@ def _ours(task: dict[str, Any]) -> dict[str, Any]:
     bundle = compile(options, Progress())
     for name in (MODEL, f"{MODEL}.data"):
         (folder / "bundle" / name).rename(folder / name)
-    replaced = sum(life["replaced"] for life in bundle.manifest.lifecycles)
-    notes = [f"{replaced} of {len(bundle.manifest.lifecycles)} lifecycles replaced"]
+    lifecycles = bundle.manifest.graph.lifecycles
+    replaced = sum(life["replaced"] for life in lifecycles)
+    notes = [f"{replaced} of {len(lifecycles)} lifecycles replaced"]
     shutil.rmtree(folder / "bundle")
     for stage in work.iterdir():  # gigabytes that nothing reads again; the traced model is kept
         if stage.is_dir() and stage != Path(task["traced"]).parent:

@@ -114,11 +114,28 @@ std::string namesOf(std::map<std::string, EngineInfo> const& engines)
     return names.empty() ? "none: iq-export build makes one" : names;
 }
 
+// Null, and a row that says why, if `name` is no graph's, or is empty and there are several.
+GraphInfo const* chooseGraph(
+    Manifest const& manifest, std::string const& name, std::vector<Mismatch>& rows)
+{
+    std::string names;
+    for (GraphInfo const& graph : manifest.graphs)
+    {
+        if (graph.name == name || (name.empty() && manifest.graphs.size() == 1))
+        {
+            return &graph;
+        }
+        names += (names.empty() ? "" : ", ") + graph.name;
+    }
+    rows.push_back({"graph", name.empty() ? "the name of one" : name, names});
+    return nullptr;
+}
+
 // Null, and rows that say why, if no engine fits.
-EngineInfo const* chooseEngine(Manifest const& manifest, std::string const& name,
+EngineInfo const* chooseEngine(GraphInfo const& graph, std::string const& name,
     Machine const& machine, std::vector<Mismatch>& rows)
 {
-    auto const& engines = manifest.engines;
+    auto const& engines = graph.engines;
     if (engines.count(name) == 0 && (!name.empty() || engines.empty()))
     {
         rows.push_back({"engine", name.empty() ? "one at least" : name, namesOf(engines)});
@@ -140,6 +157,11 @@ EngineInfo const* chooseEngine(Manifest const& manifest, std::string const& name
     }
     rows.insert(rows.end(), all.begin(), all.end());
     return nullptr;
+}
+
+Error noGraph(std::string const& folder, std::vector<Mismatch> const& rows)
+{
+    return {ErrorCode::kGraph, folder + " has no such graph: give the name of one that it has", rows};
 }
 
 std::vector<int64_t> readEos(Node const& root)
@@ -225,14 +247,20 @@ Result<Bundle> Bundle::openOnce(std::string const& folder, Target const* target)
         std::vector<Mismatch> const files = fileMismatches(descriptor, manifest);
         rows.insert(rows.end(), files.begin(), files.end());
         bool const damaged = !rows.empty();
-        if (target != nullptr)
+        GraphInfo const* const graph
+            = target != nullptr ? chooseGraph(manifest, target->graph, rows) : nullptr;
+        if (graph != nullptr)
         {
-            static_cast<void>(chooseEngine(manifest, target->engine, target->machine, rows));
+            static_cast<void>(chooseEngine(*graph, target->engine, target->machine, rows));
         }
         if (damaged)
         {
             return Error{ErrorCode::kBundle,
                 folder + " is not as its manifest says: copy it or compile it again", rows};
+        }
+        if (target != nullptr && graph == nullptr)
+        {
+            return noGraph(folder, rows);
         }
         if (!rows.empty())
         {
@@ -257,11 +285,25 @@ Result<Bundle> Bundle::open(std::string const& folder, Target const* target)
     }
 }
 
-Result<EngineInfo const*> Bundle::engine(std::string const& name, Machine const& machine) const
+Result<GraphInfo const*> Bundle::graph(std::string const& name) const
+{
+    return guarded<GraphInfo const*>([&]() -> Result<GraphInfo const*> {
+        std::vector<Mismatch> rows;
+        GraphInfo const* const graph = chooseGraph(mManifest, name, rows);
+        if (graph == nullptr)
+        {
+            return noGraph(mFolder, rows);
+        }
+        return graph;
+    });
+}
+
+Result<EngineInfo const*> Bundle::engine(
+    GraphInfo const& graph, std::string const& name, Machine const& machine) const
 {
     return guarded<EngineInfo const*>([&]() -> Result<EngineInfo const*> {
         std::vector<Mismatch> rows;
-        EngineInfo const* const engine = chooseEngine(mManifest, name, machine, rows);
+        EngineInfo const* const engine = chooseEngine(graph, name, machine, rows);
         if (engine == nullptr)
         {
             return Error{ErrorCode::kEngine, mFolder + " has no engine for this machine", rows};
@@ -270,10 +312,10 @@ Result<EngineInfo const*> Bundle::engine(std::string const& name, Machine const&
     });
 }
 
-Result<CacheSize> Bundle::cacheSize(EngineInfo const& engine) const
+Result<CacheSize> Bundle::cacheSize(GraphInfo const& graph, EngineInfo const& engine) const
 {
     return guarded<CacheSize>([&]() -> Result<CacheSize> {
-        GraphIo const io = readGraphIo(mManifest);
+        GraphIo const io = readGraphIo(graph);
         checkProfile(engine);
         return CacheSize{
             static_cast<int64_t>(io.caches.size()), io.bytesPerToken, engine.past.max};

@@ -87,8 +87,8 @@ bool sameType(std::string const& name, nvinfer1::DataType inPlan)
     }
 }
 
-// The plan's own tensors are those the manifest names, each of its type.
-void checkTensors(nvinfer1::ICudaEngine const& engine, Manifest const& manifest)
+// The plan's own tensors are those the manifest names for the graph, each of its type.
+void checkTensors(nvinfer1::ICudaEngine const& engine, GraphInfo const& graph)
 {
     std::vector<Mismatch> rows;
     auto const compare = [&](TensorInfo const& tensor, nvinfer1::TensorIOMode mode) {
@@ -101,15 +101,15 @@ void checkTensors(nvinfer1::ICudaEngine const& engine, Manifest const& manifest)
             rows.push_back({tensor.name, tensor.dtype, "another type"});
         }
     };
-    for (TensorInfo const& input : manifest.inputs)
+    for (TensorInfo const& input : graph.inputs)
     {
         compare(input, nvinfer1::TensorIOMode::kINPUT);
     }
-    for (TensorInfo const& output : manifest.outputs)
+    for (TensorInfo const& output : graph.outputs)
     {
         compare(output, nvinfer1::TensorIOMode::kOUTPUT);
     }
-    size_t const expected = manifest.inputs.size() + manifest.outputs.size();
+    size_t const expected = graph.inputs.size() + graph.outputs.size();
     if (static_cast<size_t>(engine.getNbIOTensors()) != expected)
     {
         rows.push_back({"tensors of the plan", std::to_string(expected),
@@ -235,7 +235,13 @@ Result<std::shared_ptr<Engine const>> Engine::load(
             return probed.error();
         }
         Probe const& probe = probed.value();
-        Result<EngineInfo const*> const chosen = bundle->engine(options.engine, probe.machine);
+        Result<GraphInfo const*> const graph = bundle->graph(options.graph);
+        if (!graph)
+        {
+            return graph.error();
+        }
+        Result<EngineInfo const*> const chosen
+            = bundle->engine(*graph.value(), options.engine, probe.machine);
         if (!chosen)
         {
             return chosen.error();
@@ -250,14 +256,15 @@ Result<std::shared_ptr<Engine const>> Engine::load(
         }
         auto state = std::make_unique<State>();
         state->bundle = std::move(bundle);
+        state->graph = graph.value();
         state->info = chosen.value();
-        state->io = readGraphIo(state->bundle->manifest());
+        state->io = readGraphIo(*state->graph);
         state->device = options.device;
         check(cudaSetDevice(options.device), "cudaSetDevice");
         state->openRuntime(options.library);
         state->loadPlugin();
         state->deserialise();
-        checkTensors(*state->plan, state->bundle->manifest());
+        checkTensors(*state->plan, *state->graph);
         return Loaded(new Engine(std::move(state)));
     });
 }

@@ -17,6 +17,7 @@ namespace iq
 struct Engine::State
 {
     std::shared_ptr<Bundle const> bundle;
+    GraphInfo const* graph{nullptr};
     EngineInfo const* info{nullptr};
     GraphIo io;
     int32_t device{0};

@@ -83,7 +83,7 @@ std::string presentName(std::string const& past)
     return "";
 }
 
-CacheTensor readCache(TensorInfo const& past, Manifest const& manifest)
+CacheTensor readCache(TensorInfo const& past, GraphInfo const& graph)
 {
     std::optional<TensorType> const type = tensorType(past.dtype);
     CacheTensor cache{past.name, presentName(past.name), {}, 1, type ? bytesOf(*type) : 0};
@@ -108,7 +108,7 @@ CacheTensor readCache(TensorInfo const& past, Manifest const& manifest)
     {
         refuse("'" + past.name + "' has rows of a type or size that a session does not hold");
     }
-    TensorInfo const* const present = find(manifest.outputs, cache.present);
+    TensorInfo const* const present = find(graph.outputs, cache.present);
     if (present == nullptr || present->dtype != past.dtype)
     {
         refuse("'" + past.name + "' has no output '" + cache.present + "' of its type");
@@ -133,16 +133,16 @@ std::optional<TensorType> tensorType(std::string const& name)
     return found == kTypes.end() ? std::nullopt : std::optional<TensorType>(found->second);
 }
 
-GraphIo readGraphIo(Manifest const& manifest)
+GraphIo readGraphIo(GraphInfo const& graph)
 {
     GraphIo io;
-    TensorInfo const* const ids = find(manifest.inputs, "input_ids");
-    TensorInfo const* const logits = find(manifest.outputs, "logits");
+    TensorInfo const* const ids = find(graph.inputs, "input_ids");
+    TensorInfo const* const logits = find(graph.outputs, "logits");
     if (ids == nullptr || logits == nullptr)
     {
         refuse("the model is not a causal LM: it has no 'input_ids' or no 'logits'");
     }
-    for (TensorInfo const& input : manifest.inputs)
+    for (TensorInfo const& input : graph.inputs)
     {
         bool const mask = input.name == "attention_mask";
         bool const positions = input.name == "position_ids";
@@ -160,7 +160,7 @@ GraphIo readGraphIo(Manifest const& manifest)
         {
             refuse("a session does not know how to fill the input '" + input.name + "'");
         }
-        io.caches.push_back(readCache(input, manifest));
+        io.caches.push_back(readCache(input, graph));
         io.bytesPerToken += io.caches.back().heads * io.caches.back().rowBytes;
     }
     if (io.caches.empty())

@@ -47,9 +47,9 @@ struct GraphIo
     int64_t bytesPerToken{0}; // of the whole cache, for one sequence
 };
 
-// Throws Refusal, naming the tensor, if the manifest describes no causal LM with a KV cache, or one
-// with inputs that a session cannot fill.
-GraphIo readGraphIo(Manifest const& manifest);
+// Throws Refusal, naming the tensor, if the graph is no causal LM with a KV cache, or one with inputs
+// that a session cannot fill.
+GraphIo readGraphIo(GraphInfo const& graph);
 
 // Throws Refusal if the profile cannot both prefill and decode.
 void checkProfile(EngineInfo const& engine);

@@ -22,6 +22,7 @@ constexpr char const* kUsage = R"(usage: iq_run BUNDLE --ids 1,2,3 [options]
   --temperature T      0, the default, takes the likeliest token
   --top-k K, --top-p P what is sampled from (default: all)
   --seed N             (default 0)
+  --graph NAME         the graph (default: the only one)
   --engine NAME        the engine (default: the one that fits the machine)
   --tensorrt FILE      TensorRT's library (default: by its usual name)
   --for-sm N           check for this device, 86 for sm_86, instead of the one that is here
@@ -146,6 +147,10 @@ void setOption(Options& options, std::string const& name, std::string const& val
     {
         options.sampling.seed = static_cast<uint64_t>(integer(name, value, 0, INT64_MAX));
     }
+    else if (name == "--graph")
+    {
+        options.engine.graph = value;
+    }
     else if (name == "--engine")
     {
         options.engine.engine = value;
@@ -234,7 +239,7 @@ std::string describe(iq::EngineInfo const& engine)
 }
 
 // What is compared with the engines: what the options say, else what is found here.
-iq::Result<iq::Probe> machineFor(Options const& options, iq::Manifest const& manifest)
+iq::Result<iq::Probe> machineFor(Options const& options, iq::GraphInfo const& graph)
 {
     iq::Probe probe;
     if (options.wanted.computeCapability || options.wanted.tensorRt)
@@ -243,9 +248,9 @@ iq::Result<iq::Probe> machineFor(Options const& options, iq::Manifest const& man
         probe.whyNoTensorRt = probe.whyNoDevice = "not asked for";
         return probe;
     }
-    auto const named = manifest.engines.find(options.engine.engine);
-    auto const chosen = named == manifest.engines.end() ? manifest.engines.begin() : named;
-    if (chosen == manifest.engines.end())
+    auto const named = graph.engines.find(options.engine.engine);
+    auto const chosen = named == graph.engines.end() ? graph.engines.begin() : named;
+    if (chosen == graph.engines.end())
     {
         return probe;
     }
@@ -255,7 +260,7 @@ iq::Result<iq::Probe> machineFor(Options const& options, iq::Manifest const& man
 
 int check(Options const& options)
 {
-    iq::Target const target{options.engine.engine, options.wanted};
+    iq::Target const target{options.engine.engine, options.wanted, options.engine.graph};
     bool const asked = !target.engine.empty() || target.machine.computeCapability
         || target.machine.tensorRt;
     auto const opened = iq::Bundle::open(options.bundle, asked ? &target : nullptr);
@@ -265,14 +270,20 @@ int check(Options const& options)
     }
     iq::Bundle const& bundle = opened.value();
     iq::Manifest const& manifest = bundle.manifest();
-    iq::Result<iq::Probe> const probed = machineFor(options, manifest);
+    iq::Result<iq::GraphInfo const*> const named = bundle.graph(target.graph);
+    if (!named)
+    {
+        return fail(named.error());
+    }
+    iq::GraphInfo const& graph = *named.value();
+    iq::Result<iq::Probe> const probed = machineFor(options, graph);
     if (!probed)
     {
         return fail(probed.error());
     }
     iq::Machine const& machine = probed.value().machine;
     bool const comparable = asked || machine.computeCapability || machine.tensorRt;
-    iq::Result<iq::EngineInfo const*> const chosen = bundle.engine(target.engine, machine);
+    iq::Result<iq::EngineInfo const*> const chosen = bundle.engine(graph, target.engine, machine);
     if (comparable && !chosen)
     {
         return fail(chosen.error());
@@ -284,12 +295,12 @@ int check(Options const& options)
     }
     std::string const title = options.bundle + ": " + manifest.name + ", " + manifest.recipe;
     std::printf("%s\n", iq::printable(title).c_str());
-    say("manifest.json", "sha256 as in manifest.json.sha256, format 1");
+    say("manifest.json", "sha256 as in manifest.json.sha256");
     say("files", std::to_string(manifest.files.size()) + " files, " + std::to_string(bytes)
             + " bytes, size and sha256 as recorded, tokenizer.json among them");
-    for (auto const& [name, engine] : manifest.engines)
+    for (auto const& [name, engine] : graph.engines)
     {
-        iq::Result<iq::CacheSize> const cache = bundle.cacheSize(engine);
+        iq::Result<iq::CacheSize> const cache = bundle.cacheSize(graph, engine);
         if (!cache)
         {
             return fail(cache.error());

@@ -1,5 +1,6 @@
 #include "json.h"
 
+#include <algorithm>
 #include <optional>
 #include <set>
 #include <vector>
@@ -9,50 +10,115 @@
 namespace iq
 {
 
+namespace
+{
+
+// Looks at JSON as it is read. Json::parse with a callback looks through a list for each object in
+// it: a manifest of many takes hours.
+struct Watch
+{
+    std::vector<std::set<std::string>> keys; // of each object that is open
+    int64_t depth{0};
+    int64_t deepest{0};
+    std::optional<std::string> twice;
+
+    bool open()
+    {
+        deepest = std::max(deepest, ++depth);
+        return true;
+    }
+    bool close()
+    {
+        --depth;
+        return true;
+    }
+    bool key(std::string const& name)
+    {
+        if (!keys.back().insert(name).second)
+        {
+            twice = name;
+        }
+        return true;
+    }
+    bool start_object(size_t /*size*/)
+    {
+        keys.emplace_back();
+        return open();
+    }
+    bool start_array(size_t /*size*/)
+    {
+        return open();
+    }
+    bool end_object()
+    {
+        keys.pop_back();
+        return close();
+    }
+    bool end_array()
+    {
+        return close();
+    }
+    bool null()
+    {
+        return true;
+    }
+    bool boolean(bool /*value*/)
+    {
+        return true;
+    }
+    bool number_integer(Json::number_integer_t /*value*/)
+    {
+        return true;
+    }
+    bool number_unsigned(Json::number_unsigned_t /*value*/)
+    {
+        return true;
+    }
+    bool number_float(Json::number_float_t /*value*/, std::string const& /*text*/)
+    {
+        return true;
+    }
+    bool string(std::string const& /*value*/)
+    {
+        return true;
+    }
+    template <typename Bytes>
+    bool binary(Bytes const& /*value*/)
+    {
+        return true;
+    }
+    template <typename Exception>
+    bool parse_error(size_t /*at*/, std::string const& /*token*/, Exception const& /*error*/)
+    {
+        return false;
+    }
+};
+
+} // namespace
+
 Document::Document(std::string const& text, std::string const& where)
     : mWhere(where)
 {
-    std::vector<std::set<std::string>> keys;
-    std::optional<std::string> twice;
-    bool deep = false;
-    Json::parser_callback_t const watch = [&](int depth, Json::parse_event_t event, Json& value) {
-        bool const opens = event == Json::parse_event_t::object_start
-            || event == Json::parse_event_t::array_start;
-        deep |= opens && depth >= kDeepest;
-        if (event == Json::parse_event_t::object_start)
-        {
-            keys.emplace_back();
-        }
-        else if (event == Json::parse_event_t::object_end)
-        {
-            keys.pop_back();
-        }
-        else if (event == Json::parse_event_t::key
-            && !keys.back().insert(value.get<std::string>()).second)
-        {
-            twice = value.get<std::string>();
-        }
-        return true;
-    };
     // The parser skips a byte order mark, and takes a NUL for the end: neither is JSON.
     bool const plain = text.find('\0') == std::string::npos && text.compare(0, 1, "\xef") != 0;
-    mJson = std::make_unique<Json>(
-        plain ? Json::parse(text, watch, false) : Json(Json::value_t::discarded));
-    if (mJson->is_discarded())
+    Watch watch;
+    if (!plain || !Json::sax_parse(text, &watch))
     {
         throw Refusal(ErrorCode::kBundle, where + " is not JSON: compile the bundle again");
     }
-    if (deep)
+    if (watch.deepest > kDeepest)
     {
         throw Refusal(ErrorCode::kBundle,
             where + " is damaged (it is more than " + std::to_string(kDeepest)
                 + " levels deep): compile the bundle again");
     }
-    if (twice)
+    if (watch.twice)
     {
         throw Refusal(ErrorCode::kBundle,
-            where + " is damaged (it has the key '" + *twice + "' twice): compile the bundle again");
+            where + " is damaged (it has the key '" + *watch.twice
+                + "' twice): compile the bundle again");
     }
+    mJson = std::make_unique<Json>(Json::parse(text));
 }
 
 Document::~Document() = default;

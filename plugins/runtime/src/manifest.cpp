@@ -1,6 +1,9 @@
 #include "manifest.h"
 
 #include <algorithm>
+#include <set>
+
+#include <nlohmann/json.hpp>
 
 #include "json.h"
 #include "schema.h"
@@ -83,6 +86,39 @@ EngineInfo readEngine(std::string const& name, Node const& node, Manifest const&
     return engine;
 }
 
+GraphInfo readGraph(Node const& node, Manifest const& manifest)
+{
+    GraphInfo graph;
+    graph.name = node["name"].text();
+    graph.inputs = readTensors(node["inputs"]);
+    graph.outputs = readTensors(node["outputs"]);
+    node["engines"].eachMember([&](std::string const& name, Node const& engine) {
+        graph.engines.emplace(name, readEngine(name, engine, manifest));
+    });
+    return graph;
+}
+
+// A manifest of format 1 as one of format 2: what the one graph had at the top is moved, and no
+// value is changed, so that the one schema says what each may be.
+Json ofFormat1(Json manifest)
+{
+    Json graph{{"name", "model"}};
+    for (char const* const key :
+        {"inputs", "outputs", "profile", "engines", "engine_failures", "lifecycles"})
+    {
+        auto const found = manifest.find(key);
+        if (found != manifest.end())
+        {
+            graph[key] = std::move(*found);
+            manifest.erase(found);
+        }
+    }
+    manifest["graphs"] = Json::array();
+    manifest["graphs"].push_back(std::move(graph));
+    manifest["format_version"] = kFormatVersion;
+    return manifest;
+}
+
 std::string label(Flavour flavour)
 {
     return flavour == Flavour::kRtx ? "TensorRT for RTX" : "TensorRT";
@@ -137,25 +173,37 @@ bool parseVersion(std::string const& text, std::array<int32_t, 4>& version) noex
 Manifest parseManifest(std::string const& text, std::string const& where)
 {
     Document const document(text, where);
-    Node const root = document.root();
-    int64_t const format = root["format_version"].integer(INT32_MIN, INT32_MAX);
-    if (format != kFormatVersion)
+    int64_t const format = document.root()["format_version"].integer(INT32_MIN, INT32_MAX);
+    if (format != 1 && format != kFormatVersion)
     {
         throw Refusal(Error{ErrorCode::kBundle,
             where + " has another format: compile the model again",
             {{"format version", std::to_string(kFormatVersion), std::to_string(format)}}});
     }
+    Json const current = format == 1 ? ofFormat1(document.root().json()) : document.root().json();
+    Node const root{current, where};
     checkManifest(root);
     Manifest manifest;
     manifest.name = root["name"].text();
     manifest.recipe = root["recipe"].text();
-    manifest.inputs = readTensors(root["inputs"]);
-    manifest.outputs = readTensors(root["outputs"]);
     root["files"].eachMember([&manifest](std::string const& name, Node const& record) {
         manifest.files.emplace(name, readRecord(record));
     });
-    root["engines"].eachMember([&manifest](std::string const& name, Node const& engine) {
-        manifest.engines.emplace(name, readEngine(name, engine, manifest));
+    std::set<std::string> names;
+    root["graphs"].eachItem([&](Node const& node) {
+        GraphInfo graph = readGraph(node, manifest);
+        if (!names.insert(graph.name).second)
+        {
+            root["graphs"].refuse("has the name '" + graph.name + "' twice");
+        }
+        for (char const* const end : {".onnx", ".onnx.data"})
+        {
+            if (manifest.files.count(graph.name + end) == 0)
+            {
+                root["files"].refuse("has no '" + graph.name + end + "'");
+            }
+        }
+        manifest.graphs.push_back(std::move(graph));
     });
     return manifest;
 }
@@ -169,21 +217,24 @@ std::vector<Mismatch> manifestGaps(Manifest const& manifest)
             rows.push_back({file, "in the manifest's files, " + why, "not there"});
         }
     };
-    for (auto const& [name, engine] : manifest.engines)
+    for (GraphInfo const& graph : manifest.graphs)
     {
-        need(engine.plan, "the plan of engine " + name);
-        if (engine.form != Form::kPlugin)
+        for (auto const& [name, engine] : graph.engines)
         {
-            continue;
-        }
-        if (!engine.pluginEmbedded)
-        {
-            need(kPluginName, "for engine " + name);
-        }
-        if (engine.pluginVersion != kPluginVersion)
-        {
-            rows.push_back({"engine " + name + ": plugin version", kPluginVersion,
-                engine.pluginVersion.empty() ? "none" : engine.pluginVersion});
+            need(engine.plan, "the plan of engine " + name);
+            if (engine.form != Form::kPlugin)
+            {
+                continue;
+            }
+            if (!engine.pluginEmbedded)
+            {
+                need(kPluginName, "for engine " + name);
+            }
+            if (engine.pluginVersion != kPluginVersion)
+            {
+                rows.push_back({"engine " + name + ": plugin version", kPluginVersion,
+                    engine.pluginVersion.empty() ? "none" : engine.pluginVersion});
+            }
         }
     }
     return rows;

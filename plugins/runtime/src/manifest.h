@@ -12,7 +12,7 @@ namespace iq
 constexpr char const* kManifestName = "manifest.json";
 constexpr char const* kChecksumName = "manifest.json.sha256";
 constexpr char const* kPluginName = "plugins/libiq_plugins.so";
-constexpr int64_t kFormatVersion = 1;
+constexpr int64_t kFormatVersion = 2;
 
 // Throws Refusal, naming the field, for anything that is not as the writer leaves it.
 Manifest parseManifest(std::string const& text, std::string const& where);

@@ -178,6 +178,13 @@ void check(Node const& node, Json const& schema)
     }
     else if (value.is_array() && schema.contains("items"))
     {
+        if (schema.contains("maxItems")
+            && (value.size() < schema["minItems"].get<size_t>()
+                || value.size() > schema["maxItems"].get<size_t>()))
+        {
+            node.refuse(
+                "is not a list of " + schema["minItems"].dump() + " to " + schema["maxItems"].dump());
+        }
         node.eachItem([&schema](Node const& item) { check(item, schema["items"]); });
     }
     else if (value.is_object())

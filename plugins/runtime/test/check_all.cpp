@@ -12,9 +12,12 @@ int main(int argc, char** argv)
         {
             // What a caller asks next must not fall over either.
             static_cast<void>(bundle.value().eosIds());
-            for (auto const& [name, engine] : bundle.value().manifest().engines)
+            for (iq::GraphInfo const& graph : bundle.value().manifest().graphs)
             {
-                static_cast<void>(bundle.value().cacheSize(engine));
+                for (auto const& [name, engine] : graph.engines)
+                {
+                    static_cast<void>(bundle.value().cacheSize(graph, engine));
+                }
             }
         }
         std::string reason = bundle ? "" : bundle.error().text();

@@ -79,13 +79,20 @@ struct EngineInfo
     Range batch, seq, past;
 };
 
+// One graph of a bundle; that of a text model alone is called "model".
+struct GraphInfo
+{
+    std::string name;
+    std::vector<TensorInfo> inputs;
+    std::vector<TensorInfo> outputs;
+    std::map<std::string, EngineInfo> engines;
+};
+
 struct Manifest
 {
     std::string name;
     std::string recipe;
-    std::vector<TensorInfo> inputs;
-    std::vector<TensorInfo> outputs;
-    std::map<std::string, EngineInfo> engines;
+    std::vector<GraphInfo> graphs; // one at least, each with a name of its own
     std::map<std::string, FileRecord> files;
 };
 
@@ -102,6 +109,7 @@ struct Target
 {
     std::string engine; // empty: the one that fits the machine
     Machine machine;
+    std::string graph; // empty: the only one
 };
 
 // A bundle that was found whole. It never changes once it is open, so threads may share it; the
@@ -123,12 +131,17 @@ public:
         return mManifest;
     }
 
-    // The engine of that name, or the first that fits `machine`; it lives as long as the bundle.
-    // The Error has a row for every difference.
-    Result<EngineInfo const*> engine(std::string const& name, Machine const& machine) const;
+    // The graph of that name, or the only one if none is given; it lives as long as the bundle. The
+    // Error has a row with the names of those there are.
+    Result<GraphInfo const*> graph(std::string const& name = "") const;
 
-    // Fails if the graph that the manifest describes is no causal LM with a KV cache.
-    Result<CacheSize> cacheSize(EngineInfo const& engine) const;
+    // The engine of that name, or the first that fits `machine`; it lives as long as the graph. The
+    // Error has a row for every difference.
+    Result<EngineInfo const*> engine(
+        GraphInfo const& graph, std::string const& name, Machine const& machine) const;
+
+    // Fails if the graph is no causal LM with a KV cache.
+    Result<CacheSize> cacheSize(GraphInfo const& graph, EngineInfo const& engine) const;
 
     // The end tokens of generation_config.json, else of config.json; none if neither has one.
     Result<std::vector<int64_t>> eosIds() const;

@@ -20,6 +20,7 @@ struct EngineOptions
     std::string engine;  // empty: the one that fits the machine
     std::string library; // path of the TensorRT library; empty: by its usual name
     int32_t device{0};
+    std::string graph; // empty: the only one
 };
 
 // A deserialised plan. Sessions of any thread share it.
