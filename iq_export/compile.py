@@ -43,6 +43,7 @@ from iq_export.calibrate.data import (
     windows,
 )
 from iq_export.checksum import sha256_file
+from iq_export.cost import gigabytes
 from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
@@ -60,7 +61,7 @@ from iq_export.files import copy_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
 from iq_export.options import CompileOptions, record, repeated
-from iq_export.precheck import Checked, check, disk_need, model_source, with_limit
+from iq_export.precheck import Checked, Need, check, model_source, with_limit
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, recall_graphs, work_folder
@@ -110,6 +111,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     earlier, options = _decided(options)
     checked = check(options)
     options = checked.options
+    if checked.need is not None:
+        progress.note(f"needs {_said(checked.need)}")
     for note in checked.notes:
         progress.note(note)
     progress.total = progress.total or len(_steps(checked, options))
@@ -153,8 +156,7 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
     earlier, options = _decided(options)
     checked = check(options)
     options = checked.options
-    size = checked.weight_bytes or 0
-    known = checked.weight_bytes is not None
+    need = checked.need
     layers = checked.known.layers
     return {
         "model": f"{checked.source.name} ({checked.source.kind})",
@@ -171,9 +173,9 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
             f"{axis} {sizes['min']} to {sizes['max']}"
             for axis, sizes in options.profile.to_json().items()
         ),
-        "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
-        "disk": f"about {disk_need(size) / 1e9:.1f} GB while it runs" if known else "likewise",
-        "time": f"about {_minutes(size, options):.0f} min on 2 cores" if known else "likewise",
+        "memory": "known after download" if need is None else f"about {gigabytes(need.memory)}",
+        "disk": "likewise" if need is None else f"about {gigabytes(need.disk)}{_download(need)}",
+        "time": "likewise" if need is None else f"about {need.minutes:,} min on 2 cores",
         "notes": [*checked.notes, *_not_yet(checked)],
         "out": str(options.out),
     }
@@ -298,13 +300,15 @@ def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     return steps + engines
 
 
-def _memory_need(size: int) -> float:
-    return 1.2e9 + 3.5 * size
+def _said(need: Need) -> str:
+    return (
+        f"about {gigabytes(need.memory)} of memory, {gigabytes(need.disk)} of disk"
+        f"{_download(need)} and {need.minutes:,} min on 2 cores"
+    )
 
 
-def _minutes(size: int, options: CompileOptions) -> float:
-    tokens = 4 * options.samples * options.length + PROBES * PROBE_LENGTH
-    return 1.5 + tokens * size / 4 * 2 / 60e9 / 60 * 2
+def _download(need: Need) -> str:
+    return f" (and {gigabytes(need.download)} for the download)" if need.download else ""
 
 
 def _trace(options: CompileOptions, work: Work, progress: Progress) -> Any:
@@ -516,6 +520,7 @@ def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any, records: _
         copy_belonging(traced.assets, file.name, folder / listable(file.name))
     from iq_export.graph import io
 
+    shutil.rmtree(done.quantized.with_name("codes"), ignore_errors=True)  # they are in the graph
     before = {file.name: sha256_file(file) for file in model_files(done.quantized)}
     io.save(io.load(done.quantized), folder / MODEL_NAME)
     _check_stage(done.quantized.parent, before)
@@ -693,5 +698,4 @@ def _remember(work: Work, options: CompileOptions, done: Any, plan_sha256: str) 
         graphs["insertion only"] = done.write(INSERTED, done.quantized.with_name("inserted.onnx"))
     done.quantized.unlink(missing_ok=True)
     done.quantized.with_name(done.quantized.name + ".data").unlink(missing_ok=True)
-    shutil.rmtree(done.quantized.with_name("codes"), ignore_errors=True)
     work.keep_graphs(done.quantized.parent, graphs, plan_sha256)
