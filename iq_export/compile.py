@@ -9,7 +9,8 @@ import platform
 import resource
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -42,17 +43,25 @@ from iq_export.calibrate.data import (
     windows,
 )
 from iq_export.checksum import sha256_file
+from iq_export.cost import gigabytes
 from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
-from iq_export.errors import BundleError, DataError, EngineError, ModelError, UsageError
+from iq_export.errors import (
+    BundleError,
+    DataError,
+    EngineError,
+    IqError,
+    ModelError,
+    UsageError,
+)
 from iq_export.files import copy_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
 from iq_export.options import CompileOptions, record, repeated
-from iq_export.precheck import Checked, check, disk_need, model_source, with_limit
+from iq_export.precheck import Checked, Need, check, model_source, with_limit
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, kept_trace, work_folder
@@ -100,18 +109,11 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             f"{path} is the beginning of a bundle by an older version of iq-export: remove it if "
             "none is running"
         )
-    earlier = None
-    if options.decisions is not None:
-        earlier = Bundle.open(options.decisions)
-        for name in ("budget", "insertion", "max_relative_deviation"):
-            if getattr(options, name) != getattr(CompileOptions, name):
-                raise UsageError(
-                    f"--{name.replace('_', '-')} is among what was decided for {earlier.folder}: "
-                    "leave it out, or compile without --decisions"
-                )
-        options = replace(options, recipe=recipe_for(earlier, options.recipe))
+    earlier, options = _decided(options)
     checked = check(options)
     options = checked.options
+    if checked.need is not None:
+        progress.note(f"needs {_said(checked.need)}")
     for note in checked.notes:
         progress.note(note)
     progress.total = progress.total or len(_steps(checked, options))
@@ -125,9 +127,11 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             options = checked.options
             if earlier is None:
                 done = _calibrate_and_rewrite(options, checked, traced, work, progress)
+                records = _records(done, traced, None)
             else:
-                done = _carry(options, checked, traced, earlier, work, progress)
-            records = _records(done, traced, earlier)
+                with _unchanged(earlier):
+                    done = _carry(options, checked, traced, earlier, work, progress)
+                    records = _records(done, traced, earlier)
             _fill(folder, traced, made, done, records)
             sinks = done.sink_nodes
             built = _build(folder, options, checked, sinks, progress)
@@ -150,10 +154,10 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
     Raises what `compile` would raise before its first step.
     """
     check_work(options.out, options.work)
+    earlier, options = _decided(options)
     checked = check(options)
     options = checked.options
-    size = checked.weight_bytes or 0
-    known = checked.weight_bytes is not None
+    need = checked.need
     layers = checked.known.layers
     return {
         "model": f"{checked.source.name} ({checked.source.kind})",
@@ -163,15 +167,16 @@ def dry_run(options: CompileOptions) -> dict[str, Any]:
             for t in checked.targets
         ],
         "steps": _steps(checked, options),
+        "decisions": "made in these steps" if earlier is None else f"those of {earlier.folder}",
         "sites": f"the weighted products of {layers or 'all'} blocks",
         "calibration": f"{options.samples} windows of {options.length} tokens, seed {options.seed}",
         "shapes": ", ".join(
             f"{axis} {sizes['min']} to {sizes['max']}"
             for axis, sizes in options.profile.to_json().items()
         ),
-        "memory": f"about {_memory_need(size) / 1e9:.1f} GB" if known else "known after download",
-        "disk": f"about {disk_need(size) / 1e9:.1f} GB while it runs" if known else "likewise",
-        "time": f"about {_minutes(size, options):.0f} min on 2 cores" if known else "likewise",
+        "memory": "known after download" if need is None else f"about {gigabytes(need.memory)}",
+        "disk": "likewise" if need is None else f"about {gigabytes(need.disk)}{_download(need)}",
+        "time": "likewise" if need is None else f"about {need.minutes:,} min on 2 cores",
         "notes": [*checked.notes, *_not_yet(checked)],
         "out": str(options.out),
     }
@@ -317,10 +322,8 @@ def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     engines = ["Build engines"] if here and not checked.recipe.simulated else []
     if options.decisions is not None:
         return ["Trace", "Quantize", "Check the quantized graph", *engines]
-    steps = ["Trace", "Observe tokens", "Fit sinks"]
-    if checked.recipe.folded_rotation:
-        steps.append("Fold rotations")
-    steps += ["Observe ranges", "Smooth and rotate", "Insert sinks"]
+    steps = ["Trace", "Observe tokens", "Fit sinks", "Observe ranges", "Smooth and rotate"]
+    steps.append("Insert sinks")
     if checked.recipe.activations is not None or checked.recipe.gptq:
         steps.append("Calibrate quantizers")
     if checked.recipe.cache is not None:
@@ -332,13 +335,15 @@ def _steps(checked: Checked, options: CompileOptions) -> list[str]:
     return steps + engines
 
 
-def _memory_need(size: int) -> float:
-    return 1.2e9 + 3.5 * size
+def _said(need: Need) -> str:
+    return (
+        f"about {gigabytes(need.memory)} of memory, {gigabytes(need.disk)} of disk"
+        f"{_download(need)} and {need.minutes:,} min on 2 cores"
+    )
 
 
-def _minutes(size: int, options: CompileOptions) -> float:
-    tokens = 4 * options.samples * options.length + PROBES * PROBE_LENGTH
-    return 1.5 + tokens * size / 4 * 2 / 60e9 / 60 * 2
+def _download(need: Need) -> str:
+    return f" (and {gigabytes(need.download)} for the download)" if need.download else ""
 
 
 def _trace(options: CompileOptions, work: Work, progress: Progress) -> Any:
@@ -391,6 +396,55 @@ def _calibrate_and_rewrite(
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 
+def _decided(options: CompileOptions) -> tuple[Bundle | None, CompileOptions]:
+    """The bundle whose decisions are taken, if there is one, and the options with its recipe.
+
+    Raises BundleError if it is damaged or of an older version, which did not record them, and
+    UsageError for an option that they do not leave open.
+    """
+    if options.decisions is None:
+        return None, options
+    from iq_export.saved_decisions import recorded
+
+    earlier = Bundle.open(options.decisions)
+    for name in ("budget", "insertion", "max_relative_deviation"):
+        if getattr(options, name) != getattr(CompileOptions, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is among what was decided for {earlier.folder}: "
+                "leave it out, or compile without --decisions"
+            )
+    options = replace(options, recipe=recipe_for(earlier, options.recipe))
+    recorded(earlier)
+    if options.dtype == "fp16" and earlier.manifest.dtype != "fp16":
+        raise UsageError(
+            f"{earlier.folder} was decided for fp32, and half precision needs decisions of its "
+            "own: give --dtype fp32, or compile without --decisions"
+        )
+    return earlier, options
+
+
+@contextmanager
+def _unchanged(earlier: Bundle) -> Iterator[None]:
+    """Raise BundleError if files of `earlier` that decisions are read from are not, when the block
+    ends, what they were when it was opened: whatever it made, or failed at, came of others."""
+    from iq_export.saved_decisions import TEMPLATES_NAME
+
+    read = {
+        name: record.sha256
+        for name, record in earlier.manifest.files.items()
+        if name in (PLAN_NAME, TEMPLATES_NAME) or name.startswith(MODEL_NAME)
+    }
+    try:
+        yield
+    except IqError as error:
+        try:
+            _check_stage(earlier.folder, read)
+        except BundleError as changed:
+            raise changed from error
+        raise
+    _check_stage(earlier.folder, read)
+
+
 def _carry(
     options: CompileOptions,
     checked: Checked,
@@ -420,13 +474,7 @@ def _carry(
     stages.mkdir()
 
     def decided(sites: Sites) -> Decisions:
-        chosen = load_decisions(earlier, sites)
-        if options.dtype == "fp16" and chosen.dtype != "fp16":
-            raise UsageError(
-                f"{earlier.folder} was decided for fp32, and half precision needs decisions of its "
-                "own: give --dtype fp32, or compile without --decisions"
-            )
-        return replace(chosen, dtype=options.dtype)
+        return replace(load_decisions(earlier, sites), dtype=options.dtype)
 
     done = carry(
         traced.model, stages, decided, cut,
@@ -506,6 +554,7 @@ def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any, records: _
         copy_belonging(traced.assets, file.name, folder / listable(file.name))
     from iq_export.graph import io
 
+    shutil.rmtree(done.quantized.with_name("codes"), ignore_errors=True)  # they are in the graph
     before = {file.name: sha256_file(file) for file in model_files(done.quantized)}
     io.save(io.load(done.quantized), folder / MODEL_NAME)
     _check_stage(done.quantized.parent, before)

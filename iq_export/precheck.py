@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from iq_export.bundle.package import check_output, require_space
 from iq_export.calibrate.data import load_text, text_sha256
+from iq_export.cost import Shape, disk_need, memory_need, memory_note, minutes_need, require_memory
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import find_headers, why_no_plugin
 from iq_export.engine.targets import (
@@ -20,7 +21,8 @@ from iq_export.engine.targets import (
 )
 from iq_export.engine.trt import builder_gap, why_not_here
 from iq_export.errors import EngineError, ModelError, UsageError
-from iq_export.graph.model_files import model_files
+from iq_export.graph.interface import Interface
+from iq_export.graph.proto import read
 from iq_export.lengths import bundle_limit, engine_profile, window_length
 from iq_export.options import DEFAULT_TARGETS, CompileOptions, check_values
 from iq_export.progress import Progress
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from iq_export.model.load import ModelSource
     from iq_export.recipe import Recipe
 
-# Float32 bytes per byte of a 4-bit GGUF file, rounded up.
-_GGUF_FACTOR = 8
-
 
 @dataclass(frozen=True)
 class Known:
@@ -42,14 +41,26 @@ class Known:
     form: AttentionForm
     limit: PositionLimit | None = None
     layers: int | None = None
-    weight_bytes: int | None = None
+    shape: Shape | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a compile takes, about: bytes of memory, of disk where it writes, and of the download
+    that comes first; minutes on two cores, without download and engines."""
+
+    memory: int
+    disk: int
+    download: int
+    minutes: int
 
 
 @dataclass(frozen=True)
 class Checked:
     """`options` is what was `asked` with its defaults settled; `calibration` is the text, which is
-    read once; `gaps` says of a target why it gets no engine."""
+    read once; `need` is None where nothing tells the model's size yet; `gaps` says of a target why
+    it gets no engine."""
 
     asked: CompileOptions
     options: CompileOptions
@@ -57,7 +68,7 @@ class Checked:
     recipe: Recipe
     targets: tuple[Target, ...]
     known: Known
-    weight_bytes: int | None
+    need: Need | None
     calibration: str
     gaps: dict[str, str]
     notes: list[str]
@@ -70,7 +81,6 @@ class Checked:
 
 def check(options: CompileOptions) -> Checked:
     """Refuse in a second what would fail after minutes; raises a subclass of IqError."""
-    from iq_export.model.fetch import EMBEDDED
     from iq_export.model.trace import check_traced_opset
     from iq_export.recipe import load_recipe
 
@@ -97,12 +107,15 @@ def check(options: CompileOptions) -> Checked:
     settled, remarks = _within(
         replace(options, targets=tuple(t.name for t in targets)), known.limit
     )
-    embedded = EMBEDDED.get(source.name) if source.path is None else None
-    size = _GGUF_FACTOR * embedded.gguf_bytes if embedded else _weight_bytes(source.path)
-    if size is None:
-        size = known.weight_bytes
-    if size is not None:
-        require_space(options.out, disk_need(size))
+    engines = sum(t.name not in gaps and why_not_here(t) is None for t in built)
+    need = _need(settled, source, recipe, known.shape, engines)
+    warnings = []
+    if need is not None:
+        require_memory(need.memory, source.name)
+        for folder in (options.out, options.work):
+            if folder is not None:
+                require_space(folder, need.disk)
+        warnings = [note for note in (memory_note(need.memory),) if note is not None]
     return Checked(
         asked=options,
         options=settled,
@@ -110,11 +123,37 @@ def check(options: CompileOptions) -> Checked:
         recipe=recipe,
         targets=targets,
         known=known,
-        weight_bytes=size,
+        need=need,
         calibration=text,
         gaps=gaps,
-        notes=[*known.notes, *gaps.values(), *remarks, *_plugin_note(options, targets)],
+        notes=[
+            *known.notes,
+            *gaps.values(),
+            *remarks,
+            *warnings,
+            *_plugin_note(options, targets),
+        ],
     )
+
+
+def _need(
+    options: CompileOptions, source: ModelSource, recipe: Recipe, shape: Shape | None, engines: int
+) -> Need | None:
+    """What it takes, if the model's shape is known."""
+    if shape is None:
+        return None
+    calibrates = options.decisions is None
+    tokens = options.samples * options.length
+    return Need(
+        memory_need(shape, recipe, tokens=tokens, calibrates=calibrates),
+        disk_need(
+            shape, recipe, options.dtype, calibrates=calibrates,
+            copied=shape.whole or source.kind in ("gguf", "onnx"),
+            engines=engines, keep=options.keep_work or options.work is not None,
+        ),
+        2 * shape.weights if source.path is None else 0,
+        minutes_need(shape, recipe, tokens=tokens, calibrates=calibrates),
+    )  # fmt: skip
 
 
 def with_limit(checked: Checked, limit: PositionLimit | None, progress: Progress) -> Checked:
@@ -163,7 +202,10 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
         except EngineError as error:
             raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
         form = AttentionForm(dtype, header.head_dim, header.softcap)
-        return Known(form, bundle_limit(source.tokenizer, source.path))
+        shape = _shape_of_graph(source.path)
+        return Known(form, bundle_limit(source.tokenizer, source.path), shape=shape)
+    if source.kind == "gguf":
+        return Known(AttentionForm(dtype), shape=_shape_of_gguf(source))
     found = configuration(source)
     if found is None:
         hub = source.kind == "hub"
@@ -179,7 +221,7 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
         AttentionForm(dtype, support.head_dim, support.softcap),
         position_limit(support.completed),
         support.layers,
-        support.weight_bytes,
+        support.shape,
     )
 
 
@@ -208,18 +250,25 @@ def model_source(options: CompileOptions) -> ModelSource:
     )  # fmt: skip
 
 
-def _weight_bytes(path: Path | None) -> int | None:
-    """Size of the float32 graph to expect, from the files of the model; None before a download."""
+def _shape_of_gguf(source: ModelSource) -> Shape | None:
+    """From the header of the file, if it is here."""
+    from iq_export.model.fetch import EMBEDDED, embedded_model, is_cached
+    from iq_export.model.gguf_file import read_header as read_gguf
+
+    path = source.path
+    if path is None and source.name in EMBEDDED and is_cached(source.name):
+        path = embedded_model(source.name)
     if path is None:
         return None
-    if path.suffix.lower() == ".onnx":
-        files = model_files(path, ModelError)
-    else:
-        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    factor = _GGUF_FACTOR if path.suffix == ".gguf" else 2 if path.is_dir() else 1
-    return factor * sum(file.stat().st_size for file in files if file.is_file())
+    header = read_gguf(path)
+    layers = header.keys.get(f"{header.architecture}.block_count")
+    if not isinstance(layers, int):
+        return None
+    return Shape.of_matrices((tensor.shape for tensor in header.tensors.values()), layers)
 
 
-def disk_need(size: int) -> int:
-    """Bytes on disk that a compile of `size` bytes of float32 weights takes while it runs."""
-    return int(3.5 * size) + (200 << 20)
+def _shape_of_graph(path: Path) -> Shape | None:
+    """From the weights that an ONNX file lists."""
+    graph = read(path, ModelError).graph
+    layers = len(Interface.of_proto(graph).past) // 2
+    return Shape.of_matrices((tuple(tensor.dims) for tensor in graph.initializer), layers)

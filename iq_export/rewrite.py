@@ -361,9 +361,16 @@ def carry(
     """
     base, shared = begin(io.load(traced))
     warnings = _shared_note(shared)
+    for note in warnings:
+        progress.note(note)
+    for refusal in base.sites.refused:
+        progress.note(f"left as it is: node {refusal.node}: {refusal.reason}")
     with progress.step("Quantize"):
         chosen = decide_for(base.sites)
-        model, path = lower(base, chosen).model, work / MODEL
+        lowered = lower(base, chosen)
+        for refusal in lowered.refused:
+            progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
+        model, path = lowered.model, work / MODEL
         io.save(model, path)
     with progress.step("Check the quantized graph"):
         options = _Run(providers=providers, progress=progress)

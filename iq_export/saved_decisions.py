@@ -84,6 +84,18 @@ def save_arrays(chosen: Decisions, path: Path) -> None:
     path.chmod(0o644)  # safetensors makes it private; a bundle is shared like any other output
 
 
+def recorded(bundle: Bundle) -> dict[str, Any]:
+    """The names and numbers in a bundle, not checked yet. Raises BundleError if it is of an older
+    version, which recorded less."""
+    found = bundle.plan().get("decisions")
+    if not isinstance(found, dict):
+        raise BundleError(
+            f"{bundle.folder} is of an older version, whose {PLAN_NAME} does not hold all that was "
+            "decided: compile it again without --decisions"
+        )
+    return found
+
+
 def load_decisions(bundle: Bundle, sites: Sites) -> Decisions:
     """The decisions that a bundle was made from, for a traced graph with these `sites`.
 
@@ -92,12 +104,7 @@ def load_decisions(bundle: Bundle, sites: Sites) -> Decisions:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    found = bundle.plan().get("decisions")
-    if not isinstance(found, dict):
-        raise BundleError(
-            f"{bundle.folder} is of an older version, whose {PLAN_NAME} does not hold all that was "
-            "decided: compile it again without --decisions"
-        )
+    found = recorded(bundle)
     try:
         arrays = load_file(bundle.path(TEMPLATES_NAME))
         decisions = Decisions(

@@ -22,6 +22,7 @@ from iq_export.recipe import load_recipe
 from iq_export.rewrite import (
     Calibration,
     Rewrite,
+    carry,
     overflows_half,
     quantized_graph,
     rewrite,
@@ -346,6 +347,12 @@ def test_width_that_no_int4_block_divides_is_refused_by_name(tmp_path: Path) -> 
         )
 
 
+def _notes(said: str) -> list[str]:
+    """What of the graph is left as it is."""
+    words = ("left as it is", "not rotated")
+    return sorted(line.strip() for line in said.splitlines() if line.strip().startswith(words))
+
+
 def test_refused_blocks_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decoder = replace(CALM, blocks=3)
     model = planted.proto(decoder)
@@ -358,8 +365,16 @@ def test_refused_blocks_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[
     onnx.save(model, traced)
     work = tmp_path / "work"
     work.mkdir()
-    done = rewrite(traced, work, load_recipe("w8a8"), "fp32", calibration(decoder), Progress())
-    assert "left as it is: node layers.1/Add_2 (Add)" in capsys.readouterr().err
+    data = calibration(decoder)
+    done = rewrite(traced, work, load_recipe("w8a8"), "fp32", data, Progress())
+    said = capsys.readouterr().err
+    assert "left as it is: node layers.1/Add_2 (Add)" in said and "not rotated: node" in said
+    (tmp_path / "again").mkdir()
+    carry(
+        traced, tmp_path / "again", lambda sites: done.chosen, data.windows,
+        providers=data.providers, progress=Progress(),
+    )  # fmt: skip
+    assert _notes(capsys.readouterr().err) == _notes(said)
     assert [block.attention.norm[:8] for block in done.sites.blocks] == ["layers.0", "layers.2"]
     InferenceSession(str(done.quantized))
 

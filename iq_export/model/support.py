@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from iq_export.cost import Shape, memory_need, require_memory
 from iq_export.errors import ModelError, UsageError
-from iq_export.memory import memory_and_swap_bytes
 from iq_export.model.capture import FULL, SLIDING
 from iq_export.model.quiet import quiet
 from iq_export.recipe import Recipe
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-_FLOAT32 = 4
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _STATE_SPACES = (
@@ -77,14 +76,14 @@ _TYPES: dict[str, _Kind] = {
 class Support:
     """A configuration that may be compiled, completed with its defaults, and what follows from it.
 
-    `weight_bytes` is the size of the weights in float32, from below: no bias, no norm.
+    `shape` has its sizes, with a gated MLP: no entry tells.
     """
 
     completed: Mapping[str, Any]
     layers: int
     head_dim: int
     softcap: bool
-    weight_bytes: int
+    shape: Shape
 
 
 def check_support(
@@ -98,18 +97,19 @@ def check_support(
     """
     kind = str(raw.get("model_type"))
     _check_numbers(raw, _attribute_names(kind, remote_code), name)
-    require_memory(_weight_bytes(SimpleNamespace(**raw)), name)
+    # Of a size that nothing holds: before a list of so many layers is made.
+    require_memory(memory_need(_shape(SimpleNamespace(**raw)), recipe, calibrates=False), name)
     config = _completed(raw, kind, name, remote_code)
     check_config(config, name, remote_code=remote_code)
     _check_widths(config, name, recipe)
-    size = _weight_bytes(config)
-    require_memory(size, name)
+    shape = _shape(config, whole=remote_code or bool(raw.get("quantization_config")))
+    require_memory(memory_need(shape, recipe, calibrates=False), name)
     return Support(
         completed=raw if remote_code else config.to_dict(),
         layers=int(config.num_hidden_layers),
         head_dim=_head_dim(config),
         softcap=bool(_get(config, "attn_logit_softcapping")),
-        weight_bytes=size,
+        shape=shape,
     )
 
 
@@ -135,17 +135,6 @@ def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
     _check_sizes(config, name)
     if not remote_code:
         _check_functions(config, name)
-
-
-def require_memory(weight_bytes: int, name: str) -> None:
-    """ModelError if float32 weights of this size are more than this machine's memory and swap."""
-    there = memory_and_swap_bytes()
-    if there is not None and weight_bytes > there:
-        gigabytes = min(weight_bytes // 10**9, 10**12)  # of what a typing error says, too
-        raise ModelError(
-            f"{name} has at least {gigabytes:,} GB of weights in float32, as it is loaded, and "
-            f"this machine has {there // 10**9:,} GB of memory and swap."
-        )
 
 
 def _structure(config: Any) -> str | None:
@@ -291,20 +280,25 @@ def _head_dim(config: Any) -> int:
     return int(size) if _is_size(size) else config.hidden_size // config.num_attention_heads
 
 
-def _weight_bytes(config: Any) -> int:
-    """Float32 bytes of the embedding and of the blocks' products, from below: two in an MLP."""
+def _shape(config: Any, *, whole: bool = False) -> Shape:
+    """Sizes as far as the entries tell; one that is absent counts as little as it can."""
 
     def size(name: str, otherwise: int) -> int:
         value = _get(config, name)
         return int(value) if _is_size(value) else otherwise
 
-    hidden, layers = size("hidden_size", 1), size("num_hidden_layers", 1)
-    heads = size("num_attention_heads", 1)
+    hidden, heads = size("hidden_size", 1), size("num_attention_heads", 1)
     head = size("head_dim", max(hidden // heads, 1))
-    kv_heads = size("num_key_value_heads", 1)
-    attention = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
-    mlp = 2 * hidden * size("intermediate_size", 1)
-    return _FLOAT32 * (size("vocab_size", 1) * hidden + layers * (attention + mlp))
+    keys, features = head * size("num_key_value_heads", heads), size("intermediate_size", 1)
+    return Shape(
+        hidden=hidden,
+        layers=size("num_hidden_layers", 1),
+        vocabulary=size("vocab_size", 1),
+        tables=2 if _get(config, "tie_word_embeddings") is False else 1,
+        block=hidden * (2 * heads * head + 2 * keys + 3 * features),
+        widths=(hidden, heads * head, hidden, features),
+        whole=whole,
+    )
 
 
 def _attribute_names(kind: str, remote_code: bool) -> Mapping[str, str]:

@@ -81,7 +81,7 @@ def test_a_plan_promises_what_is_known(both: Both, tmp_path: Path) -> None:
         ("qwen3_next", {}, "layers"),
         ("bert", {}, "encoder"),
         ("llama", {"num_attention_heads": 0}, "'num_attention_heads' is 0"),
-        ("llama", {"vocab_size": 10**13}, "GB of weights"),
+        ("llama", {"vocab_size": 10**13}, "GB of memory to be compiled"),
     ],
 )
 def test_an_architecture(

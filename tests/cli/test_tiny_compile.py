@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from iq_export import saved_decisions
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.bundle.recipe import recipe_of
 from iq_export.cli import main
+from iq_export.errors import BundleError, GraphError
 from iq_export.recipe import load_recipe
 from iq_export.work import Work
 
@@ -67,6 +71,8 @@ def test_decisions_of_a_bundle_make_its_graph_again(
     assert manifest.targets == ["orin"] and manifest.recipe == "w8a8"
     assert manifest.graph.lifecycles == Bundle.open(compiled).manifest.graph.lifecycles
     assert "Calibrate quantizers" not in manifest.timings
+    # With them `eval` can make the round-to-nearest graph again.
+    assert Bundle.open(again).plan()["absmax"] == Bundle.open(compiled).plan()["absmax"] != {}
     assert main([*argv, str(wide), *more, "--dtype", "fp32"]) == 0
     assert Bundle.open(wide).manifest.check["top1"] > 0.9
 
@@ -84,6 +90,72 @@ def test_decisions_for_something_else_are_refused(
     argv[1] = str(other)
     assert main([*argv, "--decisions", str(compiled)]) == 3
     assert "is not the model that" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_decisions_that_change_while_they_are_used(
+    compiled: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails: bool,
+) -> None:
+    """Codes are read after the bundle was verified: the wrong graph ships nowhere, and what it
+    fails at is not what is said."""
+    old = tmp_path / "old"
+    shutil.copytree(compiled, old)
+    real = saved_decisions.load_decisions
+
+    def load(*args: Any) -> Any:
+        found = real(*args)
+        with (old / "model.onnx.data").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+        if fails:
+            raise GraphError("this graph is broken")
+        return found
+
+    monkeypatch.setattr(saved_decisions, "load_decisions", load)
+    argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--decisions", str(old), *SMALL]
+    argv += ["--work", str(compiled.parent / "work")]  # it holds the traced graph
+    assert main(argv) == BundleError.exit_code
+    assert f"another program changed {old / 'model.onnx.data'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_opens_the_decisions(
+    compiled: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what such a run does, and refuses what that would refuse before its first step."""
+    argv = ["compile", str(tiny_model), str(tmp_path / "out"), *SMALL, "--target", "orin"]
+    assert main([*argv, "--decisions", str(compiled), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == ["Trace", "Quantize", "Check the quantized graph"]
+    assert plan["decisions"] == f"those of {compiled}"
+    older, wide = tmp_path / "older", tmp_path / "wide"
+    for changed in (older, wide):
+        shutil.copytree(compiled, changed)
+    record = Bundle.open(older).plan()
+    del record["decisions"]
+    (older / "plan.json").write_text(json.dumps(record))
+    update_manifest(Bundle.open(older, verify=False), rehash=["plan.json"])
+    update_manifest(Bundle.open(wide), dtype="fp32")
+    for folder, more, says in (
+        (compiled, ("--recipe", "w4a16"), "'w4a16' is another"),
+        (compiled, ("--budget", "1.1"), "--budget is among what was decided"),
+        (older, (), "is of an older version"),
+        (wide, (), "was decided for fp32"),
+        (tmp_path / "none", (), "none"),
+    ):
+        told = []
+        for dry in ((), ("--dry-run",)):
+            code = main([*argv, "--decisions", str(folder), *more, *dry])
+            told.append((code, capsys.readouterr().err))
+        assert told[0] == told[1] and told[0][0] and says in told[0][1], told
     assert not (tmp_path / "out").exists()
 
 
