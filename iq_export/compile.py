@@ -122,7 +122,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
     keep = options.keep_work or options.work is not None
     with work_folder(out, options.work, keep=keep, say=progress.waits) as work:
         with atomic_folder(out, options.force, say=progress.waits) as folder:
-            traced = _trace(options, work, progress)
+            traced = _trace(options, work, progress, earlier)
             made = traced.digests()
             checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
             options = checked.options
@@ -347,13 +347,24 @@ def _download(need: Need) -> str:
     return f" (and {gigabytes(need.download)} for the download)" if need.download else ""
 
 
-def _trace(options: CompileOptions, work: Work, progress: Progress) -> Any:
+def _trace(
+    options: CompileOptions, work: Work, progress: Progress, earlier: Bundle | None = None
+) -> Any:
+    """The traced model. Raises ModelError before it is loaded if `earlier`, whose decisions are
+    taken, was made of another one."""
     from iq_export.model.trace import trace
+
+    def accept(sha256: str) -> None:
+        if earlier is not None and earlier.manifest.source.get("sha256") != sha256:
+            raise ModelError(
+                f"{options.model} is not the model that {earlier.folder} was made of, so its "
+                "decisions are for another one: compile without --decisions"
+            )
 
     with progress.step("Trace"):
         return trace(
             model_source(options), work.place_of_trace(), opset=options.opset, progress=progress,
-            reuse=work.traced,
+            reuse=work.traced, accept=accept,
         )  # fmt: skip
 
 
@@ -454,17 +465,11 @@ def _carry(
     work: Work,
     progress: Progress,
 ) -> Any:
-    """The model lowered from the decisions of `earlier`. Raises ModelError if that was made of
-    another model."""
+    """The model lowered from the decisions of `earlier`."""
     from iq_export.rewrite import carry
     from iq_export.run.generate import Tokenizer
     from iq_export.saved_decisions import load_decisions
 
-    if earlier.manifest.source.get("sha256") != traced.source_sha256:
-        raise ModelError(
-            f"{options.model} is not the model that {earlier.folder} was made of, so its decisions "
-            "are for another one: compile without --decisions"
-        )
     tokenizer = Tokenizer(traced.assets)
     cut = windows(
         tokenizer, checked.calibration, length=options.length, count=options.samples,

@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -144,9 +144,10 @@ def trace(
     opset: int = OPSET,
     progress: Progress | None = None,
     reuse: Path | None = None,
+    accept: Callable[[str], object] = lambda sha256: None,
 ) -> TracedModel:
     """Trace `source` into `out_dir`, or find it in `reuse` (default: there) as an earlier trace
-    left it.
+    left it. `accept` is given the source's SHA-256 before it is loaded, and raises what it likes.
 
     The folder is whole or absent. Nothing of the original model is in memory afterwards. Raises
     ModelError if the model cannot be had, loaded or traced, or changes meanwhile, GraphError if an
@@ -158,6 +159,7 @@ def trace(
     with progress.step("fetch model"):
         source = materialize(source, progress)
     sha256 = fingerprint(source)
+    accept(sha256)
     key = _cache_key(source, sha256, opset)
     try:
         return TracedModel.load(reuse or out_dir, key)
