@@ -96,13 +96,13 @@ def final_check(
     """
     short = short_windows(windows)
     tensors = len(watched(loaded(shipped)))
+    logs = [log_softmax(exact) for exact in reference.logits(short)]  # one head in memory at a time
     found_runs = finite_logits(shipped, short, parts, providers=providers, progress=progress)
-    same, divergences, logs = [], [], []
-    for exact, logits in zip(reference.logits(short), found_runs, strict=True):
-        p, q = log_softmax(exact), log_softmax(logits)
+    same, divergences = [], []
+    for p, logits in zip(logs, found_runs, strict=True):
+        q = log_softmax(logits)
         same.append(p.argmax(axis=-1) == q.argmax(axis=-1))
         divergences.append(kl(p, q))
-        logs.append(p)
     agree = np.concatenate(same)
     return FinalCheck(
         windows=len(short),

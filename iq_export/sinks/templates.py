@@ -166,15 +166,18 @@ def collect_rows(
         number: int(stats.position[members[stats.window[members] == number]].max()) + 1
         for number in np.unique(stats.window[members]).tolist()
     }
-    short = [
-        replace(windows[number], ids=windows[number].ids[:end]) for number, end in reach.items()
-    ]
+    beginnings: dict[tuple[int, ...], list[int]] = {}  # equal ones, as <s> alone, run once
+    for number, end in reach.items():
+        beginnings.setdefault(tuple(windows[number].ids[:end]), []).append(number)
+    short = [replace(windows[numbers[0]], ids=list(ids)) for ids, numbers in beginnings.items()]
     rows = {name: np.zeros((members.size, width), np.float32) for name, width in names.items()}
-    numbers = list(reach)
+    inside = [
+        np.flatnonzero(np.isin(stats.window[members], numbers)) for numbers in beginnings.values()
+    ]
     for order, values in walk(graph, list(names), short, providers=providers, progress=progress):
-        inside = np.flatnonzero(stats.window[members] == numbers[order])
+        mine = inside[order]
         for name, value in values.items():
-            rows[name][inside] = value[stats.position[members[inside]]]
+            rows[name][mine] = value[stats.position[members[mine]]]
     return rows
 
 
