@@ -27,8 +27,8 @@ _PIECE_COPIES = 5
 _LOGIT_ROWS, _LOGIT_COPIES = 512, 2
 # Matrices [in, in] of the widest product besides its Hessian: two more, and one in float64.
 _CURVATURES = 5
-# Of all tensors, sampled rows to choose ranges by (`calibrate.ranges`).
-_SAMPLE_ROWS, _SAMPLE_BYTES = 512, 512 << 20
+# Sampled rows to choose ranges by, of the tensors of a block (`calibrate.ranges`).
+_SAMPLE_ROWS = 512
 # Measured runs took no less than this share of what is said here.
 _LEAST_TENTHS = 6
 
@@ -107,8 +107,7 @@ def memory_need(shape: Shape, recipe: Recipe, *, tokens: int = 0, calibrates: bo
         largest = max(largest, rounding)
         tokens += _PROBE_TOKENS
         rows = min(_SAMPLE_ROWS, tokens)
-        sampled = _FLOAT32 * rows * sum(shape.widths) * shape.layers
-        kept = min(_SAMPLE_BYTES, sampled) + _FLOAT32 * tokens * shape.hidden
+        kept = _FLOAT32 * (rows * sum(shape.widths) + tokens * shape.hidden)
     if shape.whole:
         largest = max(largest, everything)
     return _BASE_BYTES + _LAYER_BYTES * shape.layers + largest + kept

@@ -243,7 +243,7 @@ def rewrite(
             job.traced, job.sites, discover(stats), stats, data.all,
             limit=data.max_relative_deviation, seed=data.seed, **options,
         )  # fmt: skip
-    chosen, fits, ranges = _prepared(job, chosen, fits)
+    chosen, fits, power = _prepared(job, chosen, fits)
     with progress.step("Insert sinks"):
         chosen = replace(chosen, sinks=tuple(_calibrated(job, chosen, fits)))
         chosen = _restored(job, chosen, INSERTED)
@@ -253,8 +253,7 @@ def rewrite(
     warnings += sink_warnings(chosen.sinks, matching)
     for warning in warnings:
         progress.note(f"warning: {warning}")
-    chosen, quantizers = _rounded(job, chosen, before, ranges)
-    del ranges  # its sampled rows
+    chosen, quantizers = _rounded(job, chosen, before, power)
     cache: dict[str, CacheScale] = {}
     if recipe.cache is not None:
         with progress.step("Calibrate the KV cache"):
@@ -411,11 +410,11 @@ def _shared_note(shared: Sequence[str]) -> list[str]:
 
 def _prepared(
     job: _Job, chosen: Decisions, fits: list[Decision]
-) -> tuple[Decisions, list[Decision], dict[str, TensorStats]]:
+) -> tuple[Decisions, list[Decision], dict[str, np.ndarray]]:
     """Scale, rotate and smooth; fit templates and thresholds on what comes of it.
 
     A lifecycle that smoothing hides from detection stays, and smoothing is chosen again with its
-    tokens. The statistics are those of the graph with its rotations folded.
+    tokens. The last value is the power of each product's input, by name (see `_smoothed`).
     """
     progress, recipe = job.options["progress"], chosen.recipe
     said = False
@@ -427,27 +426,46 @@ def _prepared(
         left_out = taken if recipe.sinks == "always" else []
         with progress.step("Observe ranges"):
             turned = lower(job.base, chosen, TURNED)
-            ranges = _ranges(job, turned.model, left_out)
+            chosen, power = _smoothed(job, turned.model, chosen, left_out)
         if not said:
             for refusal in turned.refused:
                 progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
             said = True
         with progress.step("Smooth and rotate"):
-            if recipe.smoothing:
-                smoothing = find_smoothing(
-                    turned.model, job.sites, ranges,
-                    rotation=recipe.rotation, rounding=recipe.rounding, side=recipe.side_channels,
-                )  # fmt: skip
-                chosen = replace(chosen, smoothing=smoothing)
-            side = find_side_channels(job.sites, ranges, chosen.smoothing, recipe.side_channels)
-            chosen = replace(chosen, side={node: loud for node, (_, loud) in side.items()})
             prepared = lower(turned, chosen, PREPARED).model
             found = refit(prepared, job.sites, fits, job.stats, job.data.all, **job.options)
         lost = [old for old, new in zip(fits, found, strict=True) if old.replaced > new.replaced]
         fits = found
         if not lost:
-            return chosen, fits, ranges
+            return chosen, fits, power
         progress.note(_lost_note(lost))  # and now smoothing sees its tokens
+
+
+def _smoothed(
+    job: _Job, turned: ir.Model, chosen: Decisions, taken: Sequence[Lifecycle]
+) -> tuple[Decisions, dict[str, np.ndarray]]:
+    """Smoothing and side channels, decided behind each piece of the graph; and the mean square of
+    every channel of a product's input, smoothed, where every token counts the same."""
+    recipe, found = chosen.recipe, Smoothing({}, {})
+    side: dict[str, np.ndarray] = {}
+    power: dict[str, np.ndarray] = {}
+
+    def decide_on(stats: dict[str, TensorStats]) -> None:
+        nonlocal found
+        if recipe.smoothing:
+            more = find_smoothing(
+                turned, job.sites, stats,
+                rotation=recipe.rotation, rounding=recipe.rounding, side=recipe.side_channels,
+            )  # fmt: skip
+            found = found.with_more(more)
+        loud = find_side_channels(job.sites, stats, found, recipe.side_channels)
+        side.update((node, channels) for node, (_, channels) in loud.items())
+        for name, its in stats.items() if recipe.activations is None else ():
+            mean = (unit_rows(its.rows) ** 2).mean(0)
+            power[name] = mean / found.factors(name) ** 2
+
+    _ranges(job, turned, taken, decide_on)
+    return replace(chosen, smoothing=found, side=side), power
 
 
 def _calibrated(job: _Job, chosen: Decisions, fits: Sequence[Decision]) -> list[SinkTemplates]:
@@ -467,7 +485,7 @@ def _rounded(
     job: _Job,
     chosen: Decisions,
     before: Mapping[str, TensorStats],
-    ranges: Mapping[str, TensorStats],
+    power: Mapping[str, np.ndarray],
 ) -> tuple[Decisions, dict[str, Quantizer]]:
     """Ranges of activations and codes of weights."""
     recipe, options = chosen.recipe, job.options
@@ -478,9 +496,7 @@ def _rounded(
         nodes = {node.name: node for node in job.at(PREPARED, chosen).graph}
         for linear in job.sites.linears:
             weight = nodes[linear.node].inputs[1].const_value.numpy()
-            power = (unit_rows(ranges[linear.input].rows) ** 2).mean(0)
-            power = power / chosen.smoothing.factors(linear.input) ** 2
-            store.add(linear.weight, *recipe.weights.round(weight, power))
+            store.add(linear.weight, *recipe.weights.round(weight, power[linear.input]))
         return replace(chosen, codes=store), {}
     with options["progress"].step("Calibrate quantizers"):
         quantizers = calibrate_blocks(
@@ -701,8 +717,13 @@ def _everyone(stats: TokenStats) -> list[str]:
     ]
 
 
-def _ranges(job: _Job, graph: Graph, taken: Sequence[Lifecycle]) -> dict[str, TensorStats]:
-    """Statistics of every product's input.
+def _ranges(
+    job: _Job,
+    graph: Graph,
+    taken: Sequence[Lifecycle],
+    reduce: Callable[[dict[str, TensorStats]], object],
+) -> None:
+    """Hand statistics of every product's input to `reduce`, piece by piece.
 
     Tokens of the lifecycles `taken` are not semantic where these live; those of others stay and
     must be rounded well like all else.
@@ -715,9 +736,9 @@ def _ranges(job: _Job, graph: Graph, taken: Sequence[Lifecycle]) -> dict[str, Te
                 if linear.node in scope:
                     spiking[linear.input][members] = True
     widths = {linear.input: linear.in_features for linear in linears}
-    return observe_ranges(
+    observe_ranges(
         graph, widths, job.data.windows, lambda name, n, _: spiking[name][stats.window == n],
-        seed=job.data.seed, **job.options,
+        seed=job.data.seed, reduce=reduce, **job.options,
     )  # fmt: skip
 
 
@@ -753,15 +774,20 @@ def _cache_scales(job: _Job, chosen: Decisions) -> dict[str, CacheScale]:
             found |= values[index] > 0
         return found
 
-    stats = observe_ranges(
+    format_ = chosen.recipe.cache
+    assert format_ is not None
+    scales: dict[str, CacheScale] = {}
+
+    def scale(stats: dict[str, TensorStats]) -> None:
+        for name, its in stats.items():
+            scales[name] = format_.scale(its.rows, its.absmax_semantic)
+
+    observe_ranges(
         job.at(INSERTED, chosen), widths, windows, rows,
-        always=[index_name(n) for n in range(len(sinks))], seed=job.data.seed, **job.options,
+        always=[index_name(n) for n in range(len(sinks))], seed=job.data.seed, reduce=scale,
+        **job.options,
     )  # fmt: skip
-    assert chosen.recipe.cache is not None
-    return {
-        name: chosen.recipe.cache.scale(found.rows, found.absmax_semantic)
-        for name, found in stats.items()
-    }
+    return scales
 
 
 def _weight_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:

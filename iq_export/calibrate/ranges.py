@@ -14,8 +14,6 @@ from iq_export.progress import Progress
 _BINS = 1 << 12
 # A histogram counts every so manieth token: its quantiles are for people.
 _COUNTED = 8
-# The samples of all tensors together take at most this much memory.
-_SAMPLE_BYTES = 1 << 29
 
 
 class MagnitudeHistogram:
@@ -132,14 +130,17 @@ def observe_ranges(
     progress: Progress,
     seed: int,
     sample_tokens: int = 512,
+    reduce: Callable[[dict[str, TensorStats]], object] | None = None,
 ) -> dict[str, TensorStats]:
     """Statistics of the values in `widths` (name -> features) over `windows`.
 
     `sinks(name, window number, values)` returns the bool `[seq]` mask of rows to leave out of that
     tensor; `values` holds the tensors named in `always`. At most `sample_tokens` rows are sampled.
+    `reduce` gets the finished statistics of a piece of the graph; afterwards their rows go, so that
+    those of the whole graph are never in memory together.
     """
     stats = {name: TensorStats.empty(width) for name, width in widths.items()}
-    per_window = rows_per_window(widths, len(windows), sample_tokens)
+    per_window = rows_per_window(len(windows), sample_tokens)
     for number, values in walk(
         graph, list(widths), windows, always=always, providers=providers, progress=progress
     ):
@@ -147,13 +148,17 @@ def observe_ranges(
         for name, value in values.items():
             if name in stats:
                 stats[name].add(value, sinks(name, number, values), sample)
+        if reduce is not None and number == len(windows) - 1:
+            done = {name: stats[name] for name in values if name in stats}
+            reduce(done)
+            for each in done.values():
+                each.rows = each.rows[:0].copy()
     return stats
 
 
-def rows_per_window(widths: Mapping[str, int], windows: int, most: int = 512) -> int:
-    """How many rows of every window may be kept so that all samples stay within their memory."""
-    budget = _SAMPLE_BYTES // (4 * sum(widths.values()))
-    return max(1, min(most, budget) // windows)
+def rows_per_window(windows: int, most: int = 512) -> int:
+    """How many rows of every window are kept, so that it is `most` of all."""
+    return max(1, most // windows)
 
 
 def sampled_rows(length: int, count: int, seed: int, number: int) -> np.ndarray:

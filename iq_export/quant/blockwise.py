@@ -79,7 +79,7 @@ def calibrate_blocks(
     for linear in sites.linears:
         readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
     widths = {name: linears[0].in_features for name, linears in readers.items()}
-    kept = rows_per_window(widths, len(windows))
+    kept = rows_per_window(len(windows))
     scopes = {
         name: scope
         for number, templates in enumerate(sinks)

@@ -29,6 +29,10 @@ class Smoothing:
     norms: dict[str, SmoothingChoice]
     paths: dict[str, SmoothingChoice]
 
+    def with_more(self, other: Smoothing) -> Smoothing:
+        """These choices and those for other values."""
+        return Smoothing(self.norms | other.norms, self.paths | other.paths)
+
     def factors(self, name: str) -> np.ndarray | float:
         """What the value `name` is divided by: `[features]`, or 1 where nothing was folded."""
         choice = self.norms.get(name) or self.paths.get(name)
@@ -38,7 +42,7 @@ class Smoothing:
 def find_smoothing(
     model: ir.Model,
     sites: Sites,
-    stats: dict[str, TensorStats],
+    stats: Mapping[str, TensorStats],
     *,
     rotation: int | None,
     rounding: Rounding = W8A8,
@@ -47,7 +51,7 @@ def find_smoothing(
     """Choose for every norm whose output only the branch's products read, and every up-projection
     that reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
     the down-projection input, None for no rotation; `side` how many of its channels will bypass the
-    quantizer."""
+    quantizer. What `stats` does not have is left out: they may come piece by piece."""
     readers = {
         value.name: {node.name for node in value.consumers()}
         for node in model.graph
@@ -58,6 +62,8 @@ def find_smoothing(
         return model.graph.initializers[name].const_value.numpy()
 
     def branch_choice(branch: Branch) -> SmoothingChoice | None:
+        if branch.norm_output not in stats:
+            return None
         if readers[branch.norm_output] != {linear.node for linear in branch.inputs}:
             return None
         found = stats[branch.norm_output]
@@ -71,8 +77,8 @@ def find_smoothing(
             choice = branch_choice(branch)
             if choice is not None:
                 norms[branch.norm_output] = choice
-        if block.mlp.linear_path is not None:
-            down = block.mlp.output
+        down = block.mlp.output
+        if block.mlp.linear_path is not None and down.input in stats:
             found = stats[down.input]
             turned = rotation if rotation and down.in_features % rotation == 0 else None
             paths[down.input] = choose_smoothing(
@@ -90,12 +96,13 @@ def find_side_channels(
     sites: Sites, stats: Mapping[str, TensorStats], smoothing: Smoothing, count: int
 ) -> dict[str, tuple[Linear, np.ndarray]]:
     """The `count` loudest channels of every down-projection's input, smoothed or not: by the
-    product's node, what `passes.side_channels` takes. Where there is no eighth, no channel is."""
+    product's node, what `passes.side_channels` takes. Where there is no eighth, no channel is; what
+    `stats` does not have is left out."""
     found: dict[str, tuple[Linear, np.ndarray]] = {}
     for block in sites.blocks:
         down = block.mlp.output
-        rows = stats[down.input].rows
-        if len(rows):
+        if down.input in stats and len(stats[down.input].rows):
+            rows = stats[down.input].rows
             channels = loudest_channels(rows / smoothing.factors(down.input), count)
             if channels.size:
                 found[down.node] = (down, channels)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iq_export.calibrate import ranges
 from iq_export.calibrate.ranges import (
     MagnitudeHistogram,
     MagnitudeObserver,
@@ -112,12 +111,16 @@ def test_rows_are_left_out_tensor_by_tensor(spiky: Planted) -> None:
     assert other.absmax_semantic == other.absmax
 
 
-def test_sample_is_bounded(spiky: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_is_bounded_and_goes_when_it_is_reduced(spiky: Planted) -> None:
     names = {NAME: 128, "embed/out": 64}
     assert 300 < len(observe(spiky, names)[NAME].rows) <= 512
     assert 50 < len(observe(spiky, names, sample_tokens=96)[NAME].rows) <= 96
-    monkeypatch.setattr(ranges, "_SAMPLE_BYTES", 100 * 4 * (128 + 64))
-    assert {len(stats.rows) <= 100 for stats in observe(spiky, names).values()} == {True}
+    reduced: dict[str, int] = {}
+    found = observe(
+        spiky, names, reduce=lambda its: reduced.update((n, len(x.rows)) for n, x in its.items())
+    )
+    assert set(reduced) == set(names) and min(reduced.values()) > 300
+    assert {len(stats.rows) for stats in found.values()} == {0}
 
 
 def test_same_seed_same_sample(spiky: Planted) -> None:
