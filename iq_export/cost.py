@@ -16,7 +16,7 @@ from iq_export.recipe import Recipe
 _FLOAT32, _HALF = 4, 2
 # Python with torch, transformers and ONNX Runtime, and a trace of some layers.
 _BASE_BYTES = 650 << 20
-# Of every layer: nodes of the graphs, and histograms of 32,768 counts of what its products read.
+# Of every layer: nodes of the graphs, and histograms of 4,096 counts of what its products read.
 _LAYER_BYTES = 4 << 20
 # Weights that are walked together (`observe.segments`), with the half block that exceeds them.
 _PIECE_BYTES = 96 << 20
