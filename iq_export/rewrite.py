@@ -21,6 +21,7 @@ from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import MagnitudeObserver, TensorStats, observe_ranges
 from iq_export.calibrate.text_check import surprise_warning
 from iq_export.calibrate.token_stats import TokenObserver, TokenStats, observe_tokens
+from iq_export.checkpoint import Checkpoint
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
@@ -197,6 +198,7 @@ class _Job:
     stats: TokenStats
     options: _Run
     work: Path
+    kept: Checkpoint
 
     @property
     def sites(self) -> Sites:
@@ -211,9 +213,16 @@ class _Job:
 
 
 def rewrite(
-    traced: Path, work: Path, recipe: Recipe, dtype: str, data: Calibration, progress: Progress
+    traced: Path,
+    work: Path,
+    recipe: Recipe,
+    dtype: str,
+    data: Calibration,
+    progress: Progress,
+    kept: Checkpoint | None = None,
 ) -> Rewrite:
     """Run all steps on the traced graph; `work` receives the file that ships and rounded weights.
+    What is in `kept` already is not made again.
 
     Raises GraphError if the graph is not understood, not finite, or loses its sinks.
     """
@@ -226,60 +235,59 @@ def rewrite(
     options = _Run(providers=data.providers, progress=progress)
     chosen = Decisions(recipe, dtype)
     _weight_blocks(base.sites, recipe)  # refuses a width that has none
+    kept = kept or Checkpoint()
+    store = CodeStore((kept.folder or work) / "codes")
+    kept.given.update(recipe=recipe, activations=recipe.activations, codes=store)
 
     with progress.step("Observe tokens"):
-        tokens = TokenObserver(base.sites, data.all)
-        widths = {linear.input: linear.in_features for linear in base.sites.linears}
-        magnitudes = MagnitudeObserver(widths, len(data.windows))
-        observe(base.model, [tokens, magnitudes], data.all, **options)
-        stats, before = tokens.stats, magnitudes.stats
-        surprise = surprise_warning(base.model, data.windows, **options)
-    job = _Job(base, data, stats, options, work)
+        stats, before, surprise = kept.step("tokens", _observed, base, data, options)
+    kept.given.update({f"before {name}": found for name, found in before.items()})
+    job = _Job(base, data, stats, options, work, kept)
     if chosen.half:
-        loud = _loud_attentions(job)
+        loud = kept.step("loud attentions", _loud_attentions, job)
         chosen = replace(chosen, scaled_queries=tuple(loud))
         if loud:
             notes.append(_loud_note(loud))
             progress.note(notes[-1])
     with progress.step("Fit sinks"):
-        fits = decide(
-            job.traced, job.sites, discover(stats), stats, data.all,
+        fits = kept.step(
+            "fits", decide, job.traced, job.sites, discover(stats), stats, data.all,
             limit=data.max_relative_deviation, seed=data.seed, **options,
         )  # fmt: skip
-    chosen, fits, ranges = _prepared(job, chosen, fits)
+    chosen, fits, ranges = kept.step("prepared", _prepared, job, chosen, fits)
     with progress.step("Insert sinks"):
         chosen = replace(chosen, sinks=tuple(_calibrated(job, chosen, fits)))
-        chosen = _restored(job, chosen, INSERTED)
-        matching = _matching(job, chosen)
+        chosen = kept.step("inserted", _restored, job, chosen, INSERTED)
+        matching = kept.step("matching", _matching, job, chosen)
     warnings = [surprise] if surprise else []
     warnings += _everyone(stats)
     warnings += sink_warnings(chosen.sinks, matching)
     for warning in warnings:
         progress.note(f"warning: {warning}")
-    chosen, quantizers = _rounded(job, chosen, before, ranges)
+    chosen, quantizers = _rounded(job, chosen, before, ranges, store)
     del ranges  # its sampled rows
     cache: dict[str, CacheScale] = {}
     if recipe.cache is not None:
         with progress.step("Calibrate the KV cache"):
-            cache = _cache_scales(job, chosen)
+            cache = kept.step("cache", _cache_scales, job, chosen)
         chosen = replace(chosen, cache={name: found.scale for name, found in cache.items()})
     with progress.step("Choose the insertion"):
-        chosen, insertions = _formed(job, chosen)
+        chosen, insertions = kept.step("forms", _formed, job, chosen)
     mixed, reference = None, None
     everything = [Site(q.name, q.linears) for q in quantizers.values()]
     if math.isfinite(data.budget) and quantizers:
         with progress.step("Search a mixed plan"):
             reference = Reference.of(job.traced, data.windows, **options)
-            mixed = _mixed_plan(job, chosen, everything, reference)
+            mixed = kept.step("mixed", _mixed_plan, job, chosen, everything, reference)
             chosen, quantizers = _left(chosen, quantizers, mixed)
     with progress.step("Quantize"):
-        chosen, quantizers, recall = _with_recall(job, chosen, quantizers)
+        chosen, quantizers, recall = kept.step("recall", _with_recall, job, chosen, quantizers)
         if quantizers and chosen.sinks:
             # Rounding and clipping move the sink rows too, by a constant: restore that as well.
-            chosen = _restored(job, chosen, SHIPPED)
+            chosen = kept.step("restored", _restored, job, chosen, SHIPPED)
         if mixed is not None and reference is not None:
-            chosen, quantizers, mixed = _within(
-                job, chosen, quantizers, mixed, everything, reference
+            chosen, quantizers, mixed = kept.step(
+                "within", _within, job, chosen, quantizers, mixed, everything, reference
             )
             if not mixed.met:
                 warnings.append(mixed.unmet())
@@ -287,7 +295,7 @@ def rewrite(
         model, path = job.at(SHIPPED, chosen), work / MODEL
         io.save(model, path)
     with progress.step("Check the quantized graph"):
-        check = _checked(base, chosen, path, data.windows, options)
+        check = kept.step("check", _checked, base, chosen, path, data.windows, options)
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
@@ -401,6 +409,18 @@ def _shared_note(shared: Sequence[str]) -> list[str]:
     ]
 
 
+def _observed(
+    base: Lowered, data: Calibration, options: _Run
+) -> tuple[TokenStats, dict[str, TensorStats], str | None]:
+    """All tokens and all products' inputs on one walk, and what is odd about the text."""
+    tokens = TokenObserver(base.sites, data.all)
+    widths = {linear.input: linear.in_features for linear in base.sites.linears}
+    magnitudes = MagnitudeObserver(widths, len(data.windows))
+    observe(base.model, [tokens, magnitudes], data.all, **options)
+    surprise = surprise_warning(base.model, data.windows, **options)
+    return tokens.stats, magnitudes.stats, surprise
+
+
 def _prepared(
     job: _Job, chosen: Decisions, fits: list[Decision]
 ) -> tuple[Decisions, list[Decision], dict[str, TensorStats]]:
@@ -460,10 +480,10 @@ def _rounded(
     chosen: Decisions,
     before: Mapping[str, TensorStats],
     ranges: Mapping[str, TensorStats],
+    store: CodeStore,
 ) -> tuple[Decisions, dict[str, Quantizer]]:
     """Ranges of activations and codes of weights."""
     recipe, options = chosen.recipe, job.options
-    store = CodeStore(job.work / "codes")
     if recipe.weights is None:
         return chosen, {}
     if recipe.activations is None and not recipe.gptq:
@@ -477,7 +497,7 @@ def _rounded(
     with options["progress"].step("Calibrate quantizers"):
         quantizers = calibrate_blocks(
             job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe,
-            job.data.windows, store, seed=job.data.seed, **options,
+            job.data.windows, store, seed=job.data.seed, kept=job.kept, **options,
         )  # fmt: skip
     activations = {name: q.scale for name, q in quantizers.items()}
     return replace(chosen, activations=activations, codes=store), quantizers

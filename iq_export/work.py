@@ -2,6 +2,7 @@
 
     D/.iq-export-owner          the mark: the folder is ours, and locked by the run that uses it
     D/run/                      what the running compile makes; gone when it ends
+    D/unfinished/               kept: what a run finished that was then killed or failed
     D/traced/                   kept: the traced graph, found again by the next run
     D/RECIPE-DTYPE/             kept: the graphs of one bundle, and references.json about them
 
@@ -26,7 +27,7 @@ from iq_export.errors import BundleError, UsageError
 from iq_export.graph.model_files import model_files
 
 REFERENCES = "references.json"
-_RUN, _TRACED = "run", "traced"
+_RUN, _TRACED, _UNFINISHED = "run", "traced", "unfinished"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Work:
     def traced(self) -> Path:
         """Where an earlier run may have left its traced graph."""
         return self.folder / _TRACED
+
+    @property
+    def unfinished(self) -> Path | None:
+        """Where the results of finished steps lie for the next run, if anything is kept."""
+        return self.folder / _UNFINISHED if self.keep else None
 
     def place_of_trace(self) -> Path:
         """Where a new traced graph goes: a run that fails leaves it to the next one, unless a
@@ -65,6 +71,7 @@ class Work:
         if (self.run / _TRACED).is_dir():
             _replace(self.run / _TRACED, self.traced)
         _replace(stage, self.folder / stage.name)
+        shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
 
     def _kept(self, file: Path, stage: Path) -> str:
         """Where the file will lie, relative to the work folder."""
