@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,7 @@ _COUNTED = 8
 _SAMPLE_BYTES = 1 << 29
 
 
+@dataclass
 class MagnitudeHistogram:
     """Counts of |x| in equal bins over `[0, limit)`; doubles `limit` when a larger value comes.
 
@@ -25,9 +26,8 @@ class MagnitudeHistogram:
     beyond the first window's choice of `limit`.
     """
 
-    def __init__(self) -> None:
-        self.counts = np.zeros(_BINS, np.int64)
-        self.limit = 0.0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(_BINS, np.int64))
+    limit: float = 0.0
 
     def add(self, magnitude: np.ndarray) -> None:
         """Count the entries of `magnitude` (any shape, >= 0)."""
