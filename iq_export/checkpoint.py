@@ -147,7 +147,9 @@ class Checkpoint:
         whole: dict[str, dict[str, str]] = {}
         for name, files in records:
             try:
-                if any(self._digest(local) != digest for local, digest in files.items()):
+                if not files or any(
+                    self._digest(local) != digest for local, digest in files.items()
+                ):
                     raise ValueError
             except (OSError, ValueError, BundleError):
                 self._say(f"{self.folder} is damaged: what is whole is taken from there")
