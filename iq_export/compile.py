@@ -372,6 +372,7 @@ def _calibrate_and_rewrite(
     options: CompileOptions, checked: Checked, traced: Any, work: Work, progress: Progress
 ) -> Any:
     from iq_export.calibrate.text_check import token_warnings
+    from iq_export.checkpoint import Checkpoint, job_key
     from iq_export.rewrite import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
@@ -404,7 +405,12 @@ def _calibrate_and_rewrite(
         progress.note(f"warning: {warning}")
     stages = work.run / f"{options.recipe}-{options.dtype}"
     stages.mkdir()
-    done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress)
+    key = job_key(
+        traced.digests(), traced.source_sha256, checked.recipe.record(), options.dtype, data,
+        _versions(),
+    )  # fmt: skip
+    kept = Checkpoint(work.unfinished, key, progress.note)
+    done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress, kept)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
 
 

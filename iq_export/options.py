@@ -242,7 +242,8 @@ class CompileOptions:
         default=None,
         metadata=option(
             "folder for intermediate graphs",
-            about="where the traced graph goes: a new or empty folder outside of "
+            about="where the traced graph goes, and what a compile finished before it was "
+            "interrupted, with which the same command goes on: a new or empty folder outside of "
             "OUT, or one of an earlier compile; it is kept",
             group="work", metavar="DIR", shown=".OUT.work",
         ),

@@ -21,6 +21,7 @@ from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import MagnitudeObserver, TensorStats, observe_ranges
 from iq_export.calibrate.text_check import SurpriseObserver
 from iq_export.calibrate.token_stats import TokenObserver, TokenStats, observe_tokens
+from iq_export.checkpoint import Checkpoint
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
@@ -40,7 +41,7 @@ from iq_export.graph.edit import copied
 from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Linear, Sites
 from iq_export.observe.tail import Tail
-from iq_export.observe.walk import Graph, Observer, observe
+from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.passes.insert_sinks import index_name, set_restore
 from iq_export.passes.order import (
     INSERTED,
@@ -198,6 +199,7 @@ class _Job:
     stats: TokenStats
     options: _Run
     work: Path
+    kept: Checkpoint
 
     @property
     def sites(self) -> Sites:
@@ -212,9 +214,16 @@ class _Job:
 
 
 def rewrite(
-    traced: Path, work: Path, recipe: Recipe, dtype: str, data: Calibration, progress: Progress
+    traced: Path,
+    work: Path,
+    recipe: Recipe,
+    dtype: str,
+    data: Calibration,
+    progress: Progress,
+    kept: Checkpoint | None = None,
 ) -> Rewrite:
     """Run all steps on the traced graph; `work` receives the file that ships and rounded weights.
+    What is in `kept` already is not made again.
 
     Raises GraphError if the graph is not understood, not finite, or loses its sinks.
     """
@@ -227,11 +236,15 @@ def rewrite(
     options = _Run(providers=data.providers, progress=progress)
     chosen = Decisions(recipe, dtype)
     _weight_blocks(base.sites, recipe)  # refuses a width that has none
+    kept = kept or Checkpoint()
+    store = CodeStore((kept.folder or work) / "codes")
+    kept.given.update(recipe=recipe, activations=recipe.activations, codes=store)
 
     with progress.step("Observe tokens"):
-        seen = _observed(base, data, dtype, options)
-    stats, before = seen.stats, seen.before
-    job = _Job(base, data, stats, options, work)
+        seen = kept.step("tokens", _observed, base, data, dtype, options)
+    stats, before, tail = seen.stats, seen.before, Tail(base.model, seen.tail, data.providers)
+    kept.given.update({f"before {name}": found for name, found in before.items()})
+    job = _Job(base, data, stats, options, work, kept)
     if chosen.half:
         loud = _loud_attentions(job, seen.peaks)
         chosen = replace(chosen, scaled_queries=tuple(loud))
@@ -239,43 +252,43 @@ def rewrite(
             notes.append(_loud_note(loud))
             progress.note(notes[-1])
     with progress.step("Fit sinks"):
-        fits = decide(
-            job.traced, job.sites, discover(stats), stats, data.all,
+        fits = kept.step(
+            "fits", decide, job.traced, job.sites, discover(stats), stats, data.all,
             limit=data.max_relative_deviation, seed=data.seed, **options,
         )  # fmt: skip
-    chosen, fits, power = _prepared(job, chosen, fits)
+    chosen, fits, power = kept.step("ranges", _prepared, job, chosen, fits)
     with progress.step("Insert sinks"):
         chosen = replace(chosen, sinks=tuple(_calibrated(job, chosen, fits)))
-        chosen = _restored(job, chosen, INSERTED)
-        matching = _matching(job, chosen, seen.heldout)
+        chosen = kept.step("inserted", _restored, job, chosen, INSERTED)
+        matching = kept.step("matching", _matching, job, chosen, seen.heldout)
     warnings = [seen.surprise] if seen.surprise else []
     warnings += _everyone(stats)
     warnings += sink_warnings(chosen.sinks, matching)
     for warning in warnings:
         progress.note(f"warning: {warning}")
-    chosen, quantizers = _rounded(job, chosen, before, power)
+    chosen, quantizers = _rounded(job, chosen, before, power, store)
     cache: dict[str, CacheScale] = {}
     if recipe.cache is not None:
         with progress.step("Calibrate the KV cache"):
-            cache = _cache_scales(job, chosen)
+            cache = kept.step("cache", _cache_scales, job, chosen)
         chosen = replace(chosen, cache={name: found.scale for name, found in cache.items()})
     with progress.step("Choose the insertion"):
-        chosen, insertions = _formed(job, chosen, seen.tail)
+        chosen, insertions = kept.step("forms", _formed, job, chosen, tail)
     mixed, reference = None, None
     everything = [Site(q.name, q.linears) for q in quantizers.values()]
     if math.isfinite(data.budget) and quantizers:
         with progress.step("Search a mixed plan"):
             reference = Reference.of(job.traced, data.windows, **options)
-            mixed = _mixed_plan(job, chosen, everything, reference)
+            mixed = kept.step("mixed", _mixed_plan, job, chosen, everything, reference)
             chosen, quantizers = _left(chosen, quantizers, mixed)
     with progress.step("Quantize"):
         ranges_before = chosen.activations
-        chosen, quantizers, recall = _with_recall(job, chosen, quantizers)
+        chosen, quantizers, recall = kept.step("recall", _with_recall, job, chosen, quantizers)
         if chosen.sinks and (mixed is not None or chosen.activations != ranges_before):
-            chosen = _restored(job, chosen, ROUNDED)
+            chosen = kept.step("restored", _restored, job, chosen, ROUNDED)
         if mixed is not None and reference is not None:
-            chosen, quantizers, mixed = _within(
-                job, chosen, quantizers, mixed, everything, reference
+            chosen, quantizers, mixed = kept.step(
+                "within", _within, job, chosen, quantizers, mixed, everything, reference
             )
             if not mixed.met:
                 warnings.append(mixed.unmet())
@@ -283,7 +296,7 @@ def rewrite(
         model, path = job.at(SHIPPED, chosen), work / MODEL
         io.save(model, path)
     with progress.step("Check the quantized graph"):
-        check = _checked(base, chosen, path, seen.tail, data.windows, options)
+        check = kept.step("check", _checked, base, chosen, path, tail, data.windows, options)
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
@@ -486,10 +499,10 @@ def _rounded(
     chosen: Decisions,
     before: Mapping[str, TensorStats],
     power: Mapping[str, np.ndarray],
+    store: CodeStore,
 ) -> tuple[Decisions, dict[str, Quantizer]]:
     """Ranges of activations and codes of weights."""
     recipe, options = chosen.recipe, job.options
-    store = CodeStore(job.work / "codes")
     if recipe.weights is None:
         return chosen, {}
     if recipe.activations is None and not recipe.gptq:
@@ -501,7 +514,7 @@ def _rounded(
     with options["progress"].step("Calibrate quantizers"):
         quantizers = calibrate_blocks(
             job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe,
-            job.data.windows, store, seed=job.data.seed, **options,
+            job.data.windows, store, seed=job.data.seed, kept=job.kept, **options,
         )  # fmt: skip
     activations = {name: q.scale for name, q in quantizers.items()}
     return replace(chosen, activations=activations, codes=store), quantizers
@@ -590,14 +603,14 @@ class _Seen:
     """What one walk over the traced graph tells: `stats` of the calibration's tokens and of those
     that were `heldout` (None: there are none), magnitudes of the products' inputs `before`
     anything is changed, a warning about the text, the largest q.k by `Attention` node (none unless
-    half precision must hold them), and the graph's `tail` on the first windows."""
+    half precision must hold them), and rows of the graph's `tail` on the first windows."""
 
     stats: TokenStats
     heldout: TokenStats | None
     before: dict[str, TensorStats]
     surprise: str | None
     peaks: dict[str, float]
-    tail: Tail
+    tail: list[Values]
 
 
 def _observed(base: Lowered, data: Calibration, dtype: str, options: _Run) -> _Seen:
@@ -606,7 +619,7 @@ def _observed(base: Lowered, data: Calibration, dtype: str, options: _Run) -> _S
     widths = {linear.input: linear.in_features for linear in base.sites.linears}
     magnitudes = MagnitudeObserver(widths, len(data.windows))
     surprise = SurpriseObserver(data.windows)
-    tail = Tail(base.model, first, options["providers"])
+    tail = Tail(base.model, [{} for _ in range(first)], options["providers"])
     observers: list[Observer] = [tokens, magnitudes, surprise, tail]
     heldout = TokenObserver(base.sites, data.heldout, len(data.all)) if data.heldout else None
     observers += [] if heldout is None else [heldout]
@@ -619,7 +632,7 @@ def _observed(base: Lowered, data: Calibration, dtype: str, options: _Run) -> _S
         magnitudes.stats,
         surprise.warning(),
         peaks.peaks,
-        tail,
+        tail.rows,
     )
 
 

@@ -2,6 +2,7 @@
 
     D/.iq-export-owner          the mark: the folder is ours, and locked by the run that uses it
     D/run/                      what the running compile makes; gone when it ends
+    D/unfinished/               kept: what a run finished that was then killed or failed
     D/traced/                   kept: the traced graph, found again by the next run
     D/kept                      a finished bundle is compared with that graph
 
@@ -21,7 +22,7 @@ from iq_export.bundle.lock import Say, claim, quiet
 from iq_export.bundle.package import parents_of
 from iq_export.errors import BundleError, UsageError
 
-_RUN, _TRACED, _KEPT = "run", "traced", "kept"
+_RUN, _TRACED, _KEPT, _UNFINISHED = "run", "traced", "kept", "unfinished"
 # In the folders with whole graphs that older versions kept.
 _OLD_RECORD = "references.json"
 
@@ -43,6 +44,11 @@ class Work:
         """Where an earlier run may have left its traced graph."""
         return self.folder / _TRACED
 
+    @property
+    def unfinished(self) -> Path | None:
+        """Where the results of finished steps lie for the next run, if anything is kept."""
+        return self.folder / _UNFINISHED if self.keep else None
+
     def place_of_trace(self) -> Path:
         """Where a new traced graph goes: a run that fails leaves it to the next one, unless a
         bundle depends on the one that is there."""
@@ -56,6 +62,7 @@ class Work:
         (self.folder / _KEPT).touch()
         for record in self.folder.glob(f"*/{_OLD_RECORD}"):
             shutil.rmtree(record.parent, ignore_errors=True)
+        shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
 
 
 def kept_trace(folder: Path) -> Path | None:

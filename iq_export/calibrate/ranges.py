@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,7 @@ _BINS = 1 << 12
 _COUNTED = 8
 
 
+@dataclass
 class MagnitudeHistogram:
     """Counts of |x| in equal bins over `[0, limit)`; doubles `limit` when a larger value comes.
 
@@ -23,9 +24,8 @@ class MagnitudeHistogram:
     beyond the first window's choice of `limit`.
     """
 
-    def __init__(self) -> None:
-        self.counts = np.zeros(_BINS, np.int64)
-        self.limit = 0.0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(_BINS, np.int64))
+    limit: float = 0.0
 
     def add(self, magnitude: np.ndarray) -> None:
         """Count the entries of `magnitude` (any shape, >= 0)."""

@@ -17,15 +17,15 @@ _LOGITS = name_of(Role.LOGITS)
 
 
 class Tail:
-    """The logits of a causal LM on the first `windows` windows of a walk, as often as they are
-    asked for: an observer that keeps one row of the residual stream per token."""
+    """The logits of a causal LM on the first windows of a walk, as often as they are asked for: an
+    observer that keeps one row of the residual stream per token, in a dict of `rows` by window."""
 
-    def __init__(self, graph: Graph, windows: int, providers: Sequence[str]) -> None:
+    def __init__(self, graph: Graph, rows: list[Values], providers: Sequence[str]) -> None:
         self._model, self._label = loaded(graph), named(graph)
         self.names = list(segments(self._model.graph)[-1].carried)
-        self.of = range(windows)
+        self.of = range(len(rows))
         self._providers = providers
-        self._rows: list[Values] = [{} for _ in self.of]
+        self.rows = rows
 
     @classmethod
     def of_graph(
@@ -37,12 +37,12 @@ class Tail:
         progress: Progress,
     ) -> Tail:
         """Walk `graph` over `windows` for its tail alone. Raises GraphError as `walk` does."""
-        tail = cls(graph, len(windows), providers)
+        tail = cls(graph, [{} for _ in windows], providers)
         observe(graph, [tail], windows, providers=providers, progress=progress)
         return tail
 
     def add(self, number: int, values: Values) -> None:
-        self._rows[number] |= values
+        self.rows[number] |= values
 
     def logits(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
         """float32 `[seq, vocab]` of each of `windows`: those that were walked, or their beginnings.
@@ -51,6 +51,6 @@ class Tail:
         """
         part: ir.Model = cut(self._model, self.names, [_LOGITS])
         with Piece(part, [_LOGITS], self._providers, self._label) as runner:
-            for number, (window, rows) in enumerate(zip(windows, self._rows, strict=False)):
+            for number, (window, rows) in enumerate(zip(windows, self.rows, strict=False)):
                 given = {name: value[: len(window.ids)][None] for name, value in rows.items()}
                 yield checked(_LOGITS, runner.run(window, given)[_LOGITS], number)

@@ -16,16 +16,18 @@ import onnx_ir as ir
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.ranges import TensorStats, rows_per_window, sampled_rows
 from iq_export.calibrate.sequential import BlockWalk
+from iq_export.checkpoint import Checkpoint
 from iq_export.errors import GraphError
 from iq_export.formats.base import ActivationFormat
 from iq_export.formats.gptq import Curvature
 from iq_export.formats.int8_activations import INT8
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.sites import Block, Linear, Sites
+from iq_export.observe.walk import Carried
 from iq_export.passes.insert_sinks import index_scopes
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
-from iq_export.quant.codes import CodeStore
+from iq_export.quant.codes import CodeFile, CodeStore
 from iq_export.quant.search import choose_clip, unit_rows
 from iq_export.recipe import Recipe
 from iq_export.sinks.templates import SinkTemplates
@@ -54,6 +56,14 @@ class Quantizer:
     format: ActivationFormat = INT8
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """What a block gave: its quantizers, and the codes of its weights."""
+
+    quantizers: dict[str, Quantizer]
+    codes: dict[str, CodeFile]
+
+
 def calibrate_blocks(
     model: ir.Model,
     sites: Sites,
@@ -66,6 +76,7 @@ def calibrate_blocks(
     seed: int,
     providers: Sequence[str],
     progress: Progress,
+    kept: Checkpoint,
 ) -> dict[str, Quantizer]:
     """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
 
@@ -79,15 +90,15 @@ def calibrate_blocks(
     for linear in sites.linears:
         readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
     widths = {name: linears[0].in_features for name, linears in readers.items()}
-    kept = rows_per_window(len(windows))
+    per_window = rows_per_window(len(windows))
     scopes = {
         name: scope
         for number, templates in enumerate(sinks)
         for name, scope in index_scopes(number, templates, sites).items()
     }
     walk = BlockWalk(model, sites, windows, list(scopes), providers)
-    found: dict[str, Quantizer] = {}
-    for block in sites.blocks:
+    found = _taken(kept, walk, codes, progress)
+    for block in sites.blocks[walk.block :]:
         inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
         names = [name for name, linears in readers.items() if linears[0].node in inside]
         here = [linear for name in names for linear in readers[name]]
@@ -97,7 +108,7 @@ def calibrate_blocks(
             hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in compensated}
             for number, values in walk.observe(names):
                 length = len(windows[number].ids)
-                sample = sampled_rows(length, kept, seed, number)
+                sample = sampled_rows(length, per_window, seed, number)
                 for name in names:
                     masks = [
                         values[index] > 0
@@ -135,6 +146,7 @@ def calibrate_blocks(
             codes=codes,
         )
         walk.advance(partial(quantize, plan=plan))
+        _keep(kept, walk, codes, plan, {name: found[name] for name in names if name in found})
         progress.update(block.index + 1, len(sites.blocks))
     return found
 
@@ -163,6 +175,57 @@ def _computed(
         for node, value in values.items():
             assert value is not None
             value.const_value = lazy[node]
+
+
+def _taken(
+    kept: Checkpoint, walk: BlockWalk, codes: CodeStore, progress: Progress
+) -> dict[str, Quantizer]:
+    """The quantizers of the blocks that an interrupted run finished; the walk is behind them."""
+    count = 0
+    while _block(count) in kept:
+        count += 1
+    every = len(walk.sites.blocks)
+    goes_on = (n for n in range(1, count + 1) if n == every or _behind(n) in kept)
+    count = max(goes_on, default=0)
+    if count:
+        progress.note(f"taken from the run that was interrupted: {count} of {every} blocks")
+    found: dict[str, Quantizer] = {}
+    for number in range(count):
+        finished = kept.get(_block(number), _Finished)
+        found |= finished.quantizers
+        codes.take(finished.codes)
+    walk.block = count
+    if 0 < count < every:
+        walk.carried = kept.get(_behind(count), list[Carried])
+    return found
+
+
+def _keep(
+    kept: Checkpoint,
+    walk: BlockWalk,
+    codes: CodeStore,
+    plan: QuantizePlan,
+    quantizers: dict[str, Quantizer],
+) -> None:
+    """Keep the block behind which the walk is, and what goes on to the next one: no other's."""
+    written = codes.files(linear.weight for linear in plan.linears)
+    values: dict[str, object] = {}
+    if walk.block < len(walk.sites.blocks):
+        values[_behind(walk.block)] = walk.carried
+    values[_block(walk.block - 1)] = _Finished(quantizers, written)
+    kept.put(
+        values,
+        files=[codes.folder / file.name for file in written.values()],
+        drop=_behind(walk.block - 1),
+    )
+
+
+def _block(number: int) -> str:
+    return f"block {number}"
+
+
+def _behind(count: int) -> str:
+    return f"behind {count} blocks"
 
 
 def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:

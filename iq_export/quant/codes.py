@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -11,26 +12,42 @@ import numpy as np
 Rounded = tuple[np.ndarray, np.ndarray]
 
 
+@dataclass(frozen=True)
+class CodeFile:
+    """Where the codes of a weight are, a name in the folder, and their float32 scales."""
+
+    name: str
+    is_int4: bool
+    scales: np.ndarray
+
+
 class CodeStore(Mapping[str, Rounded]):
     """Weight name -> codes `[in, out]`, int8 or int4, and float32 scales: read when asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, tuple[Path, bool]] = {}
-        self._scales: dict[str, np.ndarray] = {}
+        self.folder = folder
+        self._files: dict[str, CodeFile] = {}
 
     def add(self, name: str, codes: np.ndarray, scales: np.ndarray) -> None:
         """Write the codes of a weight. Raises OSError if the disk is full."""
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"{len(self._files)}.npy"
-        np.save(path, codes.astype(np.int8))
-        self._files[name] = path, codes.dtype == ml_dtypes.int4
-        self._scales[name] = scales
+        self.folder.mkdir(exist_ok=True)
+        file = f"{len(self._files)}.npy"
+        np.save(self.folder / file, codes.astype(np.int8))
+        self._files[name] = CodeFile(file, codes.dtype == ml_dtypes.int4, scales)
+
+    def files(self, names: Iterable[str]) -> dict[str, CodeFile]:
+        """Of these weights."""
+        return {name: self._files[name] for name in names}
+
+    def take(self, files: Mapping[str, CodeFile]) -> None:
+        """Go on with what another store wrote to the same folder."""
+        self._files |= files
 
     def __getitem__(self, name: str) -> Rounded:
-        path, is_int4 = self._files[name]
-        codes = np.load(path)  # not mapped: what is read of a file then stays resident
-        return codes.view(ml_dtypes.int4) if is_int4 else codes, self._scales[name]
+        file = self._files[name]
+        # Not mapped: what is read of a file then stays resident.
+        codes = np.load(self.folder / file.name)
+        return codes.view(ml_dtypes.int4) if file.is_int4 else codes, file.scales
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
