@@ -23,11 +23,10 @@ from iq_export.errors import GraphError, UsageError
 from iq_export.evaluate.perplexity import Scored, exp_or_inf, score, window_logits
 from iq_export.graph.vocabulary import read_vocabulary
 from iq_export.observe.loss import kl
-from iq_export.observe.segments import segments
-from iq_export.observe.walk import Graph, Piece, cut, loaded, named
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:
+    from iq_export.observe.walk import Graph, Piece
     from iq_export.run.generate import Tokenizer
 
 REFERENCE = "fp32"
@@ -235,6 +234,9 @@ def _prefill_pieces(
     graph: Path, window: Window, providers: Sequence[str]
 ) -> Iterator[Callable[[], float]]:
     """For each piece of a graph in turn, what runs it once and says how many seconds that took."""
+    from iq_export.observe.segments import segments
+    from iq_export.observe.walk import Piece, cut, loaded, named
+
     model, label = loaded(graph), named(graph)
     given = {str(value.name) for value in model.graph.outputs}
     carried: dict[str, np.ndarray] = {}

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iq_export.errors import DataError, GraphError
-from iq_export.graph.interface import VOCABULARY, Interface, Role
 from iq_export.observe.loss import log_softmax, token_losses
-from iq_export.observe.walk import CPU, Graph, loaded, named, walk
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:
     from iq_export.calibrate.data import Window
+    from iq_export.observe.walk import Graph
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def perplexity(
     graph: Graph,
     windows: Sequence[Window],
     *,
-    providers: Sequence[str] = CPU,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of `windows`, each scored on its own from an empty cache.
@@ -81,7 +80,7 @@ def window_logits(
     graph: Graph,
     windows: Sequence[Window],
     *,
-    providers: Sequence[str] = CPU,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the number of each window and its logits, float32 `[length, vocab]`.
@@ -89,6 +88,10 @@ def window_logits(
     Half values are rounded op by op (see `run.ort.open_session`). Raises GraphError for a graph
     that is no causal LM with cache or cannot be run.
     """
+    # onnx-ir, which reading a report or a command line needs not.
+    from iq_export.graph.interface import VOCABULARY, Interface, Role
+    from iq_export.observe.walk import loaded, named, walk
+
     interface = Interface.of_graph(loaded(graph).graph)
     interface.check_causal_lm(named(graph))
     logits = interface.find(Role.LOGITS)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from iq_export.bundle.manifest import TensorInfo, record_files
-from iq_export.bundle.package import atomic_folder
+from iq_export.bundle.package import Bundle, atomic_folder, update_manifest
 from iq_export.run.ort import Step
+from tests import lookup
 from tests.tiny_bundle import engine_record, fill, manifest
 
 VOCAB = 50
@@ -82,3 +83,10 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             files=files,
         ).write(folder)  # fmt: skip
     return out
+
+
+def runnable(bundle: Path) -> Path:
+    """Make a graph that runs of the bundle's model."""
+    path = lookup.save(bundle / "model.onnx", np.random.default_rng(0).normal(size=(VOCAB, VOCAB)))
+    update_manifest(Bundle.open(bundle, verify=False), rehash=["model.onnx"])
+    return path

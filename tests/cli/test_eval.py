@@ -21,7 +21,7 @@ from iq_export.compile import CompileOptions, _options_of
 from iq_export.errors import BundleError, UsageError
 from iq_export.progress import Progress
 from tests import lookup
-from tests.cli.conftest import VOCAB
+from tests.cli.conftest import VOCAB, runnable
 from tests.test_disk import largest_file
 
 SMALL = ("--windows", "2", "--length", "16", "--bundle-only")
@@ -30,9 +30,7 @@ SMALL = ("--windows", "2", "--length", "16", "--bundle-only")
 @pytest.fixture(autouse=True)
 def model(bundle: Path) -> Path:
     """The bundle's model is a graph that runs."""
-    path = lookup.save(bundle / "model.onnx", np.random.default_rng(0).normal(size=(VOCAB, VOCAB)))
-    update_manifest(Bundle.open(bundle, verify=False), rehash=["model.onnx"])
-    return path
+    return runnable(bundle)
 
 
 def test_table_goes_into_manifest_and_report(

@@ -9,6 +9,7 @@ import pytest
 
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.cli import main
+from tests.cli.conftest import runnable
 from tests.cli.test_run import SpeakingTokenizer
 
 EVAL = ("--windows", "2", "--bundle-only", "--json")
@@ -62,6 +63,7 @@ def test_run_beyond_what_a_rotation_was_trained_for(
 
 
 def test_eval_beyond_a_table(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runnable(bundle)
     assert main(["eval", str(table(bundle)), *EVAL, "--length", "9"]) == 2
     assert "--length 8 or less" in capsys.readouterr().err
     assert main(["eval", str(bundle), *EVAL]) == 0
@@ -73,6 +75,7 @@ def test_eval_beyond_a_table(bundle: Path, capsys: pytest.CaptureFixture[str]) -
 def test_eval_beyond_what_a_rotation_was_trained_for(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    runnable(bundle)
     assert main(["eval", str(rotation(bundle)), *EVAL, "--length", "16"]) == 0
     streams = capsys.readouterr()
     assert json.loads(streams.out)["length"] == 16

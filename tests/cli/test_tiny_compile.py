@@ -207,7 +207,7 @@ def test_eval_lowers_the_graphs_again_where_none_were_kept(
         found.append(
             [(r["graph"], r["bos"], r["perplexity"]) for r in json.loads(told.out)["rows"]]
         )
-    assert "tracing" in told.err and "Calibrate" not in told.err
+    assert "Prepare the graphs" in told.err and "Calibrate" not in told.err
     assert len(found[0]) > 4 and found[1] == found[0]
 
 
