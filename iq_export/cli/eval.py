@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.package import Bundle
 from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text, text_sha256
@@ -26,11 +26,13 @@ from iq_export.evaluate.compare import (
     time_prefill,
 )
 from iq_export.lengths import bundle_limit, window_length
-from iq_export.observe.walk import Graph
 from iq_export.options import PERMISSIONS, add, positive, seed, window_tokens
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
 from iq_export.terminal import in_a_line, printable
+
+if TYPE_CHECKING:
+    from iq_export.observe.walk import Graph
 
 
 def add_parser(subparsers: Any) -> None:
