@@ -68,7 +68,7 @@ class PeakObserver:
 
 
 def product_peak(site: Attended, values: Mapping[str, np.ndarray], limit: float) -> float:
-    """As `product_peaks`, for one window; `values[name]` is `[seq, heads * head_dim]`."""
+    """As `PeakObserver.peaks`, of one window; `values[name]` is `[seq, heads * head_dim]`."""
     query, key = (_by_head(values[name], site.head_dim) for name in (site.query, site.key))
     key = np.repeat(key, site.heads // key.shape[0], axis=0)
     longest = (np.linalg.norm(x, axis=2).max(axis=1, initial=0) for x in (query, key))

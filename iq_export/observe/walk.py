@@ -82,8 +82,8 @@ def walk(
             for done, order in enumerate(inside, start=1):
                 mine = [name for name in taps if name in wanted[order]]
                 goes_on = ends[order] > number + 1
-                outputs = [*mine, *here, *(kept if goes_on else ())]
-                found = runner.run(windows[order], carried[order], outputs)
+                needed = [*mine, *here, *(kept if goes_on else ())]
+                found = runner.run(windows[order], carried[order], needed)
                 now = {**carried[order], **found}
                 through = (*piece.kept, *always) if goes_on else ()
                 carried[order] = {name: now[name] for name in through if name in now}

@@ -157,24 +157,19 @@ def _computed(
 ) -> Iterator[dict[str, np.ndarray]]:
     """What the products multiply with in this graph, whatever passes have called it, by node:
     computed once, and what the graph has until the block ends."""
-    values = {linear.node: nodes[linear.node].inputs[1] for linear in linears}
-    lazy = {}
-    for node, value in values.items():
+    read: dict[str, tuple[ir.Value, ir.TensorProtocol]] = {}
+    for linear in linears:
+        value = nodes[linear.node].inputs[1]
         assert value is not None and value.const_value is not None
-        lazy[node] = value.const_value
+        read[linear.node] = value, value.const_value
+    arrays = {node: tensor.numpy() for node, (_, tensor) in read.items()}
+    for node, (value, _) in read.items():
+        value.const_value = ir.Tensor(arrays[node], name=value.name)
     try:
-        for node, value in values.items():
-            assert value is not None
-            value.const_value = ir.Tensor(lazy[node].numpy(), name=value.name)
-        yield {
-            node: value.const_value.numpy()
-            for node, value in values.items()
-            if value is not None and value.const_value is not None
-        }
+        yield arrays
     finally:
-        for node, value in values.items():
-            assert value is not None
-            value.const_value = lazy[node]
+        for value, tensor in read.values():
+            value.const_value = tensor
 
 
 def _taken(
