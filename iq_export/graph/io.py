@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from iq_export.errors import GraphError, IqError
 from iq_export.graph.external import check_external
 from iq_export.graph.proto import read
-from iq_export.graph.stored import lift
+from iq_export.graph.stored import StoredTensor, lift
 from iq_export.sinks import ops as sink_ops
 
 
@@ -78,6 +78,16 @@ def save(model: ir.Model, path: Path) -> None:
     """
     with _own_words():
         ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024)
+
+
+def whole(path: Path, place: Path) -> Path:
+    """The graph at `path`, or the one written to `place`, with a copy of all weights, if those of
+    `path` lie where ONNX Runtime does not look for them."""
+    model = load(path)
+    if not any(isinstance(v.const_value, StoredTensor) for v in model.graph.initializers.values()):
+        return path
+    save(model, place)
+    return place
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from iq_export.graph import io
-from iq_export.graph.stored import StoredTensor
 from iq_export.model import load
 from iq_export.model.trace import MODEL_FILE, TracedModel
 
@@ -23,10 +22,6 @@ def load_model(source: load.ModelSource) -> load.LoadedModel:
 
 def whole_graph(traced: TracedModel) -> Path:
     """A graph that ONNX Runtime loads: the traced one, or its copy with all weights beside it."""
-    model = io.load(traced.model)
-    if not any(isinstance(v.const_value, StoredTensor) for v in model.graph.initializers.values()):
-        return traced.model
     folder = traced.folder.with_name(f"{traced.folder.name}.whole")
     folder.mkdir(exist_ok=True)
-    io.save(model, folder / MODEL_FILE)
-    return folder / MODEL_FILE
+    return io.whole(traced.model, folder / MODEL_FILE)
