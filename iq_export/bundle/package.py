@@ -211,6 +211,8 @@ def _generation(folder: Path) -> tuple[Any, ...]:
         try:
             there = path.stat()
             found += [there.st_dev, there.st_ino]
+            if path != folder:  # a file that is replaced twice may get its first number again
+                found.append(there.st_ctime_ns)
         except OSError:
             found.append(None)
     return (*found, (folder / STATE / "update").exists())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from iq_export.bundle import lock, package
-from iq_export.bundle.manifest import CHECKSUM_NAME, Manifest, record_files
+from iq_export.bundle.manifest import CHECKSUM_NAME, MANIFEST_NAME, Manifest, record_files
 from iq_export.bundle.package import (
     Bundle,
     atomic_folder,
@@ -323,3 +323,12 @@ def test_folders_made_for_an_output_stay_with_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match="cannot write in"), parents_of(tmp_path / "file" / "x"):
         pass
+
+
+def test_a_new_manifest_with_the_number_of_the_old_one_is_new(bundle: Path) -> None:
+    """File systems give a freed inode again: a reader beside two updates took them for none."""
+    path = bundle / MANIFEST_NAME
+    before, number = package._generation(bundle), path.stat().st_ino
+    path.write_bytes(path.read_bytes())
+    assert path.stat().st_ino == number
+    assert package._generation(bundle) != before
