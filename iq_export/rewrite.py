@@ -20,7 +20,7 @@ from iq_export.calibrate.data import Window
 from iq_export.calibrate.divergence import Divergence, divergence
 from iq_export.calibrate.ranges import MagnitudeObserver, TensorStats, observe_ranges
 from iq_export.calibrate.text_check import SurpriseObserver
-from iq_export.calibrate.token_stats import TokenObserver, TokenStats, observe_tokens
+from iq_export.calibrate.token_stats import TokenObserver, TokenStats
 from iq_export.checkpoint import Checkpoint
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
@@ -60,7 +60,14 @@ from iq_export.progress import Progress
 from iq_export.quant.blockwise import Quantizer, calibrate_blocks
 from iq_export.quant.budget import MixedPlan, Site, mixed_plan
 from iq_export.quant.codes import CodeStore
-from iq_export.quant.recall import LEAST_RECALL, hidden, hiding_quantizer, recall_of, unclipped
+from iq_export.quant.recall import (
+    LEAST_RECALL,
+    FoundSinks,
+    hidden,
+    hiding_quantizer,
+    recall_of,
+    unclipped,
+)
 from iq_export.quant.search import unit_rows
 from iq_export.quant.smoothing import Smoothing, find_side_channels, find_smoothing
 from iq_export.quant.trial import Reference, Trial
@@ -283,7 +290,9 @@ def rewrite(
             chosen, quantizers = _left(chosen, quantizers, mixed)
     with progress.step("Quantize"):
         ranges_before = chosen.activations
-        chosen, quantizers, recall = kept.step("recall", _with_recall, job, chosen, quantizers)
+        chosen, quantizers, recall, after = kept.step(
+            "recall", _with_recall, job, chosen, quantizers
+        )
         if chosen.sinks and (mixed is not None or chosen.activations != ranges_before):
             chosen = kept.step("restored", _restored, job, chosen, ROUNDED)
         if mixed is not None and reference is not None:
@@ -300,10 +309,6 @@ def rewrite(
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
-    observed = data.windows[:_OBSERVED_WINDOWS]
-    after = stats
-    if chosen.sinks:
-        after = observe_tokens(job.at(INSERTED, chosen), job.sites, observed, **options)
     return Rewrite(
         chosen=chosen,
         sites=job.sites,
@@ -313,7 +318,7 @@ def rewrite(
         quantizers=quantizers,
         cache=cache,
         before=before,
-        observed_before=_per_block(stats, stats.window < len(observed)),
+        observed_before=_per_block(stats, stats.window < _OBSERVED_WINDOWS),
         observed_after=_observed_after(after, quantizers, job.sites),
         recall=recall,
         sink_nodes=sum(node.domain == DOMAIN for node in model.graph),
@@ -544,14 +549,17 @@ def _formed(job: _Job, chosen: Decisions, reference: Tail) -> tuple[Decisions, l
 
 def _with_recall(
     job: _Job, chosen: Decisions, quantizers: dict[str, Quantizer]
-) -> tuple[Decisions, dict[str, Quantizer], float | None]:
-    """Ranges that do not hide the sinks, and the share of the sinks that is still found."""
-    data, count = job.data, len(chosen.sinks)
-    sample = [*data.probes[:_CHECKED_PROBES], *data.windows[:_OBSERVED_WINDOWS]]
-    if not count:
-        return chosen, quantizers, None
-    inserted = job.at(INSERTED, chosen)
-    recall = recall_of(job.at(ROUNDED, chosen), inserted, count, sample, **job.options)
+) -> tuple[Decisions, dict[str, Quantizer], float | None, TokenStats]:
+    """Ranges that do not hide the sinks, the share of the sinks that is still found, and what the
+    tokens of the first windows are like once sinks are inserted."""
+    if not chosen.sinks:
+        return chosen, quantizers, None, job.stats
+    windows, probes = job.data.windows[:_OBSERVED_WINDOWS], job.data.probes[:_CHECKED_PROBES]
+    sample = [*windows, *probes]
+    inserted, tokens = job.at(INSERTED, chosen), TokenObserver(job.sites, windows)
+    exact = FoundSinks(len(chosen.sinks), len(sample))
+    observe(inserted, [exact, tokens], sample, **job.options)
+    recall = recall_of(job.at(ROUNDED, chosen), exact, sample, **job.options)
     if recall is not None and recall < LEAST_RECALL:
         job.options["progress"].note(
             f"the clipped ranges hide {1 - recall:.0%} of the sinks: their clipping factors "
@@ -560,11 +568,11 @@ def _with_recall(
         quantizers = unclipped(quantizers, job.sites, chosen.sinks)
         scales = {name: q.scale for name, q in quantizers.items()}
         chosen = replace(chosen, activations={**chosen.activations, **scales})
-        recall = recall_of(job.at(ROUNDED, chosen), inserted, count, sample, **job.options)
+        recall = recall_of(job.at(ROUNDED, chosen), exact, sample, **job.options)
     if recall is not None and recall < LEAST_RECALL:
-        hiding = hiding_quantizer(inserted, job.sites, quantizers, count, sample, **job.options)
+        hiding = hiding_quantizer(inserted, job.sites, quantizers, exact, sample, **job.options)
         raise GraphError(hidden(recall, hiding, job.sites))
-    return chosen, quantizers, recall
+    return chosen, quantizers, recall, tokens.stats
 
 
 def _within(

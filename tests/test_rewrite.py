@@ -298,7 +298,7 @@ def test_spike_that_smoothing_hides_stays_and_is_smoothed_with_its_tokens(
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.setattr(
-        "iq_export.sinks.calibrate._peaks",
+        "iq_export.sinks.calibrate._Peaks.all",
         lambda *_: [np.ones(sum(len(w.ids) for w in calibration(SPIKY).all), np.float32)],
     )
     done = rewrite(traced, work, load_recipe("w8a8"), "fp32", calibration(SPIKY), Progress())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.observe.walk import Values
+from iq_export.observe.walk import Observer, Values
 from iq_export.passes.scale_query import attention_scale, query_heads
 
 
@@ -46,7 +46,7 @@ def attentions(model: ir.Model) -> list[Attended]:
     return found
 
 
-class PeakObserver:
+class PeakObserver(Observer):
     """The largest `|q.k|` of every `Attention` node, before its scale: `peaks`, by node.
 
     Over all pairs of tokens of the first `windows` windows, those that the mask hides too. Where

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from iq_export.calibrate.data import Window
-from iq_export.observe.walk import Graph, Values, walk
+from iq_export.observe.walk import Graph, Observer, Values, walk
 from iq_export.progress import Progress
 
 _BINS = 1 << 12
@@ -101,17 +101,13 @@ class TensorStats:
             self.histogram.add(np.abs(value[counted % _COUNTED :: _COUNTED]))
 
 
-class MagnitudeObserver:
+class MagnitudeObserver(Observer):
     """Magnitudes of the values in `widths` (name -> features) over the first `windows` windows,
     all tokens alike."""
 
     def __init__(self, widths: Mapping[str, int], windows: int) -> None:
         self.stats = {name: TensorStats.empty(width) for name, width in widths.items()}
-        self.of = range(windows)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.stats)
+        self.names, self.of = list(self.stats), range(windows)
 
     def add(self, number: int, values: Values) -> None:
         nobody = np.zeros(0, int)

@@ -11,7 +11,7 @@ import numpy as np
 from iq_export.calibrate.data import Window
 from iq_export.graph.interface import Role, name_of
 from iq_export.observe.loss import token_losses
-from iq_export.observe.walk import Values
+from iq_export.observe.walk import Observer, Values
 
 # Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. Single
 # letters and parts of a character are 2 % of prose and of code, 31 % of French, 81 % of Russian and
@@ -62,7 +62,7 @@ def _is_letter(text: str) -> bool:
     return len(text) == 1 and text.isalpha() and unicodedata.east_asian_width(text) not in "WF"
 
 
-class SurpriseObserver:
+class SurpriseObserver(Observer):
     """How well the model predicts the first of `windows`, beside the token frequencies of all."""
 
     def __init__(self, windows: Sequence[Window]) -> None:

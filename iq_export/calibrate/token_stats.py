@@ -9,7 +9,7 @@ import numpy as np
 
 from iq_export.calibrate.data import Window
 from iq_export.graph.sites import Sites
-from iq_export.observe.walk import Graph, Values, observe
+from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
 
 
@@ -32,7 +32,7 @@ class TokenStats:
     embedded: np.ndarray | None = None
 
 
-class TokenObserver:
+class TokenObserver(Observer):
     """Keeps three numbers per block and token, and one before the first block. `windows` are those
     of a walk from the number `first` on."""
 
@@ -53,10 +53,7 @@ class TokenObserver:
         )
         self._down = {block.mlp.output.input: block.index for block in sites.blocks}
         self._residual = {block.mlp.residual: block.index for block in sites.blocks}
-
-    @property
-    def names(self) -> list[str]:
-        return [self._embedding, *self._down, *self._residual]
+        self.names = [self._embedding, *self._down, *self._residual]
 
     def add(self, number: int, values: Values) -> None:
         columns = slice(int(self._starts[number]), int(self._starts[number + 1]))

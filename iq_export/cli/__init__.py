@@ -161,6 +161,9 @@ def _process() -> int:
     """`main` for a process of its own. A fault of ours is one sentence, and -v shows where."""
     interrupt.install()
     _settle_streams()
+    # Read when NumPy is imported: its threads would spin for a while after each product, and hold
+    # up those of ONNX Runtime.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     try:
         return main()
     except Exception as error:

@@ -18,6 +18,33 @@ _DAMPING = 0.01
 _LEAF = 16
 # Sizes of matrices: that LAPACK factors, and that of a strip which bounds temporaries.
 _SMALL, _STRIP = 128, 512
+# Rows of calibration that are multiplied at once.
+_BATCH = 2048
+
+
+class Gram:
+    """`X^T X` of rows that come window by window, float32 `[in, in]`; besides it a batch of rows,
+    since large products are quicker."""
+
+    def __init__(self, width: int) -> None:
+        self._sum = np.zeros((width, width), np.float32)
+        self._rows: list[np.ndarray] = []
+
+    def add(self, rows: np.ndarray) -> None:
+        """Count rows `[tokens, in]`."""
+        self._rows.append(rows)
+        if sum(map(len, self._rows)) >= _BATCH:
+            self._count()
+
+    def total(self) -> np.ndarray:
+        self._count()
+        return self._sum
+
+    def _count(self) -> None:
+        if self._rows:
+            rows = np.concatenate(self._rows)
+            self._sum += rows.T @ rows
+            self._rows = []
 
 
 class Curvature:

@@ -83,3 +83,21 @@ def dequantized_weight(
     dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, stored.shape
     graph.insert_before(node, dq)
     return dq.outputs[0]
+
+
+def unsigned(graph: ir.Graph) -> None:
+    """Let int8 codes of activations be uint8 around 128, which is the same numbers: where nothing
+    but DequantizeLinear reads them, and the graph does not give them out."""
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or node.inputs[2] is None:
+            continue
+        codes, zero = node.outputs[0], node.inputs[2].const_value
+        readers = list(codes.consumers())
+        if codes.is_graph_output() or any(x.op_type != "DequantizeLinear" for x in readers):
+            continue
+        if zero is None or zero.dtype != ir.DataType.INT8 or zero.size > 1 or zero.numpy().any():
+            continue
+        middle = shared_constant(graph, "iq.zero_point.uint8.middle", np.array(128, np.uint8))
+        codes.dtype = ir.DataType.UINT8
+        for each in (node, *readers):
+            each.replace_input_with(2, middle)

@@ -71,7 +71,7 @@ def recompute(
     kind = dtype or old.dtype
 
     def compute() -> ir.Tensor:
-        return ir.Tensor(change(old.numpy()).astype(kind.numpy()), name=old.name)
+        return ir.Tensor(change(old.numpy()).astype(kind.numpy(), copy=False), name=old.name)
 
     shape = ir.Shape(old.shape.numpy())
     value.const_value = ir.LazyTensor(compute, dtype=kind, shape=shape, name=old.name)

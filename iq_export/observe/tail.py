@@ -10,13 +10,23 @@ import onnx_ir as ir
 from iq_export.calibrate.data import Window
 from iq_export.graph.interface import Role, name_of
 from iq_export.observe.segments import segments
-from iq_export.observe.walk import Graph, Piece, Values, checked, cut, loaded, named, observe
+from iq_export.observe.walk import (
+    Graph,
+    Observer,
+    Piece,
+    Values,
+    checked,
+    cut,
+    loaded,
+    named,
+    observe,
+)
 from iq_export.progress import Progress
 
 _LOGITS = name_of(Role.LOGITS)
 
 
-class Tail:
+class Tail(Observer):
     """The logits of a causal LM on the first windows of a walk, as often as they are asked for: an
     observer that keeps one row of the residual stream per token, in a dict of `rows` by window."""
 

@@ -7,9 +7,12 @@ else is kept here: callers reduce.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +30,7 @@ from iq_export.run.ort import model_session, needed_only, ort_errors
 
 _LONGEST = 300  # characters of another's words in an error
 CPU = ("CPUExecutionProvider",)
+WHOLE = sys.maxsize  # tokens: all that a window has
 
 # A graph: a file, or a model in memory, which is not changed.
 Graph = Path | ir.Model
@@ -46,46 +50,63 @@ def walk(
     progress: Progress,
     round_half: bool = False,
     raw: bool = False,
-    only: Callable[[str, int], bool] = lambda name, window: True,
+    reach: Callable[[str, int], int] = lambda name, window: WHOLE,
 ) -> Iterator[tuple[int, Values]]:
     """Yield `(window number, values)`: for every piece of the graph that makes some of `names`,
     every window with these. What is behind the last of them is not run.
 
     `always` names values (indices of sinks) that come with each, from the piece that makes them
-    on. `only(name, window number)` tells who wants which of `names`: a window goes no further than
-    to the last that it wants. Float values come as fp32. `round_half` as at
-    `run.ort.open_session`. `raw`: values as the graph has them, with their batch axis and what is
-    not finite.
+    on. `reach(name, window number)` tells how many of a window's first tokens some value is wanted
+    for, 0: none. A window goes no further than to the last value that it wants, and with no more
+    tokens than are wanted from there on: a causal model needs no later ones. Equal beginnings run
+    once. Float values come as fp32. `round_half` as at `run.ort.open_session`. `raw`: values as the
+    graph has them, with their batch axis and what is not finite.
 
     Raises GraphError naming the tensor, its window and position if a value is NaN or Inf.
     """
     model, label = loaded(graph), named(graph)
     pieces = segments(model.graph)
-    if unknown := set(names) - {name for piece in pieces for name in piece.made}:
+    place = {name: number for number, piece in enumerate(pieces) for name in piece.made}
+    if unknown := set(names) - set(place):
         raise GraphError(f"{label} has no values {sorted(unknown)}.")
-    wanted = [{name for name in names if only(name, order)} for order in range(len(windows))]
-    ends = [  # of every window, one behind the last piece that it needs
-        max((n + 1 for n, piece in enumerate(pieces) if its & piece.made), default=0)
-        for its in wanted
+    wanted = [
+        {name: tokens for name in names if (tokens := reach(name, order))}
+        for order in range(len(windows))
     ]
+    # of every window, one behind the last piece that it needs
+    ends = [max((place[name] + 1 for name in its), default=0) for its in wanted]
+    left = list(windows)
     carried: list[Carried] = [{} for _ in windows]
     for number in range(max(ends, default=0)):
         piece = pieces[number]
         inside = [order for order, end in enumerate(ends) if end > number]
+        for order in inside:
+            most = max(tokens for name, tokens in wanted[order].items() if place[name] >= number)
+            left[order], carried[order] = _beginning(left[order], carried[order], most)
         taps = [n for n in names if n in piece.made and any(n in wanted[i] for i in inside)]
         here = [name for name in always if name in piece.made]
         last = number + 1 == max(ends)
         kept = [] if last else [name for name in piece.kept if name in piece.made]
         outputs = list(dict.fromkeys([*taps, *here, *kept]))
         part = cut(model, piece.carried, outputs)
+        needed: dict[tuple[int, ...], list[str]] = {}
+        for order in inside:
+            mine = [name for name in taps if name in wanted[order]]
+            needed.setdefault(tuple(left[order].ids), []).extend(
+                [*mine, *here, *(kept if ends[order] > number + 1 else ())]
+            )
+        again = Counter(tuple(left[order].ids) for order in inside)
+        runs: dict[tuple[int, ...], Carried] = {}
         with Piece(part, outputs, providers, label, round_half=round_half) as runner:
             for done, order in enumerate(inside, start=1):
+                ids = tuple(left[order].ids)
+                if ids not in runs:
+                    runs[ids] = runner.run(left[order], carried[order], needed[ids])
+                again[ids] -= 1
+                found = runs[ids] if again[ids] else runs.pop(ids)
                 mine = [name for name in taps if name in wanted[order]]
-                goes_on = ends[order] > number + 1
-                needed = [*mine, *here, *(kept if goes_on else ())]
-                found = runner.run(windows[order], carried[order], needed)
                 now = {**carried[order], **found}
-                through = (*piece.kept, *always) if goes_on else ()
+                through = (*piece.kept, *always) if ends[order] > number + 1 else ()
                 carried[order] = {name: now[name] for name in through if name in now}
                 if mine:
                     values = {name: found[name] for name in mine}
@@ -94,15 +115,28 @@ def walk(
                 progress.update(number * len(inside) + done, max(ends) * len(inside))
 
 
-class Observer(Protocol):
-    """What reduces values on a walk: `names` are those that it wants of the windows whose numbers
-    are in `of`, and `add` gets those of one piece of one window."""
+def _beginning(window: Window, carried: Carried, tokens: int) -> tuple[Window, Carried]:
+    """The first `tokens` of a window and of what came to it: whole, where that has another axis."""
+    have = len(window.ids)
+    if tokens >= have or any(v.ndim < 2 or v.shape[1] != have for v in carried.values()):
+        return window, carried
+    short = {name: value[:, :tokens] for name, value in carried.items()}
+    return replace(window, ids=window.ids[:tokens]), short
 
-    @property
-    def names(self) -> Sequence[str]: ...
-    @property
-    def of(self) -> range: ...
-    def add(self, number: int, values: Values) -> None: ...
+
+class Observer:
+    """What reduces values on a walk: `names` are those that it wants of the windows whose numbers
+    are in `of`, and `add` gets those of one piece of one window, which may be a beginning only."""
+
+    names: Sequence[str]
+    of: range
+
+    def reach(self, number: int) -> int:
+        """How many of the first tokens of its window `number` it wants; 0: none."""
+        return WHOLE
+
+    def add(self, number: int, values: Values) -> None:
+        raise NotImplementedError
 
 
 def observe(
@@ -117,19 +151,22 @@ def observe(
 
     Raises GraphError as `walk` does.
     """
-    wanted = [(each, set(each.names), each.of) for each in observers]
+    wanted = [
+        (each, set(each.names), {number: each.reach(number - each.of.start) for number in each.of})
+        for each in observers
+    ]
     names = list(dict.fromkeys(name for each in observers for name in each.names))
 
-    def only(name: str, number: int) -> bool:
-        return any(name in its and number in of for _, its, of in wanted)
+    def reach(name: str, number: int) -> int:
+        return max((tokens.get(number, 0) for _, its, tokens in wanted if name in its), default=0)
 
     for number, values in walk(
-        graph, names, windows, providers=providers, progress=progress, only=only
+        graph, names, windows, providers=providers, progress=progress, reach=reach
     ):
-        for each, its, of in wanted:
+        for each, its, tokens in wanted:
             mine = {name: value for name, value in values.items() if name in its}
-            if mine and number in of:
-                each.add(number - of.start, mine)
+            if mine and tokens.get(number):
+                each.add(number - each.of.start, mine)
 
 
 def loaded(graph: Graph) -> ir.Model:

@@ -19,7 +19,7 @@ from iq_export.calibrate.sequential import BlockWalk
 from iq_export.checkpoint import Checkpoint
 from iq_export.errors import GraphError
 from iq_export.formats.base import ActivationFormat
-from iq_export.formats.gptq import Curvature
+from iq_export.formats.gptq import Curvature, Gram
 from iq_export.formats.int8_activations import INT8
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.sites import Block, Linear, Sites
@@ -105,7 +105,7 @@ def calibrate_blocks(
         with _computed(nodes, here) as weights:
             stats = {name: TensorStats.empty(widths[name]) for name in names}
             compensated = names if recipe.gptq else []
-            hessians = {name: np.zeros((widths[name],) * 2, np.float32) for name in compensated}
+            grams = {name: Gram(widths[name]) for name in compensated}
             for number, values in walk.observe(names):
                 length = len(windows[number].ids)
                 sample = sampled_rows(length, per_window, seed, number)
@@ -120,7 +120,7 @@ def calibrate_blocks(
                     if recipe.gptq:
                         rows = values[name][~sunk] if sunk.any() else values[name]
                         rows = unit_rows(rows) if recipe.activations is None else rows
-                        hessians[name] += rows.T @ rows
+                        grams[name].add(rows)
             for name in names:
                 linears, tensor = readers[name], stats[name]
                 if recipe.activations is not None:
@@ -129,7 +129,7 @@ def calibrate_blocks(
                     found[name] = _quantizer(
                         name, linears, read, tensor, before, recipe.rounding, strength
                     )
-                curvature = Curvature(hessians.pop(name)) if recipe.gptq else None
+                curvature = Curvature(grams.pop(name).total()) if recipe.gptq else None
                 for linear in linears:
                     assert recipe.weights is not None
                     weight = weights[linear.node]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from iq_export.calibrate.data import Window
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.edit import copied
 from iq_export.graph.sites import Sites
-from iq_export.observe.walk import Graph, loaded, walk
+from iq_export.observe.walk import Graph, Observer, Values, loaded, observe
 from iq_export.passes.insert_sinks import index_name
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
@@ -44,7 +46,7 @@ def hiding_quantizer(
     inserted: Graph,
     sites: Sites,
     quantizers: Mapping[str, Quantizer],
-    lifecycles: int,
+    exact: FoundSinks,
     sample: Sequence[Window],
     *,
     providers: Sequence[str],
@@ -61,9 +63,7 @@ def hiding_quantizer(
         model = copied(loaded(inserted))
         rounding = Rounding(None, ordered[0].format)
         quantize(model, QuantizePlan(tuple(sites.linears), rounding, scales))
-        recall = recall_of(
-            model, inserted, lifecycles, sample, providers=providers, progress=progress
-        )
+        recall = recall_of(model, exact, sample, providers=providers, progress=progress)
         return recall is not None and recall < LEAST_RECALL
 
     count = smallest_prefix(len(ordered), hides)
@@ -90,27 +90,30 @@ def hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
     return f"{text} Calibrate on text nearer to the model's use, or with more samples."
 
 
+class FoundSinks(Observer):
+    """Which tokens of the first `count` windows of a walk are sinks to a graph with `lifecycles`:
+    `sinks` is bool `[seq]` by (index, window number)."""
+
+    def __init__(self, lifecycles: int, count: int) -> None:
+        self.names, self.of = [index_name(number) for number in range(lifecycles)], range(count)
+        self.sinks: dict[tuple[str, int], np.ndarray] = {}
+
+    def add(self, number: int, values: Values) -> None:
+        self.sinks |= {(name, number): value > 0 for name, value in values.items()}
+
+
 def recall_of(
     graph: Graph,
-    inserted: Graph,
-    lifecycles: int,
+    exact: FoundSinks,
     sample: Sequence[Window],
     *,
     providers: Sequence[str],
     progress: Progress,
 ) -> float | None:
-    """R = |S_quant and S_fp| / |S_fp| of `graph` and `inserted`; None if `sample` has no sinks."""
-    if not lifecycles:
-        return None
-    names = [index_name(number) for number in range(lifecycles)]
-    exact, rounded = (
-        {
-            (name, number): value > 0
-            for number, values in walk(each, names, sample, providers=providers, progress=progress)
-            for name, value in values.items()
-        }
-        for each in (inserted, graph)
-    )
-    found = sum(int(sinks.sum()) for sinks in exact.values())
-    both = sum(int((sinks & rounded[key]).sum()) for key, sinks in exact.items())
+    """R = |S_quant and S_fp| / |S_fp| of `graph` and of the inserted graph, whose sinks in `sample`
+    are `exact`; None if there are none."""
+    rounded = FoundSinks(len(exact.names), len(sample))
+    observe(graph, [rounded], sample, providers=providers, progress=progress)
+    found = sum(int(sinks.sum()) for sinks in exact.sinks.values())
+    both = sum(int((sinks & rounded.sinks[key]).sum()) for key, sinks in exact.sinks.items())
     return both / found if found else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -210,9 +212,16 @@ def model_session(
 ) -> Any:
     """As `open_session`, of a model in memory: its constants are computed or read now, and none is
     in memory twice but where ONNX Runtime packs it. `label` names the graph in errors. With
-    `round_half` quantized weights are unpacked: a CPU would do so in every run."""
+    `round_half` quantized weights are unpacked: a CPU would do so in every run. `model` is
+    changed: activations get uint8 codes, since ONNX Runtime computes most products only so in int8.
+    """
+    from iq_export.formats.qdq import unsigned
+
     onnxruntime = _onnxruntime()
+    unsigned(model.graph)
     options = _session_options(providers, None, unpack=round_half, literal=literal)
+    # Between its runs others compute, and threads that spin would hold them up.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     proto, arrays = _apart(model)
     if round_half and providers[0] == "CPUExecutionProvider":
         proto = _with_rounding(proto)
@@ -276,7 +285,7 @@ def _session_options(
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
     # By default ONNX Runtime multiplies int4 weights with activations rounded to int8 on the way.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if unpack:
+    if unpack or not _exact_int8():
         # With no fusion of Q/DQ to wait for, a DequantizeLinear of constants is one itself.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if literal:
@@ -285,6 +294,19 @@ def _session_options(
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
+
+
+@cache
+def _exact_int8() -> bool:
+    """Whether ONNX Runtime's int8 products are exact here: on x86 without VNNI, sums of two
+    saturate at 16 bits (its documentation, "Quantize ONNX Models")."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return False
+    return re.search(r"\bavx(512)?_vnni\b", flags) is not None
 
 
 def _opened(model: str | bytes, options: Any, providers: Sequence[str], label: str) -> Any:

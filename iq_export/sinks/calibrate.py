@@ -10,7 +10,7 @@ import numpy as np
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
-from iq_export.observe.walk import Graph, walk
+from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
 from iq_export.sinks import templates as fitting
 from iq_export.sinks.lifecycle import Lifecycle, threshold_between
@@ -18,6 +18,7 @@ from iq_export.sinks.templates import (
     KV,
     EarlyRows,
     KeyValueTemplates,
+    RowObserver,
     SinkTemplates,
     collect_rows,
     early_norm_outputs,
@@ -57,13 +58,18 @@ def decide(
     the products shows rows that this channel dominates, and these look alike whatever else they
     carry.
     """
+    collected = [
+        _Members(sites, life, stats, len(windows)) if norm_outputs(sites, life) else None
+        for life in lifecycles
+    ]
+    read = [rows for rows in collected if rows is not None]
+    observe(traced, read, windows, providers=providers, progress=progress)
     decisions = []
-    for lifecycle in lifecycles:
-        if not norm_outputs(sites, lifecycle):
+    for lifecycle, rows in zip(lifecycles, collected, strict=True):
+        if rows is None:
             reason = "the spike does not outlive its block, so no norm reads it"
             decisions.append(Decision(lifecycle, None, False, reason))
             continue
-        rows = _collect(traced, sites, lifecycle, stats, windows, providers, progress)
         fitted = fitting.fit(
             lifecycle, rows.detection, rows.norms, lifecycle.threshold,
             limit=limit, seed=seed, early=rows.early,
@@ -98,18 +104,22 @@ def refit(
     moves the magnitudes that tell sinks from other tokens: thresholds are measured again, and a
     lifecycle for which none is left is not replaced.
     """
+    taken = [d.lifecycle for d in decisions if d.replaced]
+    collected = [_Members(sites, life, stats, len(windows)) for life in taken]
+    peaks = [_Peaks(sites, life, len(windows)) for life in taken]
+    observe(prepared, [*collected, *peaks], windows, providers=providers, progress=progress)
+    seen = iter(zip(collected, peaks, strict=True))
     found = []
     for decision in decisions:
-        if not decision.replaced or decision.templates is None:
+        if not decision.replaced:
             found.append(decision)
             continue
-        life = decision.lifecycle
-        rows = _collect(prepared, sites, life, stats, windows, providers, progress)
+        assert decision.templates is not None
+        life, (rows, its_peaks) = decision.lifecycle, next(seen)
         fitted = fitting.fit_again(decision.templates, rows.detection, rows.norms, rows.early)
         fitted.untouched = rows.residual
         fitted.key_values = rows.key_values_of(fitted)
-        peaks = _peaks(prepared, sites, life, windows, providers, progress)
-        fitted, separable = _with_thresholds(fitted, peaks)
+        fitted, separable = _with_thresholds(fitted, its_peaks.all())
         reason = decision.reason + ("" if separable else _UNDETECTED)
         found.append(Decision(life, fitted, separable, reason))
     return found
@@ -186,81 +196,68 @@ def _with_thresholds(
     return replace(fitted, threshold=thresholds[-1], early=early), separable
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Values of a lifecycle's members, float32 `[members, features]` each.
+class _Members(RowObserver):
+    """Rows of a lifecycle's members, to fit templates on; `count` windows are walked."""
 
-    `detection`: the down-projection input at the birth. `norms`, `keys_values`: by value name.
-    `residual`: after the last block.
-    """
+    def __init__(self, sites: Sites, lifecycle: Lifecycle, stats: TokenStats, count: int) -> None:
+        self._sites, self._lifecycle = sites, lifecycle
+        self._norms = norm_outputs(sites, lifecycle)
+        self._attended = fitting.key_value_sizes(sites, lifecycle)
+        self._between = early_norm_outputs(sites, lifecycle)
+        downs = [sites.blocks[block].mlp.output for block, _ in lifecycle.detections]
+        widths = {down.input: down.in_features for down in downs} | self._attended
+        hidden = [*self._norms, self._end, *(name for norms in self._between for name in norms)]
+        widths |= dict.fromkeys(hidden, sites.hidden)
+        super().__init__(widths, stats, lifecycle.members, count)
 
-    detection: np.ndarray
-    norms: dict[str, np.ndarray]
-    keys_values: dict[str, np.ndarray]
-    residual: np.ndarray
-    early: list[EarlyRows]
+    @property
+    def _end(self) -> str:
+        return self._sites.blocks[self._lifecycle.end].mlp.residual
+
+    def _down(self, block: int) -> np.ndarray:
+        """The down-projection's input."""
+        return self.rows[self._sites.blocks[block].mlp.output.input]
+
+    @property
+    def detection(self) -> np.ndarray:
+        """The down-projection's input at the birth."""
+        return self._down(self._lifecycle.birth)
+
+    @property
+    def norms(self) -> dict[str, np.ndarray]:
+        return {name: self.rows[name] for name in self._norms}
+
+    @property
+    def residual(self) -> np.ndarray:
+        """After the last block."""
+        return self.rows[self._end]
+
+    @property
+    def early(self) -> list[EarlyRows]:
+        return [
+            EarlyRows(site, self._down(site.block), {name: self.rows[name] for name in norms})
+            for site, norms in zip(self._lifecycle.early, self._between, strict=True)
+        ]
 
     def key_values_of(self, fitted: SinkTemplates) -> KeyValueTemplates | None:
-        if not self.keys_values:
+        if not self._attended:
             return None
-        return fitting.fit_key_values(
-            self.keys_values, self.residual, fitted.assignment, fitted.count
-        )
+        rows = {name: self.rows[name] for name in self._attended}
+        return fitting.fit_key_values(rows, self.residual, fitted.assignment, fitted.count)
 
 
-def _collect(
-    graph: Graph,
-    sites: Sites,
-    lifecycle: Lifecycle,
-    stats: TokenStats,
-    windows: Sequence[Window],
-    providers: Sequence[str],
-    progress: Progress,
-) -> _Rows:
-    names = norm_outputs(sites, lifecycle)
-    down = sites.blocks[lifecycle.birth].mlp.output
-    residual = sites.blocks[lifecycle.end].mlp.residual
-    attended = fitting.key_value_sizes(sites, lifecycle)
-    widths = {down.input: down.in_features} | dict.fromkeys([*names, residual], sites.hidden)
-    widths |= attended
-    between = early_norm_outputs(sites, lifecycle)
-    for site, norms in zip(lifecycle.early, between, strict=True):
-        first = sites.blocks[site.block].mlp.output
-        widths |= {first.input: first.in_features} | dict.fromkeys(norms, sites.hidden)
-    rows = collect_rows(
-        graph, widths, stats, lifecycle.members, windows,
-        providers=providers, progress=progress,
-    )  # fmt: skip
-    early = [
-        EarlyRows(
-            site,
-            rows[sites.blocks[site.block].mlp.output.input],
-            {name: rows[name] for name in norms},
-        )
-        for site, norms in zip(lifecycle.early, between, strict=True)
-    ]
-    return _Rows(
-        detection=rows[down.input],
-        norms={name: rows[name] for name in names},
-        keys_values={name: rows[name] for name in attended},
-        residual=rows[residual],
-        early=early,
-    )
+class _Peaks(Observer):
+    """Of every site of detection, the largest magnitude of every token of `count` windows."""
 
+    def __init__(self, sites: Sites, lifecycle: Lifecycle, count: int) -> None:
+        self.names = [sites.blocks[block].mlp.output.input for block, _ in lifecycle.detections]
+        self.of = range(count)
+        self._found: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
 
-def _peaks(
-    graph: Graph,
-    sites: Sites,
-    lifecycle: Lifecycle,
-    windows: Sequence[Window],
-    providers: Sequence[str],
-    progress: Progress,
-) -> list[np.ndarray]:
-    """Per site of detection, the largest magnitude of every token: float32 `[tokens]`, all windows
-    end to end."""
-    names = [sites.blocks[block].mlp.output.input for block, _ in lifecycle.detections]
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for _, values in walk(graph, names, windows, providers=providers, progress=progress):
+    def add(self, number: int, values: Values) -> None:
         for name, value in values.items():
-            found[name].append(np.abs(value).max(1))
-    return [np.concatenate(found[name]) for name in names]
+            self._found[name].append(np.abs(value).max(1))
+
+    def all(self) -> list[np.ndarray]:
+        """float32 `[tokens]` per site, all windows end to end."""
+        return [np.concatenate(self._found[name]) for name in self.names]

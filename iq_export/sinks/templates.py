@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from iq_export.calibrate.data import Window
 from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
-from iq_export.observe.walk import Graph, walk
+from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
 from iq_export.sinks.lifecycle import EarlySite, Lifecycle
 
@@ -148,9 +148,37 @@ def key_value_sizes(sites: Sites, lifecycle: Lifecycle) -> dict[str, int]:
     return sizes
 
 
+class RowObserver(Observer):
+    """Values of the member rows only: `rows[name]` is float32 `[members, features]`.
+
+    `widths` maps value names to their features per token; `stats` tells of `count` windows, which
+    are those of a walk from the number `first` on.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        stats: TokenStats,
+        members: np.ndarray,
+        count: int,
+        first: int = 0,
+    ) -> None:
+        self.names, self.of = list(widths), range(first, first + count)
+        self.rows = {n: np.zeros((members.size, width), np.float32) for n, width in widths.items()}
+        self._window, self._position = stats.window[members], stats.position[members]
+
+    def reach(self, number: int) -> int:
+        return int(self._position[self._window == number].max(initial=-1)) + 1
+
+    def add(self, number: int, values: Values) -> None:
+        mine = np.flatnonzero(self._window == number)
+        for name, value in values.items():
+            self.rows[name][mine] = value[self._position[mine]]
+
+
 def collect_rows(
     graph: Graph,
-    names: dict[str, int],
+    widths: Mapping[str, int],
     stats: TokenStats,
     members: np.ndarray,
     windows: Sequence[Window],
@@ -158,27 +186,10 @@ def collect_rows(
     providers: Sequence[str],
     progress: Progress,
 ) -> dict[str, np.ndarray]:
-    """Values of the member rows only: value name -> `[members, features]` float32.
-
-    `names` maps value names to their features per token.
-    """
-    reach = {  # a row of a causal model needs no later token: cut the windows behind the last one
-        number: int(stats.position[members[stats.window[members] == number]].max()) + 1
-        for number in np.unique(stats.window[members]).tolist()
-    }
-    beginnings: dict[tuple[int, ...], list[int]] = {}  # equal ones, as <s> alone, run once
-    for number, end in reach.items():
-        beginnings.setdefault(tuple(windows[number].ids[:end]), []).append(number)
-    short = [replace(windows[numbers[0]], ids=list(ids)) for ids, numbers in beginnings.items()]
-    rows = {name: np.zeros((members.size, width), np.float32) for name, width in names.items()}
-    inside = [
-        np.flatnonzero(np.isin(stats.window[members], numbers)) for numbers in beginnings.values()
-    ]
-    for order, values in walk(graph, list(names), short, providers=providers, progress=progress):
-        mine = inside[order]
-        for name, value in values.items():
-            rows[name][mine] = value[stats.position[members[mine]]]
-    return rows
+    """Walk the graph over `windows`, those of `stats`, with a RowObserver alone."""
+    observer = RowObserver(widths, stats, members, len(windows))
+    observe(graph, [observer], windows, providers=providers, progress=progress)
+    return observer.rows
 
 
 def fit(
