@@ -83,6 +83,8 @@ MODEL = "quantized.onnx"
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
 _FORM_WINDOWS = 4
+# Tokens that smoothing is chosen on: what is rounded sees all.
+_RANGE_TOKENS = 4096
 # Sites more than the search found that a file over the budget may leave in half precision.
 _MORE_SITES = 6
 # What is looked at again in the rounded graph: it differs little from the inserted one.
@@ -757,8 +759,10 @@ def _ranges(
                 if linear.node in scope:
                     spiking[linear.input][members] = True
     widths = {linear.input: linear.in_features for linear in linears}
+    windows = job.data.windows
+    few = next((n for n in range(len(windows)) if n * len(windows[0].ids) >= _RANGE_TOKENS), None)
     observe_ranges(
-        graph, widths, job.data.windows, lambda name, n, _: spiking[name][stats.window == n],
+        graph, widths, windows[:few], lambda name, n, _: spiking[name][stats.window == n],
         seed=job.data.seed, reduce=reduce, **job.options,
     )  # fmt: skip
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from iq_export.observe.loss import chunks, kl, log_softmax, nll
 from iq_export.observe.tail import Tail
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
+from iq_export.run.ort import COMPUTING
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ def divergence(
     of `graph` (0: no sink)."""
     divergences, losses, sinks = [], [], []
     runs = walk(graph, ["logits"], windows, always=indices, providers=providers, progress=progress)
-    for exact, (number, found) in zip(reference.logits(windows), runs, strict=True):
-        targets = np.asarray(windows[number].ids[1:])
-        for rows in chunks(targets.size):
-            p, q = (log_softmax(logits[rows]) for logits in (exact, found["logits"]))
-            divergences.append(kl(p, q))
-            losses.append(nll(q, targets[rows]))
-        sinks.append(np.any([found[name][:-1] > 0 for name in indices] or [targets < 0], axis=0))
+    with ThreadPoolExecutor(COMPUTING) as pool:
+        for exact, (number, found) in zip(reference.logits(windows), runs, strict=True):
+            targets = np.asarray(windows[number].ids[1:])
+            cost = partial(_cost, exact, found["logits"], targets)
+            for each, loss in pool.map(cost, chunks(targets.size)):
+                divergences.append(each)
+                losses.append(loss)
+            marks = [found[name][:-1] > 0 for name in indices]
+            sinks.append(np.any(marks or [targets < 0], axis=0))
     each, sink = np.concatenate(divergences), np.concatenate(sinks)
     semantic = each[~sink]
     return Divergence(
@@ -54,3 +59,11 @@ def divergence(
         float(semantic.mean()) if semantic.size else 0.0,
         float(np.concatenate(losses).mean()),
     )
+
+
+def _cost(
+    exact: np.ndarray, found: np.ndarray, targets: np.ndarray, rows: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL and negative log-likelihood of some rows of logits."""
+    p, q = (log_softmax(logits[rows]) for logits in (exact, found))
+    return kl(p, q), nll(q, targets[rows])

@@ -129,15 +129,17 @@ def calibrate_blocks(
                     found[name] = _quantizer(
                         name, linears, read, tensor, before, recipe.rounding, strength
                     )
-                curvature = Curvature(grams.pop(name).total()) if recipe.gptq else None
-                for linear in linears:
-                    assert recipe.weights is not None
-                    weight = weights[linear.node]
-                    if curvature is not None:
-                        rounded = recipe.weights.compensate(weight, curvature)
-                    else:
-                        rounded = recipe.weights.round(weight, (tensor.rows**2).mean(0))
-                    codes.add(linear.weight, *rounded)
+                assert recipe.weights is not None
+                together = np.concatenate([weights[linear.node] for linear in linears], axis=1)
+                if recipe.gptq:
+                    curvature = Curvature(grams.pop(name).total())
+                    rounded = recipe.weights.compensate(together, curvature)
+                else:
+                    rounded = recipe.weights.round(together, (tensor.rows**2).mean(0))
+                ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+                apart = (np.split(each, ends, axis=-1) for each in rounded)
+                for linear, *its in zip(linears, *apart, strict=True):
+                    codes.add(linear.weight, *map(np.ascontiguousarray, its))
                 tensor.rows = tensor.rows[:0].copy()  # all that they were for is decided
         plan = QuantizePlan(
             tuple(here),

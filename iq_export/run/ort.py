@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -243,6 +244,7 @@ def needed_only() -> Any:
 # The arrays that sessions compute with, which ONNX Runtime does not copy.
 _HELD: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _LARGE = 1024  # bytes from which a constant is handed over beside the graph
+COMPUTING = min(4, os.cpu_count() or 1)  # large arrays that are computed at a time
 
 
 def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
@@ -250,16 +252,21 @@ def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
     import onnx_ir as ir
 
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
-    arrays = {}
+    kinds = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8)
+    large = {
+        name: tensor
+        for name, tensor in before.items()
+        if tensor is not None and tensor.dtype in kinds and tensor.nbytes >= _LARGE
+    }
+    with ThreadPoolExecutor(COMPUTING) as pool:
+        values = pool.map(lambda tensor: np.ascontiguousarray(tensor.numpy()), large.values())
+        arrays = dict(zip(large, values, strict=True))
     for name, tensor in before.items():
         if tensor is None:
             continue
         value = model.graph.initializers[name]
         kind, shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
-        if kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8) and (
-            tensor.nbytes >= _LARGE
-        ):
-            arrays[name] = np.ascontiguousarray(tensor.numpy())
+        if name in arrays:
             value.const_value = ir.ExternalTensor(
                 "beside", 0, tensor.nbytes, kind, shape=shape, name=name
             )
