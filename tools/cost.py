@@ -3,8 +3,8 @@
     python -m tools.cost --hidden 1024 --blocks 4 8 16 --json cost.json
     python -m tools.cost --shape llama-2-7b --blocks 8 --recipe w8a8 --json cost.json
 
-Writes a Llama-shaped model of random bfloat16 weights in sharded safetensors, a block in memory at
-a time, with one spike planted (the first token's, born in block 1), and compiles it up to and with
+Writes a Llama-shaped model of random bfloat16 weights in sharded safetensors, a block in memory per
+core, with one spike planted (the first token's, born in block 1), and compiles it up to and with
 `model.onnx`. Memory is that of the whole process tree, sampled ten times a second from /proc.
 """
 
@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,6 @@ SHAPES = {"llama-2-7b": Shape(4096, 11008, 32, 32, 32000)}
 
 def write_model(folder: Path, shape: Shape, blocks: int, seed: int = 0) -> int:
     """Write the model; returns the bytes of its weights."""
-    from safetensors.numpy import save_file
-
-    rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     _write_tokenizer(folder)
     config = {
@@ -63,57 +62,70 @@ def write_model(folder: Path, shape: Shape, blocks: int, seed: int = 0) -> int:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     where, total = {}, 0
-    for number, tensors in enumerate(_shards(shape, blocks, rng), start=1):
-        name = f"model-{number:05d}-of-{blocks + 1:05d}.safetensors"
-        save_file(tensors, folder / name)
-        where |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(_write_shard, folder, f"model-{number + 1:05d}-of-{blocks + 1:05d}", shape,
+                        number, seed)
+            for number in range(blocks + 1)
+        ]  # fmt: skip
+        for job in jobs:
+            name, names, size = job.result()
+            where |= dict.fromkeys(names, name)
+            total += size
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return total
 
 
-def _shards(shape: Shape, blocks: int, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    def weight(out: int, into: int) -> np.ndarray:
-        return rng.standard_normal((out, into), np.float32) * np.float32(into**-0.5)
+def _write_shard(
+    folder: Path, stem: str, shape: Shape, number: int, seed: int
+) -> tuple[str, list[str], int]:
+    """Write what is outside of the blocks (number 0) or a block; its file, tensors and bytes."""
+    from safetensors.numpy import save_file
 
-    def stored(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    rng = np.random.default_rng([seed, number])
+    found = _block(shape, number - 1, rng) if number else _outside(shape, rng)
+    stored = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in found.items()}
+    save_file(stored, folder / f"{stem}.safetensors")
+    return f"{stem}.safetensors", list(stored), sum(tensor.nbytes for tensor in stored.values())
 
-    width, ones = shape.hidden, np.ones(shape.hidden, np.float32)
-    narrow = width * shape.kv_heads // shape.heads
-    table = rng.standard_normal((shape.vocabulary, width), np.float32)
+
+def _weight(rng: np.random.Generator, out: int, into: int) -> np.ndarray:
+    return rng.standard_normal((out, into), np.float32) * np.float32(into**-0.5)
+
+
+def _outside(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    table = rng.standard_normal((shape.vocabulary, shape.hidden), np.float32)
     table[:, _MARK] = 0
     table[0, _MARK] = 30  # only the first token has it
-    yield stored(
-        {
-            "model.embed_tokens.weight": table,
-            "lm_head.weight": weight(shape.vocabulary, width),
-            "model.norm.weight": ones,
-        }
-    )
-    for block in range(blocks):
-        at = f"model.layers.{block}"
-        gate, up = weight(shape.features, width), weight(shape.features, width)
-        down = weight(width, shape.features) / 4
-        if block == 1:
-            gate[_NEURON], up[_NEURON] = 0, 0
-            gate[_NEURON, _MARK], up[_NEURON, _MARK] = 2, 2
-            down[:, _NEURON] = 0
-            down[_CHANNEL, _NEURON] = 4
-        yield stored(
-            {
-                f"{at}.input_layernorm.weight": ones,
-                f"{at}.post_attention_layernorm.weight": ones,
-                f"{at}.self_attn.q_proj.weight": weight(width, width),
-                f"{at}.self_attn.k_proj.weight": weight(narrow, width),
-                f"{at}.self_attn.v_proj.weight": weight(narrow, width),
-                f"{at}.self_attn.o_proj.weight": weight(width, width) / 4,
-                f"{at}.mlp.gate_proj.weight": gate,
-                f"{at}.mlp.up_proj.weight": up,
-                f"{at}.mlp.down_proj.weight": down,
-            }
-        )
+    return {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": _weight(rng, shape.vocabulary, shape.hidden),
+        "model.norm.weight": np.ones(shape.hidden, np.float32),
+    }
+
+
+def _block(shape: Shape, block: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    width, ones = shape.hidden, np.ones(shape.hidden, np.float32)
+    narrow, at = width * shape.kv_heads // shape.heads, f"model.layers.{block}"
+    gate, up = _weight(rng, shape.features, width), _weight(rng, shape.features, width)
+    down = _weight(rng, width, shape.features) / 4
+    if block == 1:
+        gate[_NEURON], up[_NEURON] = 0, 0
+        gate[_NEURON, _MARK], up[_NEURON, _MARK] = 2, 2
+        down[:, _NEURON] = 0
+        down[_CHANNEL, _NEURON] = 4
+    return {
+        f"{at}.input_layernorm.weight": ones,
+        f"{at}.post_attention_layernorm.weight": ones,
+        f"{at}.self_attn.q_proj.weight": _weight(rng, width, width),
+        f"{at}.self_attn.k_proj.weight": _weight(rng, narrow, width),
+        f"{at}.self_attn.v_proj.weight": _weight(rng, narrow, width),
+        f"{at}.self_attn.o_proj.weight": _weight(rng, width, width) / 4,
+        f"{at}.mlp.gate_proj.weight": gate,
+        f"{at}.mlp.up_proj.weight": up,
+        f"{at}.mlp.down_proj.weight": down,
+    }
 
 
 def small_tokenizer() -> Any:
