@@ -61,7 +61,8 @@ def write_model(folder: Path, shape: Shape, blocks: int, seed: int = 0) -> int:
         "eos_token_id": 1, "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(_write_shard, folder, f"model-{number + 1:05d}-of-{blocks + 1:05d}", shape,
