@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from iq_export import parallel
 from iq_export.calibrate.data import Window
 from iq_export.observe.loss import chunks, kl, log_softmax, nll
 from iq_export.observe.tail import Tail
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
-from iq_export.run.ort import COMPUTING
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,13 @@ def divergence(
     of `graph` (0: no sink)."""
     divergences, losses, sinks = [], [], []
     runs = walk(graph, ["logits"], windows, always=indices, providers=providers, progress=progress)
-    with ThreadPoolExecutor(COMPUTING) as pool:
-        for exact, (number, found) in zip(reference.logits(windows), runs, strict=True):
-            targets = np.asarray(windows[number].ids[1:])
-            cost = partial(_cost, exact, found["logits"], targets)
-            for each, loss in pool.map(cost, chunks(targets.size)):
-                divergences.append(each)
-                losses.append(loss)
-            marks = [found[name][:-1] > 0 for name in indices]
-            sinks.append(np.any(marks or [targets < 0], axis=0))
+    for exact, (number, found) in zip(reference.logits(windows), runs, strict=True):
+        targets = np.asarray(windows[number].ids[1:])
+        cost = partial(_cost, exact, found["logits"], targets)
+        for divergent, loss in parallel.each(cost, chunks(targets.size)):
+            divergences.append(divergent)
+            losses.append(loss)
+        sinks.append(np.any([found[name][:-1] > 0 for name in indices] or [targets < 0], axis=0))
     each, sink = np.concatenate(divergences), np.concatenate(sinks)
     semantic = each[~sink]
     return Divergence(

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from iq_export import parallel
 from iq_export.errors import ModelError
 from iq_export.files import open_belonging
 from iq_export.graph.stored import TYPES, Stamp, Stored, StoredTensor
@@ -120,12 +121,10 @@ class Weights:
         # Modes in which a model is computed otherwise (`arithmetic`) are not about this.
         with torch._C.DisableTorchFunction():
             held = [(tensor, tensor.data) for tensor in tensors if self.place(tensor) is not None]
-            read: dict[int, torch.Tensor] = {}
+            found = {data.data_ptr(): data for _, data in held}
+            read = dict(zip(found, parallel.each(self.read, found.values()), strict=True))
             for tensor, data in held:
-                key = data.data_ptr()
-                if key not in read:
-                    read[key] = self.read(data)
-                tensor.data = read[key]
+                tensor.data = read[data.data_ptr()]
 
         def undo() -> None:
             with torch._C.DisableTorchFunction():

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from iq_export import parallel
 from iq_export.errors import EngineError, GraphError
 from iq_export.graph.external import check_external
 from iq_export.graph.interface import FEATURES, HEADS, VOCABULARY, Interface, Role
@@ -244,7 +244,6 @@ def needed_only() -> Any:
 # The arrays that sessions compute with, which ONNX Runtime does not copy.
 _HELD: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _LARGE = 1024  # bytes from which a constant is handed over beside the graph
-COMPUTING = min(4, os.cpu_count() or 1)  # large arrays that are computed at a time
 
 
 def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
@@ -258,9 +257,8 @@ def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
         for name, tensor in before.items()
         if tensor is not None and tensor.dtype in kinds and tensor.nbytes >= _LARGE
     }
-    with ThreadPoolExecutor(COMPUTING) as pool:
-        values = pool.map(lambda tensor: np.ascontiguousarray(tensor.numpy()), large.values())
-        arrays = dict(zip(large, values, strict=True))
+    computed = parallel.each(lambda each: np.ascontiguousarray(each.numpy()), large.values())
+    arrays = dict(zip(large, computed, strict=True))
     for name, tensor in before.items():
         if tensor is None:
             continue

@@ -209,3 +209,52 @@ def test_provider_that_is_missing_is_no_silent_fallback(calm: Planted) -> None:
     )  # fmt: skip
     with pytest.raises(EngineError, match="NoSuchExecutionProvider"):
         next(iter(runs))
+
+
+def test_only_the_beginning_that_is_wanted_runs(
+    spiky: Planted, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last value that is wanted of all tokens, those that nobody wants are left out."""
+    windows = spiky.windows[:2]
+    first = "layers.0/Add_2/out"
+    whole = run(spiky.path, [first, RESIDUAL], windows)
+    lengths: list[int] = []
+    running = walking.Piece.run
+
+    def noted(self: Any, window: Window, *rest: Any) -> Any:
+        lengths.append(len(window.ids))
+        return running(self, window, *rest)
+
+    monkeypatch.setattr(walking.Piece, "run", noted)
+
+    def reach(name: str, number: int) -> int:
+        return walking.WHOLE if name == first else 3 * number
+
+    found = run(spiky.path, [first, RESIDUAL], windows, reach=reach)
+    assert lengths[-1] == 3
+    assert len(windows[1].ids) in lengths
+    ends = {number: values[RESIDUAL] for number, values in found if RESIDUAL in values}
+    assert list(ends) == [1]
+    (right,) = [values[RESIDUAL] for number, values in whole if number and RESIDUAL in values]
+    np.testing.assert_allclose(ends[1][:3], right[:3], rtol=1e-4, atol=1e-3)
+    assert len(ends[1]) == 3
+
+
+def test_equal_beginnings_run_once_and_come_for_each_window(
+    spiky: Planted, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = [spiky.windows[0], spiky.windows[1], spiky.windows[0]]
+    runs = 0
+    running = walking.Piece.run
+
+    def counted(*args: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return running(*args)
+
+    monkeypatch.setattr(walking.Piece, "run", counted)
+    found = run(spiky.path, [DOWN], windows)
+    assert [number for number, _ in found] == [0, 1, 2]
+    assert runs % 2 == 0
+    np.testing.assert_array_equal(found[0][1][DOWN], found[2][1][DOWN])
+    assert not np.array_equal(found[0][1][DOWN], found[1][1][DOWN])
