@@ -555,21 +555,19 @@ def _records(done: Any, traced: Any, earlier: Bundle | None) -> _Records:
 
 
 def _fill(folder: Path, traced: Any, made: dict[str, str], done: Any, records: _Records) -> None:
-    """Copy what ships: the quantized graph, the tokenizer and its kin, the plan and templates.
+    """Put in place what ships: the graph, which is moved there, the tokenizer and its kin, the plan
+    and templates.
 
-    Raises BundleError if another program wrote to the traced model, whose files were `made`, or to
-    the graph while this run used them.
+    Raises BundleError if another program wrote to the traced model, whose files were `made`, while
+    this run used them.
     """
     from iq_export.saved_decisions import TEMPLATES_NAME, save_arrays
 
     for file in sorted(traced.assets.iterdir()):
         copy_belonging(traced.assets, file.name, folder / listable(file.name))
-    from iq_export.graph import io
-
     shutil.rmtree(done.quantized.with_name("codes"), ignore_errors=True)  # they are in the graph
-    before = {file.name: sha256_file(file) for file in model_files(done.quantized)}
-    io.save(io.load(done.quantized), folder / MODEL_NAME)
-    _check_stage(done.quantized.parent, before)
+    for file in model_files(done.quantized):
+        shutil.move(file, folder / file.name)
     _check_stage(traced.folder, made)
     save_arrays(done.chosen, folder / TEMPLATES_NAME)
     text = json.dumps(json_safe(records.plan), indent=1, ensure_ascii=False) + "\n"

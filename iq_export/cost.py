@@ -147,16 +147,16 @@ def disk_need(
 ) -> int:
     """Bytes on disk at the peak of a compile, beside the source: the weights in float32 (`copied`),
     where they lie in no safetensors files; rounded weights until the graph is finished, and with
-    `keep`, for a run that goes on, until the bundle is; the finished graph, twice for a moment,
-    then `engines`, each of its size."""
+    `keep`, for a run that goes on, until the bundle is; the finished graph, then `engines`, each of
+    its size."""
     inside, tables = shape.layers * shape.block, shape.tables * shape.table
     wide = _HALF if dtype == "fp16" else _FLOAT32
     rounds = recipe.weights is not None
     bits = 8 * wide if recipe.weights is None else recipe.weights.dtype.bitwidth
     graph = bits * inside // 8 + wide * tables
     codes = inside if rounds and calibrates else 0
-    bundle = graph * (1 + engines)
-    total = _DISK_BASE_BYTES + graph + (codes + bundle if keep else max(codes, bundle))
+    built = graph * engines
+    total = _DISK_BASE_BYTES + graph + (codes + built if keep else max(codes, built))
     return total + (_FLOAT32 * shape.weights if copied else 0)
 
 

@@ -55,7 +55,7 @@ def test_same_bytes_in_another_process_and_folder(tmp_path: Path, recipe: str) -
         )
         assert done.returncode == 0, done.stderr
         made.append(folder)
-    files = ("plan.json", "sinks.safetensors", "work/quantized.onnx", "work/quantized.onnx.data")
+    files = ("plan.json", "sinks.safetensors", "work/model.onnx", "work/model.onnx.data")
     for name in files:
         first, second = ((folder / name).read_bytes() for folder in made)
         assert first == second, f"{name} differs"

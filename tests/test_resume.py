@@ -50,7 +50,7 @@ def run(folder: Path, recipe: str, kept: Checkpoint | None = None) -> Rewrite:
 
 def shipped(done: Rewrite, folder: Path) -> list[object]:
     save_arrays(done.chosen, folder / "sinks.safetensors")
-    names = ("work/quantized.onnx", "work/quantized.onnx.data", "sinks.safetensors")
+    names = ("work/model.onnx", "work/model.onnx.data", "sinks.safetensors")
     return [record(done.chosen), done.check, *((folder / name).read_bytes() for name in names)]
 
 

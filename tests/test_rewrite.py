@@ -85,7 +85,7 @@ def test_w8a8(run: Run) -> None:
     assert len(done.quantizers) == 16
     # Nothing in full precision is written on the way.
     assert {path.name for path in done.quantized.parent.iterdir()} == {
-        "codes", "quantized.onnx", "quantized.onnx.data",
+        "codes", "model.onnx", "model.onnx.data",
     }  # fmt: skip
 
 
@@ -316,7 +316,7 @@ def test_same_input_same_files(run: Run, tmp_path: Path) -> None:
     again = rewrite(
         done.traced, tmp_path, load_recipe("w8a8"), "fp32", calibration(CALM), Progress(quiet=True)
     )
-    for name in ("quantized.onnx", "quantized.onnx.data"):
+    for name in ("model.onnx", "model.onnx.data"):
         assert (
             again.quantized.with_name(name).read_bytes()
             == done.quantized.with_name(name).read_bytes()

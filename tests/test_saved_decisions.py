@@ -38,7 +38,7 @@ def rewritten(folder: Path, recipe: str, dtype: str, insertion: str) -> Rewrite:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    files = (folder / "quantized.onnx", folder / "quantized.onnx.data")
+    files = (folder / "model.onnx", folder / "model.onnx.data")
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -51,7 +51,7 @@ def test_the_same_graph_to_the_bit(tmp_path: Path, recipe: str, dtype: str, inse
     done = rewritten(tmp_path, recipe, dtype, insertion)
     again = tmp_path / "again"
     again.mkdir()
-    io.save(lower(begin(io.load(done.traced))[0], done.chosen).model, again / "quantized.onnx")
+    io.save(lower(begin(io.load(done.traced))[0], done.chosen).model, again / "model.onnx")
     assert digest(again) == digest(done.quantized.parent)
 
     bundle: Any = Folder(tmp_path, done)
@@ -59,7 +59,7 @@ def test_the_same_graph_to_the_bit(tmp_path: Path, recipe: str, dtype: str, inse
     assert record(read) == bundle.plan()["decisions"]
     back = tmp_path / "back"
     back.mkdir()
-    io.save(lower(begin(io.load(done.traced))[0], read).model, back / "quantized.onnx")
+    io.save(lower(begin(io.load(done.traced))[0], read).model, back / "model.onnx")
     assert digest(back) == digest(done.quantized.parent)
 
 

@@ -44,13 +44,18 @@ def load(path: Path) -> ir.Model:
 
 
 class _Unmapped(ir.ExternalTensor):
-    """One that keeps no file mapped: its pages would count as this process's memory for good."""
+    """One that keeps no file mapped: its pages would count as this process's memory for good.
+    Several threads may read it at once."""
 
     __slots__ = ()
 
     def numpy(self) -> np.ndarray:
-        found = np.array(super().numpy())
-        self.release()
+        mapped = ir.ExternalTensor(
+            self.location, self.offset, self.length, self.dtype, shape=self.shape, name=self.name,
+            base_dir=self.base_dir,
+        )  # fmt: skip
+        found = np.array(mapped.numpy())
+        mapped.release()
         return found
 
 

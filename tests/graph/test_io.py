@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from iq_export import parallel
 from iq_export.engine.onnx_header import read_header
 from iq_export.errors import EngineError, GraphError, IqError, ModelError
 from iq_export.graph import io
@@ -152,3 +153,11 @@ def test_own_constant_copies_only_what_is_shared(path: Path) -> None:
     assert mine is not down.inputs[1]
     assert mine.const_value is down.inputs[1].const_value
     assert graph.initializers[mine.name] is mine
+
+
+def test_several_threads_read_one_weight(path: Path) -> None:
+    """Side channels and the product that they come of read the same one."""
+    tensor = io.load(path).graph.initializers[DOWN].const_value
+    values = np.array(tensor.numpy())
+    for found in parallel.each(lambda _: tensor.numpy(), range(500)):
+        np.testing.assert_array_equal(found, values)
