@@ -16,5 +16,6 @@ _AT_ONCE = 4
 
 def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`function` of every item, in order; raises what the first that fails does."""
-    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(min(_AT_ONCE, cores or 1)) as pool:
         return list(pool.map(function, items))

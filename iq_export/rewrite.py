@@ -83,7 +83,8 @@ MODEL = "model.onnx"
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
 _FORM_WINDOWS = 4
-# Tokens that smoothing is chosen on: what is rounded sees all.
+# Tokens that smoothing and side channels are chosen on where activations are rounded: their ranges
+# and the weights' rounding see all.
 _RANGE_TOKENS = 4096
 # Sites more than the search found that a file over the budget may leave in half precision.
 _MORE_SITES = 6
@@ -311,6 +312,7 @@ def rewrite(
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
+    first = min(_OBSERVED_WINDOWS, len(data.windows))
     return Rewrite(
         chosen=chosen,
         sites=job.sites,
@@ -320,8 +322,8 @@ def rewrite(
         quantizers=quantizers,
         cache=cache,
         before=before,
-        observed_before=_per_block(stats, stats.window < _OBSERVED_WINDOWS),
-        observed_after=_observed_after(after, quantizers, job.sites),
+        observed_before=_per_block(stats, first),
+        observed_after=_observed_after(after, first, quantizers, job.sites),
         recall=recall,
         sink_nodes=sum(node.domain == DOMAIN for node in model.graph),
         traced=traced,
@@ -484,7 +486,11 @@ def _smoothed(
             mean = (unit_rows(its.rows) ** 2).mean(0)
             power[name] = mean / found.factors(name) ** 2
 
-    _ranges(job, turned, taken, decide_on)
+    windows = job.data.windows
+    if recipe.activations is not None:
+        ends = np.cumsum([len(window.ids) for window in windows])
+        windows = windows[: int(np.searchsorted(ends, _RANGE_TOKENS)) + 1]
+    _ranges(job, turned, taken, windows, decide_on)
     return replace(chosen, smoothing=found, side=side), power
 
 
@@ -533,16 +539,17 @@ def _formed(job: _Job, chosen: Decisions, reference: Tail) -> tuple[Decisions, l
     since semantic rows are the same."""
     windows = job.data.windows[:_FORM_WINDOWS]
     restored: dict[tuple[str, ...], Decisions] = {}
+    with reference.stored_logits(windows, job.work / "logits") as exact:
 
-    def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
-        tried = _restored(job, replace(chosen, sinks=tuple(candidates)), ROUNDED)
-        restored[tuple(each.form for each in candidates)] = tried
-        names = [index_name(number) for number in range(len(candidates))]
-        return divergence(reference, job.at(ROUNDED, tried), windows, names, **job.options)
+        def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
+            tried = _restored(job, replace(chosen, sinks=tuple(candidates)), ROUNDED)
+            restored[tuple(each.form for each in candidates)] = tried
+            names = [index_name(number) for number in range(len(candidates))]
+            return divergence(exact(), job.at(ROUNDED, tried), windows, names, **job.options)
 
-    sinks, insertions = choose_forms(
-        chosen.sinks, job.data.insertion, loss, int8_cache=chosen.recipe.cache is not None
-    )
+        sinks, insertions = choose_forms(
+            chosen.sinks, job.data.insertion, loss, int8_cache=chosen.recipe.cache is not None
+        )
     found = restored.get(tuple(each.form for each in sinks))
     if found is None:
         found = _restored(job, replace(chosen, sinks=tuple(sinks)), ROUNDED)
@@ -744,9 +751,11 @@ def _ranges(
     job: _Job,
     graph: Graph,
     taken: Sequence[Lifecycle],
+    windows: Sequence[Window],
     reduce: Callable[[dict[str, TensorStats]], object],
 ) -> None:
-    """Hand statistics of every product's input to `reduce`, piece by piece.
+    """Hand statistics of every product's input over the first `windows` to `reduce`, piece by
+    piece.
 
     Tokens of the lifecycles `taken` are not semantic where these live; those of others stay and
     must be rounded well like all else.
@@ -759,10 +768,8 @@ def _ranges(
                 if linear.node in scope:
                     spiking[linear.input][members] = True
     widths = {linear.input: linear.in_features for linear in linears}
-    windows = job.data.windows
-    few = next((n for n in range(len(windows)) if n * len(windows[0].ids) >= _RANGE_TOKENS), None)
     observe_ranges(
-        graph, widths, windows[:few], lambda name, n, _: spiking[name][stats.window == n],
+        graph, widths, windows, lambda name, n, _: spiking[name][stats.window == n],
         seed=job.data.seed, reduce=reduce, **job.options,
     )  # fmt: skip
 
@@ -870,10 +877,10 @@ def _mixed_plan(
 
 
 def _observed_after(
-    stats: TokenStats, quantizers: dict[str, Quantizer], sites: Sites
+    stats: TokenStats, windows: int, quantizers: dict[str, Quantizer], sites: Sites
 ) -> dict[str, list[float]]:
     """As `_per_block`, with the down-projections' inputs as their quantizers see them."""
-    observed = _per_block(stats, stats.window < _OBSERVED_WINDOWS)
+    observed = _per_block(stats, windows)
     after = {q.linears: q.after.absmax for q in quantizers.values()}
     downs = [after.get((block.mlp.output.node,)) for block in sites.blocks]
     if None not in downs:
@@ -881,7 +888,9 @@ def _observed_after(
     return observed
 
 
-def _per_block(stats: TokenStats, columns: np.ndarray) -> dict[str, list[float]]:
+def _per_block(stats: TokenStats, windows: int) -> dict[str, list[float]]:
+    """The largest magnitudes in the first windows."""
+    columns = stats.window < windows
     return {
         "residual_max_per_block": stats.residual_max[:, columns].max(1).tolist(),
         "down_proj_max_per_block": stats.down_max[:, columns].max(1).tolist(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,6 @@ import numpy as np
 from iq_export import parallel
 from iq_export.calibrate.data import Window
 from iq_export.observe.loss import chunks, kl, log_softmax, nll
-from iq_export.observe.tail import Tail
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 
@@ -30,7 +29,7 @@ class Divergence:
 
 
 def divergence(
-    reference: Tail,
+    exact: Iterable[np.ndarray],
     graph: Graph,
     windows: Sequence[Window],
     indices: Sequence[str],
@@ -38,13 +37,13 @@ def divergence(
     providers: Sequence[str],
     progress: Progress,
 ) -> Divergence:
-    """Run `graph` over `windows`, beside the logits of `reference`; `indices` are the sink indices
-    of `graph` (0: no sink)."""
+    """Run `graph` over `windows`, beside the traced graph's logits there, `exact`; `indices` are
+    the sink indices of `graph` (0: no sink)."""
     divergences, losses, sinks = [], [], []
     runs = walk(graph, ["logits"], windows, always=indices, providers=providers, progress=progress)
-    for exact, (number, found) in zip(reference.logits(windows), runs, strict=True):
+    for right, (number, found) in zip(exact, runs, strict=True):
         targets = np.asarray(windows[number].ids[1:])
-        cost = partial(_cost, exact, found["logits"], targets)
+        cost = partial(_cost, right, found["logits"], targets)
         for divergent, loss in parallel.each(cost, chunks(targets.size)):
             divergences.append(divergent)
             losses.append(loss)

@@ -21,7 +21,8 @@ from iq_export.formats.gptq import Curvature
 
 # How recipes call what is not quantized; its format is None.
 HALF = "half"
-# Codes `[in, out]` of a weight, and its scales as DequantizeLinear takes them, float32.
+# Codes `[in, out]` of a weight, and its scales as DequantizeLinear takes them, float32, the last
+# axis that of the outputs: products of one input are rounded side by side.
 Codes = tuple[np.ndarray, np.ndarray]
 
 

@@ -87,15 +87,25 @@ def dequantized_weight(
 
 def unsigned(graph: ir.Graph) -> None:
     """Let int8 codes of activations be uint8 around 128, which is the same numbers: where nothing
-    but DequantizeLinear reads them, and the graph does not give them out."""
+    but DequantizeLinear with the same zero point reads them, and the graph does not give them out.
+    """
     for node in list(graph):
-        if node.op_type != "QuantizeLinear" or node.inputs[2] is None:
+        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
-        codes, zero = node.outputs[0], node.inputs[2].const_value
+        codes, zero = node.outputs[0], node.inputs[2]
         readers = list(codes.consumers())
-        if codes.is_graph_output() or any(x.op_type != "DequantizeLinear" for x in readers):
+        if codes.is_graph_output() or any(
+            x.op_type != "DequantizeLinear" or len(x.inputs) < 3 or x.inputs[2] is not zero
+            for x in readers
+        ):
             continue
-        if zero is None or zero.dtype != ir.DataType.INT8 or zero.size > 1 or zero.numpy().any():
+        value = zero.const_value
+        if (
+            value is None
+            or value.dtype != ir.DataType.INT8
+            or value.size > 1
+            or value.numpy().any()
+        ):
             continue
         middle = shared_constant(graph, "iq.zero_point.uint8.middle", np.array(128, np.uint8))
         codes.dtype = ir.DataType.UINT8

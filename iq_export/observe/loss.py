@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-# Rows whose distributions are held at a time: 64 x 262144 x 8 bytes = 134 MB at the worst.
-_ROWS = 64
+# Rows of which a distribution is held: 32 x 262144 x 8 bytes = 67 MB at the worst. As many chunks
+# are computed at a time as `parallel.each` takes.
+_ROWS = 32
 
 
 def chunks(rows: int) -> Iterator[slice]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -53,6 +56,26 @@ class Tail(Observer):
 
     def add(self, number: int, values: Values) -> None:
         self.rows[number] |= values
+
+    @contextmanager
+    def stored_logits(
+        self, windows: Sequence[Window], folder: Path
+    ) -> Iterator[Callable[[], Iterator[np.ndarray]]]:
+        """In the block, `logits` as often as the function that is given is called, with no head in
+        memory: they are written to a new `folder` when they are first asked for."""
+        places = [folder / f"{number}.npy" for number in range(len(windows))]
+
+        def read() -> Iterator[np.ndarray]:
+            if not folder.exists():
+                folder.mkdir()
+                for place, found in zip(places, self.logits(windows), strict=True):
+                    np.save(place, found)
+            yield from map(np.load, places)
+
+        try:
+            yield read
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def logits(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
         """float32 `[seq, vocab]` of each of `windows`: those that were walked, or their beginnings.

@@ -58,9 +58,9 @@ def walk(
     `always` names values (indices of sinks) that come with each, from the piece that makes them
     on. `reach(name, window number)` tells how many of a window's first tokens some value is wanted
     for, 0: none. A window goes no further than to the last value that it wants, and with no more
-    tokens than are wanted from there on: a causal model needs no later ones. Equal beginnings run
-    once. Float values come as fp32. `round_half` as at `run.ort.open_session`. `raw`: values as the
-    graph has them, with their batch axis and what is not finite.
+    tokens than are wanted from there on: a causal model needs no later ones. Beginnings that are
+    equal run once. Float values come as fp32. `round_half` as at `run.ort.open_session`. `raw`:
+    values as the graph has them, with their batch axis and what is not finite.
 
     Raises GraphError naming the tensor, its window and position if a value is NaN or Inf.
     """
@@ -77,6 +77,12 @@ def walk(
     ends = [max((place[name] + 1 for name in its), default=0) for its in wanted]
     left = list(windows)
     carried: list[Carried] = [{} for _ in windows]
+
+    def same(order: int) -> tuple[int, ...]:
+        """What windows that run together have in common: whole ones never do."""
+        ids = left[order].ids
+        return (order,) if len(ids) == len(windows[order].ids) else (-1, *ids)
+
     for number in range(max(ends, default=0)):
         piece = pieces[number]
         inside = [order for order, end in enumerate(ends) if end > number]
@@ -92,18 +98,18 @@ def walk(
         needed: dict[tuple[int, ...], list[str]] = {}
         for order in inside:
             mine = [name for name in taps if name in wanted[order]]
-            needed.setdefault(tuple(left[order].ids), []).extend(
+            needed.setdefault(same(order), []).extend(
                 [*mine, *here, *(kept if ends[order] > number + 1 else ())]
             )
-        again = Counter(tuple(left[order].ids) for order in inside)
+        again = Counter(map(same, inside))
         runs: dict[tuple[int, ...], Carried] = {}
         with Piece(part, outputs, providers, label, round_half=round_half) as runner:
             for done, order in enumerate(inside, start=1):
-                ids = tuple(left[order].ids)
-                if ids not in runs:
-                    runs[ids] = runner.run(left[order], carried[order], needed[ids])
-                again[ids] -= 1
-                found = runs[ids] if again[ids] else runs.pop(ids)
+                key = same(order)
+                if key not in runs:
+                    runs[key] = runner.run(left[order], carried[order], needed[key])
+                again[key] -= 1
+                found = runs[key] if again[key] else runs.pop(key)
                 mine = [name for name in taps if name in wanted[order]]
                 now = {**carried[order], **found}
                 through = (*piece.kept, *always) if ends[order] > number + 1 else ()
@@ -116,9 +122,11 @@ def walk(
 
 
 def _beginning(window: Window, carried: Carried, tokens: int) -> tuple[Window, Carried]:
-    """The first `tokens` of a window and of what came to it: whole, where that has another axis."""
+    """The first `tokens` of a window and of what came to it, `[1, seq]` or `[1, seq, features]`:
+    whole, where that has other axes."""
     have = len(window.ids)
-    if tokens >= have or any(v.ndim < 2 or v.shape[1] != have for v in carried.values()):
+    fits = all(v.ndim in (2, 3) and v.shape[:2] == (1, have) for v in carried.values())
+    if tokens >= have or not fits:
         return window, carried
     short = {name: value[:, :tokens] for name, value in carried.items()}
     return replace(window, ids=window.ids[:tokens]), short

@@ -220,10 +220,13 @@ def model_session(
 
     onnxruntime = _onnxruntime()
     unsigned(model.graph)
-    options = _session_options(providers, None, unpack=round_half, literal=literal)
+    floats = round_half or not _exact_int8()
+    options = _session_options(providers, None, unpack=floats, literal=literal)
     # Between its runs others compute, and threads that spin would hold them up.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     proto, arrays = _apart(model)
+    if any(array.nbytes >= _NOT_PACKED for array in arrays.values()):
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if round_half and providers[0] == "CPUExecutionProvider":
         proto = _with_rounding(proto)
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
@@ -244,6 +247,7 @@ def needed_only() -> Any:
 # The arrays that sessions compute with, which ONNX Runtime does not copy.
 _HELD: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _LARGE = 1024  # bytes from which a constant is handed over beside the graph
+_NOT_PACKED = 256 << 20  # and from which it is packed in each run: a copy would be as large
 
 
 def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
@@ -290,7 +294,7 @@ def _session_options(
     options.log_severity_level = 4  # what fails is raised; printed as well, it would come twice
     # By default ONNX Runtime multiplies int4 weights with activations rounded to int8 on the way.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if unpack or not _exact_int8():
+    if unpack:
         # With no fusion of Q/DQ to wait for, a DequantizeLinear of constants is one itself.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if literal:

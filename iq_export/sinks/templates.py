@@ -151,19 +151,14 @@ def key_value_sizes(sites: Sites, lifecycle: Lifecycle) -> dict[str, int]:
 class RowObserver(Observer):
     """Values of the member rows only: `rows[name]` is float32 `[members, features]`.
 
-    `widths` maps value names to their features per token; `stats` tells of `count` windows, which
-    are those of a walk from the number `first` on.
+    `widths` maps value names to their features per token; `stats` tells of the first `count`
+    windows of a walk.
     """
 
     def __init__(
-        self,
-        widths: Mapping[str, int],
-        stats: TokenStats,
-        members: np.ndarray,
-        count: int,
-        first: int = 0,
+        self, widths: Mapping[str, int], stats: TokenStats, members: np.ndarray, count: int
     ) -> None:
-        self.names, self.of = list(widths), range(first, first + count)
+        self.names, self.of = list(widths), range(count)
         self.rows = {n: np.zeros((members.size, width), np.float32) for n, width in widths.items()}
         self._window, self._position = stats.window[members], stats.position[members]
 

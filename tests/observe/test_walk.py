@@ -253,8 +253,10 @@ def test_equal_beginnings_run_once_and_come_for_each_window(
         return running(*args)
 
     monkeypatch.setattr(walking.Piece, "run", counted)
-    found = run(spiky.path, [DOWN], windows)
+    assert len(run(spiky.path, [DOWN], windows)) == 3
+    whole, runs = runs, 0
+    found = run(spiky.path, [DOWN], windows, reach=lambda *_: 5)
     assert [number for number, _ in found] == [0, 1, 2]
-    assert runs % 2 == 0
+    assert runs == whole // 3 * 2
     np.testing.assert_array_equal(found[0][1][DOWN], found[2][1][DOWN])
     assert not np.array_equal(found[0][1][DOWN], found[1][1][DOWN])
