@@ -143,6 +143,7 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
             but = f"{out} is complete, but the graph to compare it with was not kept: "
             with trouble_is_bundle_error(work.folder, but):
                 work.keep_trace()
+                work.forget_unfinished()
     bundle = Bundle(options.out, manifest)
     if built.failures:
         raise EnginesFailed(bundle)

@@ -62,6 +62,9 @@ class Work:
         (self.folder / _KEPT).touch()
         for record in self.folder.glob(f"*/{_OLD_RECORD}"):
             shutil.rmtree(record.parent, ignore_errors=True)
+
+    def forget_unfinished(self) -> None:
+        """Drop the results of steps: the bundle that they were kept for is there."""
         shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
 
 

@@ -153,6 +153,18 @@ def test_a_folder_of_the_user_is_never_deleted(tmp_path: Path, named: bool) -> N
     assert [p.name for p in folder.rglob("*")] == ["traced", "thesis.tex"]
 
 
+def test_results_of_steps_outlive_a_new_trace(tmp_path: Path) -> None:
+    """`eval --work D` traces too, and an interrupted compile goes on afterwards."""
+    with work_folder(tmp_path / "out", tmp_path / "w", keep=True) as work:
+        assert work.unfinished is not None
+        work.unfinished.mkdir()
+        (work.run / "traced").mkdir()
+        work.keep_trace()
+        assert work.unfinished.is_dir()
+        work.forget_unfinished()
+        assert not work.unfinished.exists()
+
+
 def test_one_owner_at_a_time(tmp_path: Path) -> None:
     keep(tmp_path / "w", "first")
     with work_folder(tmp_path / "out", tmp_path / "w", keep=True):
