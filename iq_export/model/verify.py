@@ -37,7 +37,7 @@ _LENGTHS = (40, 36, 29, 17)
 _JUMP, _STEPS = 24, 8  # tokens of the row whose positions jump, and of the steps on a long cache
 _REFERENCE_BYTES = 256 << 20
 _SEED = 20
-_JITTERS = (21, 22, 23, 24)
+_JITTERS, _JITTER_SEED = 4, 21
 # Two units in the last place of the largest logit: differences below are none.
 _FLOOR = 2.0**-22
 _TEXTS = (
@@ -48,7 +48,7 @@ _TEXTS = (
     "print(mean([3, 1, 4, 1, 5]))  \u2192 2.8; na\u00efve, \u4f60\u597d, \U0001f642!\n",
 )
 
-Logits = NDArray[np.float64]
+Logits = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ class Parity:
 def refer(model: Any, tokenizer: Any = None, weights: Weights | None = None) -> Reference:
     """Compute what a transformers causal LM says to the rows, in float64 and in float32.
 
-    `tokenizer` is a `run.generate.Tokenizer`; without one rows of text are random tokens. Takes six
-    short passes; no more than one weight is in float64 at a time, and of those that `weights` has
-    in files no more than a layer's are in memory, besides those outside of all layers. Raises
-    ModelError if the model's own logits are not finite.
+    `tokenizer` is a `run.generate.Tokenizer`; without one rows of text are random tokens. Takes
+    three short passes: in the last one arithmetic varies, and each row stands in it several times.
+    No more than one weight is in float64 at a time, and of those that `weights` has in files no
+    more than a layer's are in memory, besides those outside of all layers. Raises ModelError if the
+    model's own logits are not finite.
     """
     import torch
 
@@ -128,19 +129,20 @@ def refer(model: Any, tokenizer: Any = None, weights: Weights | None = None) -> 
     held = nullcontext() if weights is None else weights.streamed(model, layers_of(model))
     with torch.no_grad(), held:
         rows = tuple(_rows(model, tokenizer))
-        exact = _all_logits(model, rows, float64())
-        noise = [np.zeros(len(row.ids)) for row in rows]
-        contexts: list[AbstractContextManager[Any]] = [nullcontext(), *map(jittered, _JITTERS)]
-        for context in contexts:
-            for worst, right, found in zip(
-                noise, exact, _all_logits(model, rows, context), strict=True
-            ):
-                if not np.isfinite(right).all() or not np.isfinite(found).all():
-                    raise ModelError(
-                        f"The model's own logits are not finite in float32 (architecture "
-                        f"'{model.config.model_type}'): its weights are damaged or overflow."
-                    )
-                np.maximum(worst, np.abs(found - right).max(-1), out=worst)
+        ((exact,), floats, varied) = (
+            _all_logits(model, rows, float64()),
+            _all_logits(model, rows, nullcontext()),
+            _all_logits(model, rows, jittered(_JITTER_SEED), _JITTERS),
+        )
+    noise = [np.zeros(len(row.ids)) for row in rows]
+    for logits in (*floats, *varied):
+        for worst, right, found in zip(noise, exact, logits, strict=True):
+            if not np.isfinite(right).all() or not np.isfinite(found).all():
+                raise ModelError(
+                    f"The model's own logits are not finite in float32 (architecture "
+                    f"'{model.config.model_type}'): its weights are damaged or overflow."
+                )
+            np.maximum(worst, np.abs(found - right).max(-1), out=worst)
     # One sample of noise can be small by chance: no token has less than its row's median.
     floors = [
         np.maximum(np.median(worst), _FLOOR * np.abs(right).max(-1) + 1e-30)
@@ -245,51 +247,54 @@ def _long_cache(
     return tuple(np.ascontiguousarray(t.float().numpy()[:, :, drawn]) for t in tensors)
 
 
-def _torch_cache(past: Sequence[NDArray[np.float32]]) -> Any:
+def _torch_cache(past: Sequence[NDArray[np.float32]], copies: int = 1) -> Any:
     import torch
     from transformers import DynamicCache
 
     cache = DynamicCache()
     for layer in range(len(past) // 2):
-        key, value = (torch.from_numpy(array) for array in past[2 * layer : 2 * layer + 2])
+        pair = past[2 * layer : 2 * layer + 2]
+        key, value = (torch.from_numpy(array).expand(copies, -1, -1, -1) for array in pair)
         cache.update(key, value, layer)
     return cache
 
 
-def _forward(model: Any, row: Row, cache: Any = None) -> Logits:
-    """Logits `[seq, vocab]` of one row by transformers."""
+def _forward(model: Any, row: Row, cache: Any = None, copies: int = 1) -> list[Logits]:
+    """Logits `[seq, vocab]` of one row by transformers, of each of its `copies`."""
     import torch
 
     past = row.past[0].shape[2] if row.past else 0
     out = model(
-        input_ids=torch.from_numpy(row.ids)[None],
-        attention_mask=torch.ones(1, past + len(row.ids), dtype=torch.long),
-        position_ids=torch.from_numpy(row.positions)[None],
+        input_ids=torch.from_numpy(row.ids).expand(copies, -1),
+        attention_mask=torch.ones(copies, past + len(row.ids), dtype=torch.long),
+        position_ids=torch.from_numpy(row.positions).expand(copies, -1),
         past_key_values=cache,
         use_cache=cache is not None,
     )
-    logits: Logits = out.logits[0].double().numpy()
-    return logits
+    return [logits.numpy() for logits in out.logits]
 
 
 def _all_logits(
-    model: Any, rows: Sequence[Row], context: AbstractContextManager[Any]
-) -> tuple[Logits, ...]:
-    """Logits of all rows; those that start at 0 in one pass, filled up on the right, where a causal
-    model does not look."""
+    model: Any, rows: Sequence[Row], context: AbstractContextManager[Any], copies: int = 1
+) -> list[tuple[Logits, ...]]:
+    """Logits of all rows, `copies` times; those that start at 0 in one pass, filled up on the
+    right, where a causal model does not look."""
     import torch
 
     plain = [row for row in rows if _is_plain(row)]
     longest = max(len(row.ids) for row in plain)
-    batch = np.stack([np.resize(row.ids, longest) for row in plain])
+    batch = np.stack([np.resize(row.ids, longest) for row in plain] * copies)
     with context:
         out = model(input_ids=torch.from_numpy(batch), use_cache=False).logits
-        first = [out[i, : len(row.ids)].double().numpy() for i, row in enumerate(plain)]
+        first = [
+            [out[k * len(plain) + i, : len(row.ids)].numpy() for k in range(copies)]
+            for i, row in enumerate(plain)
+        ]
         rest = [
-            _forward(model, row, _torch_cache(row.past) if row.past else None)
+            _forward(model, row, _torch_cache(row.past, copies) if row.past else None, copies)
             for row in rows[len(plain) :]
         ]
-    return (*first, *rest)
+    return list(zip(*first, *rest, strict=True))
 
 
 def _is_plain(row: Row) -> bool:
