@@ -36,6 +36,7 @@ _LEAST_TENTHS = 6
 _PROBE_TOKENS = 2048
 
 _DISK_BASE_BYTES = 200 << 20
+_STORED_LOGITS = 4 * 512  # tokens (`rewrite._FORM_WINDOWS`)
 _SECONDS_BASE = 40
 _WALKS, _CHECK_TOKENS = 7, 1024
 _FLOPS = 150 * 10**9  # per second, of two cores
@@ -149,8 +150,8 @@ def disk_need(
 ) -> int:
     """Bytes on disk at the peak of a compile, beside the source: the weights in float32 (`copied`),
     where they lie in no safetensors files; rounded weights until the graph is finished, and with
-    `keep`, for a run that goes on, until the bundle is; the finished graph, then `engines`, each of
-    its size."""
+    `keep`, for a run that goes on, until the bundle is; logits of the traced graph while forms of
+    insertion are compared; the finished graph, then `engines`, each of its size."""
     inside, tables = shape.layers * shape.block, shape.tables * shape.table
     wide = _HALF if dtype == "fp16" else _FLOAT32
     rounds = recipe.weights is not None
@@ -158,7 +159,9 @@ def disk_need(
     graph = bits * inside // 8 + wide * tables
     codes = inside if rounds and calibrates else 0
     built = graph * engines
-    total = _DISK_BASE_BYTES + graph + (codes + built if keep else max(codes, built))
+    logits = _FLOAT32 * _STORED_LOGITS * shape.vocabulary if calibrates else 0
+    finished = graph + (codes + built if keep else max(codes, built))
+    total = _DISK_BASE_BYTES + max(codes + logits, finished)
     return total + (_FLOAT32 * shape.weights if copied else 0)
 
 

@@ -79,7 +79,7 @@ from iq_export.sinks.ops import DOMAIN
 from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
 from iq_export.sinks.templates import KV, SinkTemplates
 
-MODEL = "model.onnx"
+MODEL = "model.onnx"  # as a bundle calls it
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
 _FORM_WINDOWS = 4
