@@ -109,7 +109,7 @@ def test_weights_stay_in_the_file_of_the_unfused_graph(make: Make) -> None:
                if t.data_location == onnx.TensorProto.EXTERNAL]  # fmt: skip
     assert weights
     assert {entry.value for t in weights for entry in t.external_data if entry.key == "location"} \
-        == {"quantized.onnx.data"}  # fmt: skip
+        == {"model.onnx.data"}  # fmt: skip
     assert path.stat().st_size < 400_000
 
 
