@@ -504,6 +504,16 @@ def test_one_command_and_its_second_run(
     assert capsys.readouterr().out == first.out
 
 
+@pytest.mark.parametrize("traced", ["traced/model.onnx", "whole.onnx"])
+def test_the_traced_model_and_its_assets_outlive_a_row(tmp_path: Path, traced: str) -> None:
+    """A graph whose weights lie in other files is written whole, not beside its assets."""
+    for stage in ("traced/assets", "run/w8a8-fp16"):
+        (tmp_path / stage).mkdir(parents=True)
+    task = {"traced": str(tmp_path / traced), "assets": str(tmp_path / "traced" / "assets")}
+    worker._clear(tmp_path, task)
+    assert [path.name for path in tmp_path.iterdir()] == ["traced"]
+
+
 @pytest.mark.slow
 def test_ours_is_a_row_like_the_others(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

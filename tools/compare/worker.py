@@ -183,10 +183,16 @@ def _ours(task: dict[str, Any]) -> dict[str, Any]:
     replaced = sum(life["replaced"] for life in lifecycles)
     notes = [f"{replaced} of {len(lifecycles)} lifecycles replaced"]
     shutil.rmtree(folder / "bundle")
-    for stage in work.iterdir():  # gigabytes that nothing reads again; the traced model is kept
-        if stage.is_dir() and stage != Path(task["traced"]).parent:
-            shutil.rmtree(stage)
+    _clear(work, task)
     return {"notes": notes, "versions": {}}
+
+
+def _clear(work: Path, task: dict[str, Any]) -> None:
+    """Remove gigabytes that nothing reads again; the traced model and its assets are kept."""
+    kept = [Path(task[name]).parent for name in ("traced", "assets")]
+    for stage in work.iterdir():
+        if stage.is_dir() and stage not in kept:
+            shutil.rmtree(stage)
 
 
 def evaluate(task: dict[str, Any]) -> dict[str, Any]:
