@@ -83,9 +83,6 @@ MODEL = "model.onnx"  # as a bundle calls it
 _OBSERVED_WINDOWS = 4
 # Windows on which the forms of insertion are compared; the loss is paired, so few suffice.
 _FORM_WINDOWS = 4
-# Tokens that smoothing and side channels are chosen on where activations are rounded: their ranges
-# and the weights' rounding see all.
-_RANGE_TOKENS = 4096
 # Sites more than the search found that a file over the budget may leave in half precision.
 _MORE_SITES = 6
 # What is looked at again in the rounded graph: it differs little from the inserted one.
@@ -486,11 +483,7 @@ def _smoothed(
             mean = (unit_rows(its.rows) ** 2).mean(0)
             power[name] = mean / found.factors(name) ** 2
 
-    windows = job.data.windows
-    if recipe.activations is not None:
-        ends = np.cumsum([len(window.ids) for window in windows])
-        windows = windows[: int(np.searchsorted(ends, _RANGE_TOKENS)) + 1]
-    _ranges(job, turned, taken, windows, decide_on)
+    _ranges(job, turned, taken, decide_on)
     return replace(chosen, smoothing=found, side=side), power
 
 
@@ -751,11 +744,9 @@ def _ranges(
     job: _Job,
     graph: Graph,
     taken: Sequence[Lifecycle],
-    windows: Sequence[Window],
     reduce: Callable[[dict[str, TensorStats]], object],
 ) -> None:
-    """Hand statistics of every product's input over the first `windows` to `reduce`, piece by
-    piece.
+    """Hand statistics of every product's input to `reduce`, piece by piece.
 
     Tokens of the lifecycles `taken` are not semantic where these live; those of others stay and
     must be rounded well like all else.
@@ -769,7 +760,7 @@ def _ranges(
                     spiking[linear.input][members] = True
     widths = {linear.input: linear.in_features for linear in linears}
     observe_ranges(
-        graph, widths, windows, lambda name, n, _: spiking[name][stats.window == n],
+        graph, widths, job.data.windows, lambda name, n, _: spiking[name][stats.window == n],
         seed=job.data.seed, reduce=reduce, **job.options,
     )  # fmt: skip
 
