@@ -16,6 +16,12 @@ _AT_ONCE = 4
 
 def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`function` of every item, in order; raises what the first that fails does."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(min(_AT_ONCE, cores or 1)) as pool:
+    with ThreadPoolExecutor(min(_AT_ONCE, cores())) as pool:
         return list(pool.map(function, items))
+
+
+def cores() -> int:
+    """How many this process may use: it may be bound to some (taskset, a container)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

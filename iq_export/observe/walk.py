@@ -8,7 +8,7 @@ else is kept here: callers reduce.
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,27 +95,26 @@ def walk(
         kept = [] if last else [name for name in piece.kept if name in piece.made]
         outputs = list(dict.fromkeys([*taps, *here, *kept]))
         part = cut(model, piece.carried, outputs)
-        needed: dict[tuple[int, ...], list[str]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}  # of windows that run together
+        mine: dict[int, list[str]] = {}
         for order in inside:
-            mine = [name for name in taps if name in wanted[order]]
-            needed.setdefault(same(order), []).extend(
-                [*mine, *here, *(kept if ends[order] > number + 1 else ())]
-            )
-        again = Counter(map(same, inside))
+            groups.setdefault(same(order), []).append(order)
+            mine[order] = [name for name in taps if name in wanted[order]]
         runs: dict[tuple[int, ...], Carried] = {}
         with Piece(part, outputs, providers, label, round_half=round_half) as runner:
             for done, order in enumerate(inside, start=1):
                 key = same(order)
-                if key not in runs:
-                    runs[key] = runner.run(left[order], carried[order], needed[key])
-                again[key] -= 1
-                found = runs[key] if again[key] else runs.pop(key)
-                mine = [name for name in taps if name in wanted[order]]
+                group = groups[key]
+                if order == group[0]:
+                    needed = [*here, *(name for each in group for name in mine[each])]
+                    needed += kept if any(ends[each] > number + 1 for each in group) else []
+                    runs[key] = runner.run(left[order], carried[order], needed)
+                found = runs.pop(key) if order == group[-1] else runs[key]
                 now = {**carried[order], **found}
                 through = (*piece.kept, *always) if ends[order] > number + 1 else ()
                 carried[order] = {name: now[name] for name in through if name in now}
-                if mine:
-                    values = {name: found[name] for name in mine}
+                if mine[order]:
+                    values = {name: found[name] for name in mine[order]}
                     values |= {name: now[name] for name in always if name in now}
                     yield order, values if raw else _all_checked(values, order)
                 progress.update(number * len(inside) + done, max(ends) * len(inside))
@@ -132,7 +131,7 @@ def _beginning(window: Window, carried: Carried, tokens: int) -> tuple[Window, C
     return replace(window, ids=window.ids[:tokens]), short
 
 
-class Observer:
+class Observer(ABC):
     """What reduces values on a walk: `names` are those that it wants of the windows whose numbers
     are in `of`, and `add` gets those of one piece of one window, which may be a beginning only."""
 
@@ -143,8 +142,9 @@ class Observer:
         """How many of the first tokens of its window `number` it wants; 0: none."""
         return WHOLE
 
+    @abstractmethod
     def add(self, number: int, values: Values) -> None:
-        raise NotImplementedError
+        """Take the values of its window `number` that one piece of the graph makes."""
 
 
 def observe(

@@ -10,6 +10,7 @@ import numpy as np
 
 from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
+from iq_export.graph.edit import copied
 from iq_export.observe.loss import kl, log_softmax, token_losses
 from iq_export.observe.walk import Graph, loaded, named, walk, window_feeds
 from iq_export.passes.switches import switch_name
@@ -77,7 +78,7 @@ class Trial:
         *,
         providers: Sequence[str],
     ) -> None:
-        self._session = model_session(loaded(graph), providers, named(graph))
+        self._session = model_session(copied(loaded(graph)), providers, named(graph))
         self._activations = tuple(activations)
         self._reference = reference
 

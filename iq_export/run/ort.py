@@ -209,25 +209,26 @@ def model_session(
     label: str,
     *,
     round_half: bool = False,
-    literal: bool = False,
 ) -> Any:
     """As `open_session`, of a model in memory: its constants are computed or read now, and none is
     in memory twice but where ONNX Runtime packs it. `label` names the graph in errors. With
-    `round_half` quantized weights are unpacked: a CPU would do so in every run. `model` is
-    changed: activations get uint8 codes, since ONNX Runtime computes most products only so in int8.
+    `round_half` quantized weights are unpacked: a CPU would do so in every run. Else `model` is
+    changed: activations get uint8 codes, since a CPU multiplies most products only so in int8.
     """
     from iq_export.formats.qdq import unsigned
 
     onnxruntime = _onnxruntime()
-    unsigned(model.graph)
-    floats = round_half or not _exact_int8()
-    options = _session_options(providers, None, unpack=floats, literal=literal)
+    cpu = providers[0] == "CPUExecutionProvider"
+    floats = round_half or (cpu and not _exact_int8())
+    if cpu and not floats:
+        unsigned(model.graph)
+    options = _session_options(providers, None, unpack=floats)
     # Between its runs others compute, and threads that spin would hold them up.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     proto, arrays = _apart(model)
     if any(array.nbytes >= _NOT_PACKED for array in arrays.values()):
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if round_half and providers[0] == "CPUExecutionProvider":
+    if round_half and cpu:
         proto = _with_rounding(proto)
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     if values:
@@ -404,9 +405,7 @@ def unpacked_bytes(path: Path) -> int:
 def _allowed_cores() -> int | None:
     """The cores this process is bound to (taskset, a container), None if it may use all: ONNX
     Runtime counts the machine's, and its threads then wait for each other."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    allowed = len(os.sched_getaffinity(0))
+    allowed = parallel.cores()
     return allowed if allowed < (os.cpu_count() or allowed) else None
 
 

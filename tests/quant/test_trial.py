@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from iq_export.calibrate.token_stats import observe_tokens
@@ -86,3 +87,15 @@ def test_harm_is_a_divergence(scales: dict[str, float], trial: Trial) -> None:
     harms = np.array([trial.harm(name) for name in scales])
     assert (harms > 1e-4).all()
     assert harms.max() > 2 * harms.min()
+
+
+def test_a_graph_that_is_tried_is_not_changed(
+    soft: Planted, scales: dict[str, float], reference: Reference
+) -> None:
+    """It may be tried again, or written: what a session makes of it is a copy's."""
+    model = soft.load()
+    quantize(model, QuantizePlan(tuple(soft.sites.linears), Rounding(None, INT8), scales))
+    before = ir.to_proto(model).SerializeToString()
+    Trial(model, [], reference, providers=CPU)
+    reference.ratio(model, **QUIET)
+    assert ir.to_proto(model).SerializeToString() == before
