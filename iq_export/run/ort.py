@@ -225,6 +225,8 @@ def model_session(
     options = _session_options(providers, None, unpack=floats)
     # Between its runs others compute, and threads that spin would hold them up.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # An arena lives as long as any value made in it, and the index of a sink is carried to the end.
+    options.enable_cpu_mem_arena = False
     proto, arrays = _apart(model)
     if any(array.nbytes >= _NOT_PACKED for array in arrays.values()):
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -331,17 +333,10 @@ def literal_session(model: bytes, name: str) -> Any:
 
     Raises GraphError if it cannot be loaded.
     """
-    onnxruntime = _onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    threads = _allowed_cores()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except ort_errors() as error:
-        raise GraphError(f"ONNX Runtime cannot load {name}: {_line(error)}") from error
+    providers = ["CPUExecutionProvider"]
+    options = _session_options(providers, None, literal=True)
+    options.enable_cpu_mem_arena = False  # as in `model_session`
+    return _opened(model, options, providers, name)
 
 
 def run_session(

@@ -125,6 +125,45 @@ def test_one_piece_has_its_weights_in_memory(
     assert most <= 5
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux' /proc")
+def test_a_value_that_is_kept_holds_no_more_than_itself() -> None:
+    """The index of a sink is carried to the end of the graph: not with it all that its piece
+    computed in."""
+    rows, width = 512, 1 << 15  # 64 MiB
+    table = np.ones((8, 1), np.float32)
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "input_ids"], ["narrow"]),
+        onnx.helper.make_node("Mul", ["narrow", "ones"], ["wide"]),
+        onnx.helper.make_node("Relu", ["wide"], ["wider"]),
+        onnx.helper.make_node("ReduceSum", ["wider", "axis"], ["kept"], keepdims=0),
+    ]
+    constants = {"table": table, "ones": np.ones(width, np.float32), "axis": np.array([2])}
+    graph = onnx.helper.make_graph(
+        nodes, "g",
+        [onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, [1, "seq"])],
+        [onnx.helper.make_tensor_value_info("kept", onnx.TensorProto.FLOAT, [1, "seq"])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )  # fmt: skip
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+    )
+    window = Window([0] * rows, False)
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+    def kept() -> np.ndarray:
+        with walking.Piece(ir.from_proto(model), ["kept"], walking.CPU, "the graph") as piece:
+            return piece.run(window, {})["kept"]
+
+    kept()  # what ONNX Runtime keeps for the process
+    before = anonymous()
+    value = kept()
+    assert value.shape == (1, rows)
+    assert anonymous() - before < 4 * rows * width / 4
+
+
 def test_heads_of_keys_and_values_are_joined(spiky: Planted) -> None:
     """`[batch, heads, seq, head_dim]` comes as its product wrote it, `[seq, features]`."""
     flat, heads = "layers.2/self_attn/v_proj/out", "layers.2/self_attn/v_heads/out"
