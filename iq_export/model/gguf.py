@@ -116,6 +116,9 @@ def apply_keys(header: GgufHeader, config: Any) -> None:
     for key, value in own.items():
         if not _is_known(key, value):
             _set(header, config, key, value)
+    tokens = header.keys.get("tokenizer.ggml.tokens")
+    if "vocab_size" not in own and isinstance(tokens, list):
+        config.vocab_size = len(tokens)
     if "attention.head_count_kv" not in own and hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = config.num_attention_heads
     if config.model_type == "falcon":

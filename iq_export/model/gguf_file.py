@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ _FORMATS = {
     12: "d",
 }
 _F32 = 0
+# The keys with an entry per token or merge.
+_TOKENS = tuple(f"tokenizer.ggml.{key}" for key in ("tokens", "scores", "token_type", "merges"))
 _ALIGNMENT = 32
 
 
@@ -55,6 +60,9 @@ class GgufHeader:
     path: Path
     keys: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    # Where keys and the list of tensors stand in the file: first byte, and one behind the last.
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    listed: tuple[int, int] = field(default=(0, 0), repr=False)
 
     @property
     def architecture(self) -> str:
@@ -115,6 +123,24 @@ def read_header(path: Path) -> GgufHeader:
             ) from error
 
 
+@contextmanager
+def without_tokens(header: GgufHeader, where: Path) -> Iterator[Path]:
+    """A file of the same name in a folder in `where` until the block ends, with the keys and tensor
+    names of `header` but no vocabulary, and a hole instead of weights: what `gguf.GGUFReader` reads
+    at once."""
+    kept = [span for name, span in header.spans.items() if name not in _TOKENS]
+    with tempfile.TemporaryDirectory(dir=where) as folder, header.path.open("rb") as whole:
+        path = Path(folder) / header.path.name
+        with path.open("wb") as file:
+            file.write(whole.read(8))  # magic and version
+            file.write(struct.pack("<QQ", len(header.tensors), len(kept)))
+            for begin, end in (*kept, header.listed):
+                whole.seek(begin)
+                file.write(whole.read(end - begin))
+            file.truncate(header.path.stat().st_size)
+        yield path
+
+
 def check_whole(header: GgufHeader) -> None:
     """Raise ModelError if the file ends before the tensors that its header lists."""
     from gguf import GGML_QUANT_SIZES
@@ -134,11 +160,14 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     tensor_count, key_count = struct.unpack_from("<QQ", data, 8)
     position = 24
     keys: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(key_count):
+        first = position
         name, position = _string(data, position)
         (kind,) = struct.unpack_from("<I", data, position)
         keys[name], position = _value(data, position + 4, kind)
-    found = []
+        spans[name] = first, position
+    found, first = [], position
     for _ in range(tensor_count):
         name, position = _string(data, position)
         (rank,) = struct.unpack_from("<I", data, position)
@@ -150,7 +179,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1:
         raise struct.error("no alignment")
     begin = -(-position // alignment) * alignment
-    return GgufHeader(path, keys, {n: GgufTensor(s, k, begin + o) for n, s, k, o in found})
+    tensors = {n: GgufTensor(s, k, begin + o) for n, s, k, o in found}
+    return GgufHeader(path, keys, tensors, spans, (first, position))
 
 
 def _value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:

@@ -28,7 +28,7 @@ from iq_export.graph.stored import Stored
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded, read_weights
-from iq_export.model.gguf_file import GgufHeader, check_whole, read_header
+from iq_export.model.gguf_file import GgufHeader, check_whole, read_header, without_tokens
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.quiet import quiet
@@ -189,14 +189,18 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
     gguf = source.kind == "gguf"
     home = source.path.parent if gguf else source.path
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
-    file = {"gguf_file": source.path.name} if gguf else {}
     with quiet(), readable(source):
         header = read_header(source.path) if gguf else None
         if header is not None:
             check_kind(header)
-        config = transformers.AutoConfig.from_pretrained(home, **file, **options)
-        if header is not None:
+            with without_tokens(header, folder) as outline:
+                config = transformers.AutoConfig.from_pretrained(
+                    outline.parent, gguf_file=outline.name, **options
+                )
+            config._name_or_path = str(home)
             apply_keys(header, config)
+        else:
+            config = transformers.AutoConfig.from_pretrained(home, **options)
         remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
         check_config(config, source.name, remote_code=remote)
     notes: list[str] = []

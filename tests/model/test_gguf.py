@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from iq_export.errors import ModelError
+from iq_export.model.gguf import apply_keys
+from iq_export.model.gguf_file import read_header, without_tokens
 from iq_export.model.load import resolve
 from tests.model.gguf_files import HEAD, SIZES, byte_tokens, random_model, write_gguf
 from tests.model.whole import load_model
@@ -175,6 +177,27 @@ def test_a_file_computes_what_it_says(case: str, tmp_path: Path) -> None:
     reference = make(name, **options)
     path = write_gguf(tmp_path / "m.gguf", architecture, reference, keys, tensors)
     assert difference(path, reference) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["llama3", "gemma3", "stablelm"])
+def test_transformers_needs_no_token_to_read_the_keys(case: str, tmp_path: Path) -> None:
+    """It takes 16 s for those of Qwen2.5."""
+    from transformers import AutoConfig
+
+    architecture, name, options, keys, tensors = CASES[case]
+    path = write_gguf(tmp_path / "m.gguf", architecture, make(name, **options), keys, tensors)
+    header = read_header(path)
+    whole = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+    with without_tokens(header, tmp_path) as outline:
+        left = read_header(outline)
+        config = AutoConfig.from_pretrained(outline.parent, gguf_file=outline.name)
+    assert not outline.exists()
+    assert left.tensors.keys() == header.tensors.keys()
+    assert "tokenizer.ggml.tokens" in header.keys.keys() - left.keys.keys()
+    apply_keys(header, whole)
+    apply_keys(header, config)
+    config._name_or_path = whole._name_or_path
+    assert config.to_dict() == whole.to_dict()
 
 
 def test_scaling_matters_at_these_sizes(tmp_path: Path) -> None:
