@@ -36,13 +36,6 @@ from iq_export.bundle.package import (
     unmarked_partials,
 )
 from iq_export.bundle.recipe import recipe_of
-from iq_export.calibrate.data import (
-    Window,
-    check_windows,
-    held_out_windows,
-    is_pipe,
-    windows,
-)
 from iq_export.checksum import sha256_file
 from iq_export.cost import gigabytes
 from iq_export.disk import trouble_is_bundle_error
@@ -61,6 +54,13 @@ from iq_export.errors import (
 from iq_export.files import copy_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.lengths import bundle_limit
+from iq_export.observe.samples import (
+    Window,
+    check_windows,
+    held_out_windows,
+    is_pipe,
+    windows,
+)
 from iq_export.options import CompileOptions, record, repeated
 from iq_export.precheck import Checked, Need, check, model_source, with_limit
 from iq_export.progress import Progress
@@ -210,8 +210,8 @@ def reference_graphs(
     Until `hold` is closed no other run changes the traced graph. Raises ModelError if the model is
     not what the bundle was made of, and BundleError if another run replaced the graph at once.
     """
+    from iq_export.baselines import baselines
     from iq_export.passes.order import INSERTED
-    from iq_export.references import baselines
 
     check_work(bundle.folder, work)
     folder = work or default_work(bundle.folder)
@@ -372,9 +372,9 @@ def _trace(
 def _calibrate_and_rewrite(
     options: CompileOptions, checked: Checked, traced: Any, work: Work, progress: Progress
 ) -> Any:
-    from iq_export.calibrate.text_check import token_warnings
     from iq_export.checkpoint import Checkpoint, job_key
-    from iq_export.rewrite import Calibration, rewrite
+    from iq_export.observe.text_check import token_warnings
+    from iq_export.pipeline import Calibration, rewrite
     from iq_export.run.generate import Tokenizer
 
     text = checked.calibration
@@ -473,7 +473,7 @@ def _carry(
     progress: Progress,
 ) -> Any:
     """The model lowered from the decisions of `earlier`."""
-    from iq_export.rewrite import carry
+    from iq_export.pipeline import carry
     from iq_export.run.generate import Tokenizer
     from iq_export.saved_decisions import load_decisions
 
@@ -498,7 +498,7 @@ def _carry(
 
 def _recall(bundle: Bundle, traced: Path, absmax: dict[str, Any]) -> Any:
     """The decisions of `bundle` for its own model."""
-    from iq_export.rewrite import recall
+    from iq_export.pipeline import recall
     from iq_export.saved_decisions import load_decisions
 
     if not all(isinstance(value, (int, float)) for value in absmax.values()):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from iq_export.quant.smoothing import Smoothing
+from iq_export.decide.smoothing import Smoothing
 from iq_export.recipe import Recipe
 from iq_export.sinks.templates import SinkTemplates
 

@@ -24,14 +24,14 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from iq_export.calibrate.data import Window
-from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.decide.sinks import Decision, decide, with_restore
 from iq_export.graph import io
 from iq_export.graph.sites import Sites, find_sites
+from iq_export.observe.samples import Window
+from iq_export.observe.token_stats import TokenStats, observe_tokens
 from iq_export.passes.insert_sinks import insert_sinks
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM, left_pad
-from iq_export.sinks.calibrate import Decision, decide, with_restore
 from iq_export.sinks.lifecycle import Lifecycle, discover
 from iq_export.sinks.templates import SinkTemplates
 

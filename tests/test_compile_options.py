@@ -67,7 +67,7 @@ def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         done = Rewritten()
         monkeypatch.setattr(compile_module, "_calibrate_and_rewrite", lambda *args: done)
         monkeypatch.setattr(compile_module, "_hold", lambda *args: tmp_path / "model.onnx")
-        monkeypatch.setattr("iq_export.references.baselines", lambda done: {})
+        monkeypatch.setattr("iq_export.baselines.baselines", lambda done: {})
         said: list[str] = []
         progress = Progress(quiet=True)
         monkeypatch.setattr(progress, "note", said.append)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from iq_export.calibrate.divergence import Divergence
 from iq_export.errors import GraphError
+from iq_export.observe.divergence import Divergence
 from iq_export.sinks.templates import KV, NORM, NORM_AND_KV, SinkTemplates
 
 # Losses within 0.02 % of perplexity are equal: the form with the fewest changes is taken.

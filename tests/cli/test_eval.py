@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from iq_export.bundle.package import Bundle, update_manifest
-from iq_export.calibrate.data import text_sha256
 from iq_export.cli import main
 from iq_export.cli.eval import build_references
 from iq_export.compile import CompileOptions, _options_of
 from iq_export.errors import BundleError, UsageError
+from iq_export.observe.samples import text_sha256
 from iq_export.progress import Progress
 from tests import lookup
 from tests.cli.conftest import VOCAB, runnable

@@ -17,7 +17,7 @@ from iq_export.graph import io
 from iq_export.graph.edit import recompute
 from iq_export.graph.sites import find_sites
 from iq_export.passes.to_half import to_half
-from iq_export.rewrite import quantized_graph
+from iq_export.pipeline import quantized_graph
 from iq_export.run.ort import CausalLM
 from tests import planted
 

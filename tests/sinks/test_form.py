@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from iq_export.calibrate.divergence import Divergence
 from iq_export.errors import GraphError
+from iq_export.observe.divergence import Divergence
 from iq_export.sinks.form import TIE_NATS, calibrated_form, choose_forms
 from iq_export.sinks.templates import KV, NORM, NORM_AND_KV, SinkTemplates
 from tests.planted import Planted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iq_export.calibrate.data import Window
+from iq_export.observe.samples import Window
 from iq_export.progress import Progress
 from iq_export.sinks.lifecycle import Lifecycle
 from iq_export.sinks.templates import (

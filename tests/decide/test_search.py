@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iq_export.quant.search import (
+from iq_export.decide.search import (
     CLIPS,
     _row_absmax,
     _some_outputs,

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from iq_export.calibrate.data import Window
 from iq_export.graph.interface import Role, name_of
 from iq_export.observe.loss import token_losses
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import Observer, Values
 
 # Measured on SmolLM2, 8,192 tokens: prose, code and French have 12-30 % distinct tokens. Single

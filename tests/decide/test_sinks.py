@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iq_export.decide.sinks import decide, refit
 from iq_export.passes.scale_residual import scale_residual
 from iq_export.progress import Progress
-from iq_export.sinks.calibrate import decide, refit
 from iq_export.sinks.templates import collect_rows
 from tests import planted
 from tests.planted import CPU, Planted

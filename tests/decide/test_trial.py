@@ -8,15 +8,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.calibrate.token_stats import observe_tokens
+from iq_export.decide.trial import Reference, Trial
 from iq_export.formats.int8_activations import INT8
 from iq_export.formats.rounding import Rounding
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
+from iq_export.observe.token_stats import observe_tokens
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.switches import add_switches
 from iq_export.progress import Progress
-from iq_export.quant.trial import Reference, Trial
 from tests import planted
 from tests.planted import CPU, Planted
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from iq_export.calibrate.data import Window
+from iq_export.decide.budget import smallest_prefix
+from iq_export.decide.quantizers import Quantizer
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.edit import copied
 from iq_export.graph.sites import Sites
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import Graph, Observer, Values, loaded, observe
 from iq_export.passes.insert_sinks import index_name
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
-from iq_export.quant.blockwise import Quantizer
-from iq_export.quant.budget import smallest_prefix
 from iq_export.sinks.templates import SinkTemplates
 
 # Least share of the sinks that the quantized graph must still find (method.md step 8).

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iq_export.calibrate.data import Window
-from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.observe.samples import Window
 from iq_export.observe.segments import segments
+from iq_export.observe.token_stats import TokenStats, observe_tokens
 from iq_export.observe.walk import walk
 from iq_export.progress import Progress
 from tests.planted import CPU, Planted

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iq_export.calibrate.token_stats import observe_tokens
+from iq_export.decide.matching import MatchQuality, measure, sink_warnings, summarise
+from iq_export.observe.token_stats import observe_tokens
 from iq_export.passes.insert_sinks import index_name
 from iq_export.progress import Progress
-from iq_export.sinks.quality import MatchQuality, measure, sink_warnings, summarise
 from tests import planted
 from tests.planted import CPU, DELIMITER, Planted
 

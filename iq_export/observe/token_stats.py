@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iq_export.calibrate.data import Window
 from iq_export.graph.sites import Sites
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from iq_export.calibrate.data import Window
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import Graph, Observer, Values, walk
 from iq_export.progress import Progress
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iq_export.calibrate.data import Window
-from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
+from iq_export.observe.samples import Window
+from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 from iq_export.sinks.lifecycle import Lifecycle, discover

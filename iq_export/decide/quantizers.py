@@ -13,22 +13,22 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.data import Window
-from iq_export.calibrate.ranges import TensorStats, rows_per_window, sampled_rows
-from iq_export.calibrate.sequential import BlockWalk
 from iq_export.checkpoint import Checkpoint
+from iq_export.decide.codes import CodeFile, CodeStore
+from iq_export.decide.search import choose_clip, unit_rows
 from iq_export.errors import GraphError
 from iq_export.formats.base import ActivationFormat
 from iq_export.formats.gptq import Curvature, Gram
 from iq_export.formats.int8_activations import INT8
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.sites import Block, Linear, Sites
+from iq_export.observe.block_walk import BlockWalk
+from iq_export.observe.ranges import TensorStats, rows_per_window, sampled_rows
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import Carried
 from iq_export.passes.insert_sinks import index_scopes
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
-from iq_export.quant.codes import CodeFile, CodeStore
-from iq_export.quant.search import choose_clip, unit_rows
 from iq_export.recipe import Recipe
 from iq_export.sinks.templates import SinkTemplates
 

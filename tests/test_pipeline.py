@@ -12,14 +12,12 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 
+from iq_export.decide.trial import Reference, Trial
 from iq_export.errors import GraphError, UsageError
 from iq_export.graph import io
 from iq_export.passes.order import INSERTED, TURNED
 from iq_export.passes.to_half import to_half
-from iq_export.progress import Progress
-from iq_export.quant.trial import Reference, Trial
-from iq_export.recipe import load_recipe
-from iq_export.rewrite import (
+from iq_export.pipeline import (
     Calibration,
     Rewrite,
     carry,
@@ -28,6 +26,8 @@ from iq_export.rewrite import (
     rewrite,
     round_to_nearest,
 )
+from iq_export.progress import Progress
+from iq_export.recipe import load_recipe
 from iq_export.run.ort import CausalLM
 from iq_export.sinks.templates import collect_rows
 from tests import planted
@@ -98,7 +98,7 @@ def test_finished_file_is_compared_with_fp32(run: Run) -> None:
 def test_a_file_that_has_lost_everything_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iq_export.rewrite.MOST_LOST", 0.0)  # as if this were everything
+    monkeypatch.setattr("iq_export.pipeline.MOST_LOST", 0.0)  # as if this were everything
     traced = planted.save(CALM, tmp_path)
     (tmp_path / "work").mkdir()
     with pytest.raises(GraphError, match=r"finished file is broken.* of block \d"):
@@ -298,7 +298,7 @@ def test_spike_that_smoothing_hides_stays_and_is_smoothed_with_its_tokens(
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.setattr(
-        "iq_export.sinks.calibrate._Peaks.all",
+        "iq_export.decide.sinks._Peaks.all",
         lambda *_: [np.ones(sum(len(w.ids) for w in calibration(SPIKY).all), np.float32)],
     )
     done = rewrite(traced, work, load_recipe("w8a8"), "fp32", calibration(SPIKY), Progress())
@@ -387,8 +387,8 @@ def test_clips_that_hide_sinks_are_rejected(
     rejecting: bool,
 ) -> None:
     """Method step 8; where even whole ranges do not help, the compile ends with a sentence."""
-    stages = importlib.import_module("iq_export.rewrite")
-    monkeypatch.setattr("iq_export.quant.blockwise.choose_clip", lambda *_: (0.02, 0.0))
+    stages = importlib.import_module("iq_export.pipeline")
+    monkeypatch.setattr("iq_export.decide.quantizers.choose_clip", lambda *_: (0.02, 0.0))
     if not rejecting:
         monkeypatch.setattr(stages, "unclipped", lambda quantizers, *_: quantizers)
     decoder = planted.WITH_DELIMITER

@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from iq_export import parallel
-from iq_export.calibrate.data import Window
 from iq_export.observe.loss import chunks, kl, log_softmax, nll
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
 

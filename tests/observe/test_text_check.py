@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iq_export.calibrate.data import Window, load_text
-from iq_export.calibrate.text_check import SurpriseObserver, token_warnings
+from iq_export.observe.samples import Window, load_text
+from iq_export.observe.text_check import SurpriseObserver, token_warnings
 from iq_export.observe.walk import observe
 from iq_export.progress import Progress
 from iq_export.run.generate import generate

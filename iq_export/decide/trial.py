@@ -8,10 +8,10 @@ from typing import TypedDict
 
 import numpy as np
 
-from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph.edit import copied
 from iq_export.observe.loss import kl, log_softmax, token_losses
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import Graph, loaded, named, walk, window_feeds
 from iq_export.passes.switches import switch_name
 from iq_export.progress import Progress

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iq_export.calibrate.divergence import divergence
+from iq_export.observe.divergence import divergence
 from iq_export.observe.loss import log_softmax
 from iq_export.observe.tail import Tail
 from iq_export.passes.insert_sinks import index_name, insert_sinks

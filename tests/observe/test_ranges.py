@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iq_export.calibrate.ranges import (
+from iq_export.observe.ranges import (
     MagnitudeHistogram,
     MagnitudeObserver,
     TensorStats,

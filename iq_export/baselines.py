@@ -12,7 +12,7 @@ import onnx_ir as ir
 from iq_export.graph import io
 
 if TYPE_CHECKING:
-    from iq_export.rewrite import Recalled, Rewrite
+    from iq_export.pipeline import Recalled, Rewrite
 
 _DOMAIN = "com.microsoft"
 
@@ -24,7 +24,7 @@ def baselines(done: Rewrite | Recalled) -> dict[str, ir.Model]:
     Runtime's MatMulNBits at the same block sizes. Nothing quantized, or a model that half precision
     cannot hold: plain half precision.
     """
-    from iq_export.rewrite import plain_half, round_to_nearest
+    from iq_export.pipeline import plain_half, round_to_nearest
 
     found: dict[str, ir.Model] = {}
     if done.scale_exponent or done.recipe.weights is None:

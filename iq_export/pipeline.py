@@ -15,13 +15,23 @@ from typing import TypedDict
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.attention import PeakObserver, attentions
-from iq_export.calibrate.data import Window
-from iq_export.calibrate.divergence import Divergence, divergence
-from iq_export.calibrate.ranges import MagnitudeObserver, TensorStats, observe_ranges
-from iq_export.calibrate.text_check import SurpriseObserver
-from iq_export.calibrate.token_stats import TokenObserver, TokenStats
 from iq_export.checkpoint import Checkpoint
+from iq_export.decide.budget import MixedPlan, Site, mixed_plan
+from iq_export.decide.codes import CodeStore
+from iq_export.decide.matching import MatchQuality, measure, sink_warnings
+from iq_export.decide.quantizers import Quantizer, calibrate_blocks
+from iq_export.decide.recall import (
+    LEAST_RECALL,
+    FoundSinks,
+    hidden,
+    hiding_quantizer,
+    recall_of,
+    unclipped,
+)
+from iq_export.decide.search import unit_rows
+from iq_export.decide.sinks import Decision, decide, refit, with_restore
+from iq_export.decide.smoothing import Smoothing, find_side_channels, find_smoothing
+from iq_export.decide.trial import Reference, Trial
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
@@ -40,7 +50,13 @@ from iq_export.graph import io
 from iq_export.graph.edit import copied
 from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Linear, Sites
+from iq_export.observe.divergence import Divergence, divergence
+from iq_export.observe.peaks import PeakObserver, attentions
+from iq_export.observe.ranges import MagnitudeObserver, TensorStats, observe_ranges
+from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
+from iq_export.observe.text_check import SurpriseObserver
+from iq_export.observe.token_stats import TokenObserver, TokenStats
 from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.passes.insert_sinks import index_name, set_restore
 from iq_export.passes.order import (
@@ -57,26 +73,10 @@ from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.switches import add_switches
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
-from iq_export.quant.blockwise import Quantizer, calibrate_blocks
-from iq_export.quant.budget import MixedPlan, Site, mixed_plan
-from iq_export.quant.codes import CodeStore
-from iq_export.quant.recall import (
-    LEAST_RECALL,
-    FoundSinks,
-    hidden,
-    hiding_quantizer,
-    recall_of,
-    unclipped,
-)
-from iq_export.quant.search import unit_rows
-from iq_export.quant.smoothing import Smoothing, find_side_channels, find_smoothing
-from iq_export.quant.trial import Reference, Trial
 from iq_export.recipe import Recipe
-from iq_export.sinks.calibrate import Decision, decide, refit, with_restore
 from iq_export.sinks.form import Insertion, calibrated_form, choose_forms
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes
 from iq_export.sinks.ops import DOMAIN
-from iq_export.sinks.quality import MatchQuality, measure, sink_warnings
 from iq_export.sinks.templates import KV, SinkTemplates
 
 MODEL = "model.onnx"  # as a bundle calls it

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from iq_export.calibrate.data import Window
 from iq_export.graph.sites import Sites
+from iq_export.observe.samples import Window
 from iq_export.observe.segments import Segment, segments
 from iq_export.observe.walk import Carried, Piece, Values, checked, cut, named
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.sequential import BlockWalk
 from iq_export.formats.rounding import W8A8
+from iq_export.observe.block_walk import BlockWalk
 from iq_export.observe.walk import walk
 from iq_export.passes.insert_sinks import index_name
 from iq_export.passes.quantize import QuantizePlan, quantize

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from iq_export.quant.budget import MixedPlan, Site, mixed_plan, smallest_prefix
+from iq_export.decide.budget import MixedPlan, Site, mixed_plan, smallest_prefix
 
 SITES = [Site(f"t{n}", (f"{n}/q", f"{n}/k", f"{n}/v") if n % 4 == 0 else (f"{n}/x",))
          for n in range(40)]  # fmt: skip

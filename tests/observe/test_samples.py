@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.calibrate import data
-from iq_export.calibrate.data import held_out_windows, load_text, windows
 from iq_export.errors import DataError, UsageError
+from iq_export.observe import samples
+from iq_export.observe.samples import held_out_windows, load_text, windows
 
 
 class Words:
@@ -134,11 +134,11 @@ def test_a_pipe_that_is_open_is_read_once() -> None:
 def test_no_more_is_read_than_a_text_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(samples, "_MAX_BYTES", 1 << 20)
     with (tmp_path / "sparse.txt").open("wb") as stream:
         stream.truncate(1 << 34)
     with pytest.raises(DataError, match="has more than 1 MiB"):
         load_text(tmp_path / "sparse.txt")
-    monkeypatch.setattr(data, "_MAX_BYTES", 100)
+    monkeypatch.setattr(samples, "_MAX_BYTES", 100)
     with pytest.raises(DataError, match="has more than"):
         load_text(_piped(b"x" * 200))

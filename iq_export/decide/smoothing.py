@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.ranges import TensorStats
-from iq_export.formats.rounding import W8A8, Rounding
-from iq_export.graph.sites import Branch, Linear, Sites
-from iq_export.quant.search import (
+from iq_export.decide.search import (
     SmoothingChoice,
     choose_smoothing,
     loudest_channels,
 )
+from iq_export.formats.rounding import W8A8, Rounding
+from iq_export.graph.sites import Branch, Linear, Sites
+from iq_export.observe.ranges import TensorStats
 
 
 @dataclass(frozen=True)
