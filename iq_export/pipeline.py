@@ -30,9 +30,9 @@ from iq_export.decide.recall import (
 )
 from iq_export.decide.search import unit_rows
 from iq_export.decide.sinks import Decision, decide, refit, with_restore
-from iq_export.decide.smoothing import Smoothing, find_side_channels, find_smoothing
+from iq_export.decide.smoothing import find_side_channels, find_smoothing
 from iq_export.decide.trial import Reference, Trial
-from iq_export.decisions import Decisions
+from iq_export.decisions import Decisions, Smoothing
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
     MOST_LOST,
@@ -47,11 +47,12 @@ from iq_export.formats.base import CacheScale
 from iq_export.formats.int8_activations import INT8
 from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph import io
+from iq_export.graph.attention import attentions
 from iq_export.graph.edit import copied
 from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Linear, Sites
 from iq_export.observe.divergence import Divergence, divergence
-from iq_export.observe.peaks import PeakObserver, attentions
+from iq_export.observe.peaks import PeakObserver
 from iq_export.observe.ranges import MagnitudeObserver, TensorStats, observe_ranges
 from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail

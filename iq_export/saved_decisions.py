@@ -15,9 +15,7 @@ import onnx_ir as ir
 
 from iq_export.bundle.package import PLAN_NAME, Bundle
 from iq_export.bundle.recipe import recipe_of
-from iq_export.decide.search import SmoothingChoice
-from iq_export.decide.smoothing import Smoothing
-from iq_export.decisions import Decisions
+from iq_export.decisions import Decisions, Smoothing, SmoothingChoice
 from iq_export.errors import BundleError, IqError
 from iq_export.graph import io
 from iq_export.graph.sites import Sites

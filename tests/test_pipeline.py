@@ -15,6 +15,7 @@ from onnxruntime import InferenceSession
 from iq_export.decide.trial import Reference, Trial
 from iq_export.errors import GraphError, UsageError
 from iq_export.graph import io
+from iq_export.observe.rows import collect_rows
 from iq_export.passes.order import INSERTED, TURNED
 from iq_export.passes.to_half import to_half
 from iq_export.pipeline import (
@@ -29,7 +30,6 @@ from iq_export.pipeline import (
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.run.ort import CausalLM
-from iq_export.sinks.templates import collect_rows
 from tests import planted
 from tests.planted import CPU, Decoder, Planted, logits
 

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from iq_export.graph.sites import Sites
+from iq_export.observe.rows import collect_rows
 from iq_export.observe.samples import Window
 from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, walk
 from iq_export.progress import Progress
+from iq_export.sinks.fit import nearest
 from iq_export.sinks.lifecycle import Lifecycle, discover
-from iq_export.sinks.templates import (
-    TOKENS_PER_TEMPLATE,
-    SinkTemplates,
-    collect_rows,
-    nearest,
-)
+from iq_export.sinks.templates import TOKENS_PER_TEMPLATE, SinkTemplates
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ sample of semantic tokens: an error in a channel that the weights ignore costs n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from iq_export.decisions import SmoothingChoice
 from iq_export.formats.base import ActivationFormat
 from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.passes.rotate import rotate_columns, rotate_rows
@@ -31,17 +31,6 @@ _CANDIDATES: dict[str, Candidate] = {
     "rms 0.5": lambda top, rms, weight: np.sqrt(rms / weight),
     "rms 0.25": lambda top, rms, weight: rms**0.25,
 }
-
-
-@dataclass(frozen=True)
-class SmoothingChoice:
-    """The best candidate's name, its factors float32 `[features]`, and its relative output error
-    beside that of no smoothing."""
-
-    name: str
-    factors: np.ndarray
-    error: float
-    error_without: float
 
 
 def choose_smoothing(

@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iq_export.graph.sites import Sites
+from iq_export.observe.rows import RowObserver, collect_rows
 from iq_export.observe.samples import Window
 from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
-from iq_export.sinks import templates as fitting
+from iq_export.sinks import fit as fitting
+from iq_export.sinks.fit import EarlyRows
 from iq_export.sinks.lifecycle import Lifecycle, threshold_between
 from iq_export.sinks.templates import (
     KV,
-    EarlyRows,
     KeyValueTemplates,
-    RowObserver,
     SinkTemplates,
-    collect_rows,
     early_norm_outputs,
+    key_value_sizes,
     norm_outputs,
 )
 
@@ -202,7 +202,7 @@ class _Members(RowObserver):
     def __init__(self, sites: Sites, lifecycle: Lifecycle, stats: TokenStats, count: int) -> None:
         self._sites, self._lifecycle = sites, lifecycle
         self._norms = norm_outputs(sites, lifecycle)
-        self._attended = fitting.key_value_sizes(sites, lifecycle)
+        self._attended = key_value_sizes(sites, lifecycle)
         self._between = early_norm_outputs(sites, lifecycle)
         downs = [sites.blocks[block].mlp.output for block, _ in lifecycle.detections]
         widths = {down.input: down.in_features for down in downs} | self._attended

@@ -4,39 +4,15 @@ channels go beside a quantizer."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.decide.search import (
-    SmoothingChoice,
-    choose_smoothing,
-    loudest_channels,
-)
+from iq_export.decide.search import choose_smoothing, loudest_channels
+from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph.sites import Branch, Linear, Sites
 from iq_export.observe.ranges import TensorStats
-
-
-@dataclass(frozen=True)
-class Smoothing:
-    """Choices by value name: `norms[norm output]` and `paths[down-projection input]`.
-
-    The activation is divided by the factors, the weight rows of its products multiplied.
-    """
-
-    norms: dict[str, SmoothingChoice]
-    paths: dict[str, SmoothingChoice]
-
-    def with_more(self, other: Smoothing) -> Smoothing:
-        """These choices and those for other values."""
-        return Smoothing(self.norms | other.norms, self.paths | other.paths)
-
-    def factors(self, name: str) -> np.ndarray | float:
-        """What the value `name` is divided by: `[features]`, or 1 where nothing was folded."""
-        choice = self.norms.get(name) or self.paths.get(name)
-        return 1.0 if choice is None else choice.factors
 
 
 def find_smoothing(

@@ -9,41 +9,12 @@ queries and keys by the scale's root first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from iq_export.graph.attention import Attended, attentions
 from iq_export.observe.walk import Observer, Values
-from iq_export.passes.scale_query import attention_scale, query_heads
-
-
-@dataclass(frozen=True)
-class Attended:
-    """An `Attention` node with the names of its query and key."""
-
-    node: str
-    query: str
-    key: str
-    heads: int
-    head_dim: int
-    scale: float
-
-
-def attentions(model: ir.Model) -> list[Attended]:
-    """Every `Attention` node whose query has a known number of heads, in graph order."""
-    found = []
-    for node in model.graph:
-        if node.op_type == "Attention":
-            try:
-                heads, head_dim = query_heads(node)
-            except ValueError:
-                continue
-            query, key = (str(value.name) for value in node.inputs[:2] if value is not None)
-            found.append(
-                Attended(str(node.name), query, key, heads, head_dim, attention_scale(node))
-            )
-    return found
 
 
 class PeakObserver(Observer):

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.decide.smoothing import Smoothing
+from iq_export.decisions import Smoothing
 from iq_export.graph.edit import own_constant, recompute
 from iq_export.graph.sites import Sites
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from iq_export.decide.sinks import decide, refit
+from iq_export.observe.rows import collect_rows
 from iq_export.passes.scale_residual import scale_residual
 from iq_export.progress import Progress
-from iq_export.sinks.templates import collect_rows
 from tests import planted
 from tests.planted import CPU, Planted
 

@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.decide.smoothing import Smoothing, find_side_channels, find_smoothing
+from iq_export.decide.smoothing import find_side_channels, find_smoothing
+from iq_export.decisions import Smoothing
 from iq_export.graph.sites import find_sites
 from iq_export.observe.ranges import TensorStats, observe_ranges
 from iq_export.progress import Progress

@@ -21,9 +21,9 @@ from iq_export.evaluate.final_check import (
     watched,
 )
 from iq_export.graph import io
+from iq_export.graph.attention import attentions
 from iq_export.graph.edit import recompute
 from iq_export.graph.sites import Sites, find_sites
-from iq_export.observe.peaks import attentions
 from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
 from iq_export.passes.quantize_cache import quantize_cache

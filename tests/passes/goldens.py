@@ -16,8 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from iq_export.decide.search import SmoothingChoice
-from iq_export.decide.smoothing import Smoothing
+from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.formats.int4_weights import INT4_WEIGHTS
 from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph.sites import find_sites

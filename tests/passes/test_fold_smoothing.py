@@ -7,8 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnxruntime import InferenceSession
 
-from iq_export.decide.search import SmoothingChoice
-from iq_export.decide.smoothing import Smoothing
+from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.graph.sites import find_sites
 from iq_export.observe.samples import Window
 from iq_export.observe.walk import walk

@@ -11,10 +11,11 @@ import pytest
 
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.observe.peaks import PeakObserver, attentions
+from iq_export.graph.attention import attention_scale, attentions
+from iq_export.observe.peaks import PeakObserver
 from iq_export.observe.samples import Window
 from iq_export.observe.walk import observe
-from iq_export.passes.scale_query import attention_scale, scale_queries
+from iq_export.passes.scale_query import scale_queries
 from iq_export.pipeline import Calibration, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe

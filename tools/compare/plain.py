@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.decide.search import SmoothingChoice
-from iq_export.decide.smoothing import Smoothing
+from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.formats.base import HALF, ActivationFormat, WeightFormat, find_format
 from iq_export.formats.rounding import Rounding
 from iq_export.graph import io

@@ -5,17 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from iq_export.observe.rows import collect_rows
 from iq_export.observe.samples import Window
 from iq_export.progress import Progress
+from iq_export.sinks.fit import MAX_TEMPLATES, fit, means
 from iq_export.sinks.lifecycle import Lifecycle
-from iq_export.sinks.templates import (
-    MAX_TEMPLATES,
-    SinkTemplates,
-    collect_rows,
-    fit,
-    means,
-    norm_outputs,
-)
+from iq_export.sinks.templates import SinkTemplates, norm_outputs
 from tests.planted import CPU, Planted
 
 WIDTH = 16
