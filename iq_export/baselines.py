@@ -5,14 +5,24 @@ They are graphs in memory whose constants are computed when they are read: no we
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from iq_export.formats.int8_activations import INT8
+from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph import io
+from iq_export.graph.edit import copied
+from iq_export.graph.sites import Sites
+from iq_export.observe.walk import Graph
+from iq_export.passes.order import begin
+from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.passes.to_half import to_half
 
 if TYPE_CHECKING:
-    from iq_export.pipeline import Recalled, Rewrite
+    from iq_export.pipeline import Rewrite
+    from iq_export.saved_decisions import Recalled
 
 _DOMAIN = "com.microsoft"
 
@@ -24,8 +34,6 @@ def baselines(done: Rewrite | Recalled) -> dict[str, ir.Model]:
     Runtime's MatMulNBits at the same block sizes. Nothing quantized, or a model that half precision
     cannot hold: plain half precision.
     """
-    from iq_export.pipeline import plain_half, round_to_nearest
-
     found: dict[str, ir.Model] = {}
     if done.scale_exponent or done.recipe.weights is None:
         found["plain fp16"] = plain_half(done)
@@ -83,3 +91,33 @@ def _replace(graph: ir.Graph, product: ir.Node, block: int) -> None:
     )
     if not weight.uses():
         del graph.initializers[str(weight.name)]
+
+
+def plain_half(rewrite: Rewrite | Recalled) -> ir.Model:
+    """The baseline: the traced graph in half precision, whatever becomes of it."""
+    model = io.load(rewrite.traced)
+    to_half(model)
+    return model
+
+
+def round_to_nearest(rewrite: Rewrite | Recalled) -> ir.Model:
+    """The baseline: the traced graph, absmax of all calibration tokens, nothing else."""
+    scales = {name: INT8.scale(absmax) for name, absmax in rewrite.absmax.items() if absmax}
+    base, _ = begin(io.load(rewrite.traced))
+    model = quantized_graph(base.model, base.sites, scales)
+    if rewrite.chosen.half:
+        to_half(model)
+    return model
+
+
+def quantized_graph(
+    source: Graph,
+    sites: Sites,
+    scales: Mapping[str, float],
+    rounding: Rounding = W8A8,
+) -> ir.Model:
+    """The float32 graph `source` with its weights rounded to nearest when it is saved; `scales` are
+    those of activations."""
+    model = copied(source) if isinstance(source, ir.Model) else io.load(source)
+    quantize(model, QuantizePlan(tuple(sites.linears), rounding, scales))
+    return model

@@ -11,13 +11,15 @@ import pytest
 from onnxruntime.quantization import matmul_nbits_quantizer
 
 from iq_export.baselines import baselines
+from iq_export.decide.job import Calibration
 from iq_export.decisions import Decisions
 from iq_export.graph import io
 from iq_export.graph.sites import Sites, find_sites
-from iq_export.pipeline import Calibration, Recalled, rewrite
+from iq_export.pipeline import rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.run.ort import CausalLM
+from iq_export.saved_decisions import Recalled
 from tests import planted
 from tests.planted import CPU, logits
 

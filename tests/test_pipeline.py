@@ -12,21 +12,17 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 
+from iq_export.baselines import quantized_graph, round_to_nearest
+from iq_export.carry import carry
+from iq_export.decide.job import Calibration
+from iq_export.decide.sinks import overflows_half
 from iq_export.decide.trial import Reference, Trial
 from iq_export.errors import GraphError, UsageError
 from iq_export.graph import io
 from iq_export.observe.rows import collect_rows
 from iq_export.passes.order import INSERTED, TURNED
 from iq_export.passes.to_half import to_half
-from iq_export.pipeline import (
-    Calibration,
-    Rewrite,
-    carry,
-    overflows_half,
-    quantized_graph,
-    rewrite,
-    round_to_nearest,
-)
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.run.ort import CausalLM
@@ -98,7 +94,7 @@ def test_finished_file_is_compared_with_fp32(run: Run) -> None:
 def test_a_file_that_has_lost_everything_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iq_export.pipeline.MOST_LOST", 0.0)  # as if this were everything
+    monkeypatch.setattr("iq_export.ship.MOST_LOST", 0.0)  # as if this were everything
     traced = planted.save(CALM, tmp_path)
     (tmp_path / "work").mkdir()
     with pytest.raises(GraphError, match=r"finished file is broken.* of block \d"):
@@ -387,7 +383,7 @@ def test_clips_that_hide_sinks_are_rejected(
     rejecting: bool,
 ) -> None:
     """Method step 8; where even whole ranges do not help, the compile ends with a sentence."""
-    stages = importlib.import_module("iq_export.pipeline")
+    stages = importlib.import_module("iq_export.decide.recall")
     monkeypatch.setattr("iq_export.decide.quantizers.choose_clip", lambda *_: (0.02, 0.0))
     if not rejecting:
         monkeypatch.setattr(stages, "unclipped", lambda quantizers, *_: quantizers)

@@ -12,10 +12,11 @@ import pytest
 from onnxruntime import InferenceSession
 
 from iq_export.baselines import baselines
+from iq_export.decide.job import Calibration
 from iq_export.graph import io
 from iq_export.graph.half import HALF_MAX
 from iq_export.passes.to_half import to_half
-from iq_export.pipeline import Calibration, Rewrite, rewrite
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.run.ort import CausalLM

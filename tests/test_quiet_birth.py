@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import pytest
 
+from iq_export.decide.job import Calibration
 from iq_export.observe.walk import walk
-from iq_export.pipeline import Calibration, Rewrite, rewrite
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from tests.planted import CPU

@@ -173,7 +173,7 @@ def build_references(
             "making the graphs to compare with needs pip install 'iq-export[compile]'; "
             "--bundle-only measures this bundle alone"
         )
-    from iq_export.compile import reference_graphs
+    from iq_export.references import reference_graphs
 
     return reference_graphs(bundle, work, progress, hold, **permitted)
 

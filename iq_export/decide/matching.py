@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iq_export.decide.job import Job
+from iq_export.decisions import Decisions
 from iq_export.graph.sites import Sites
 from iq_export.observe.rows import collect_rows
 from iq_export.observe.samples import Window
 from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, walk
+from iq_export.passes.insert_sinks import index_name
+from iq_export.passes.order import INSERTED, PREPARED
 from iq_export.progress import Progress
 from iq_export.sinks.fit import nearest
 from iq_export.sinks.lifecycle import Lifecycle, discover
@@ -182,3 +186,16 @@ def order_of_appearance(count: int, index: np.ndarray, stats: TokenStats) -> tup
             windows += 1
             differs += int((sinks != order).any())
     return windows, differs
+
+
+def match_quality(job: Job, chosen: Decisions, stats: TokenStats | None) -> list[MatchQuality]:
+    """How well the inserted graph finds and matches the sinks of held-out text, if there is any,
+    which has `stats`."""
+    heldout = job.data.heldout
+    if not chosen.sinks or stats is None:
+        return []
+    indices = [index_name(number) for number in range(len(chosen.sinks))]
+    return measure(
+        job.at(PREPARED, chosen), job.at(INSERTED, chosen), indices, job.sites, chosen.sinks, stats,
+        heldout, **job.options,
+    )  # fmt: skip

@@ -1,13 +1,13 @@
 """Choose every activation's range and round every weight, one block behind the other.
 
-Every block sees what the quantized blocks before it give (method.md step 8).
+Every block sees what the quantized blocks before it give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,9 @@ import onnx_ir as ir
 
 from iq_export.checkpoint import Checkpoint
 from iq_export.decide.codes import CodeFile, CodeStore
+from iq_export.decide.job import Job
 from iq_export.decide.search import choose_clip, unit_rows
+from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
 from iq_export.formats.base import ActivationFormat
 from iq_export.formats.gptq import Curvature, Gram
@@ -27,6 +29,7 @@ from iq_export.observe.ranges import TensorStats, rows_per_window, sampled_rows
 from iq_export.observe.samples import Window
 from iq_export.observe.walk import Carried
 from iq_export.passes.insert_sinks import index_scopes
+from iq_export.passes.order import INSERTED, PREPARED
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
 from iq_export.recipe import Recipe
@@ -254,3 +257,29 @@ def _quantizer(
     return Quantizer(
         name, nodes, scale, clip, error, before[linears[0].input], tensor, rounding.activations
     )
+
+
+def calibrate_quantizers(
+    job: Job,
+    chosen: Decisions,
+    before: Mapping[str, TensorStats],
+    power: Mapping[str, np.ndarray],
+    store: CodeStore,
+) -> tuple[Decisions, dict[str, Quantizer]]:
+    """Ranges of activations and codes of weights."""
+    recipe, options = chosen.recipe, job.options
+    if recipe.weights is None:
+        return chosen, {}
+    if recipe.activations is None and not recipe.gptq:
+        nodes = {node.name: node for node in job.at(PREPARED, chosen).graph}
+        for linear in job.sites.linears:
+            weight = nodes[linear.node].inputs[1].const_value.numpy()
+            store.add(linear.weight, *recipe.weights.round(weight, power[linear.input]))
+        return replace(chosen, codes=store), {}
+    with options["progress"].step("Calibrate quantizers"):
+        quantizers = calibrate_blocks(
+            job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe,
+            job.data.windows, store, seed=job.data.seed, kept=job.kept, **options,
+        )  # fmt: skip
+    activations = {name: q.scale for name, q in quantizers.items()}
+    return replace(chosen, activations=activations, codes=store), quantizers

@@ -8,19 +8,26 @@ from dataclasses import replace
 import numpy as np
 
 from iq_export.decide.budget import smallest_prefix
+from iq_export.decide.job import OBSERVED_WINDOWS, Job
 from iq_export.decide.quantizers import Quantizer
+from iq_export.decisions import Decisions
+from iq_export.errors import GraphError
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.edit import copied
 from iq_export.graph.sites import Sites
 from iq_export.observe.samples import Window
+from iq_export.observe.token_stats import TokenObserver, TokenStats
 from iq_export.observe.walk import Graph, Observer, Values, loaded, observe
 from iq_export.passes.insert_sinks import index_name
+from iq_export.passes.order import INSERTED, ROUNDED
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.progress import Progress
 from iq_export.sinks.templates import SinkTemplates
 
-# Least share of the sinks that the quantized graph must still find (method.md step 8).
+# Least share of the sinks that the quantized graph must still find.
 LEAST_RECALL = 0.8
+# Probes that are looked at again in the rounded graph: it differs little from the inserted one.
+_CHECKED_PROBES = 16
 
 
 def unclipped(
@@ -117,3 +124,31 @@ def recall_of(
     found = sum(int(sinks.sum()) for sinks in exact.sinks.values())
     both = sum(int((sinks & rounded.sinks[key]).sum()) for key, sinks in exact.sinks.items())
     return both / found if found else None
+
+
+def keep_recall(
+    job: Job, chosen: Decisions, quantizers: dict[str, Quantizer]
+) -> tuple[Decisions, dict[str, Quantizer], float | None, TokenStats]:
+    """Ranges that do not hide the sinks, the share of the sinks that is still found, and what the
+    tokens of the first windows are like once sinks are inserted."""
+    if not chosen.sinks:
+        return chosen, quantizers, None, job.stats
+    windows, probes = job.data.windows[:OBSERVED_WINDOWS], job.data.probes[:_CHECKED_PROBES]
+    sample = [*windows, *probes]
+    inserted, tokens = job.at(INSERTED, chosen), TokenObserver(job.sites, windows)
+    exact = FoundSinks(len(chosen.sinks), len(sample))
+    observe(inserted, [exact, tokens], sample, **job.options)
+    recall = recall_of(job.at(ROUNDED, chosen), exact, sample, **job.options)
+    if recall is not None and recall < LEAST_RECALL:
+        job.options["progress"].note(
+            f"the clipped ranges hide {1 - recall:.0%} of the sinks: their clipping factors "
+            "up to the birth are rejected"
+        )
+        quantizers = unclipped(quantizers, job.sites, chosen.sinks)
+        scales = {name: q.scale for name, q in quantizers.items()}
+        chosen = replace(chosen, activations={**chosen.activations, **scales})
+        recall = recall_of(job.at(ROUNDED, chosen), exact, sample, **job.options)
+    if recall is not None and recall < LEAST_RECALL:
+        hiding = hiding_quantizer(inserted, job.sites, quantizers, exact, sample, **job.options)
+        raise GraphError(hidden(recall, hiding, job.sites))
+    return chosen, quantizers, recall, tokens.stats

@@ -1,4 +1,4 @@
-"""From lifecycles to templates that the graph can carry."""
+"""Which lifecycles are replaced: templates that the graph can carry, and thresholds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from iq_export.decide.job import Job
+from iq_export.decisions import Decisions
+from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Sites
-from iq_export.observe.rows import RowObserver, collect_rows
+from iq_export.observe.rows import RowObserver
 from iq_export.observe.samples import Window
 from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
 from iq_export.sinks import fit as fitting
 from iq_export.sinks.fit import EarlyRows
-from iq_export.sinks.lifecycle import Lifecycle, threshold_between
+from iq_export.sinks.form import calibrated_form
+from iq_export.sinks.lifecycle import Lifecycle, everyone_spikes, threshold_between
 from iq_export.sinks.templates import (
-    KV,
     KeyValueTemplates,
     SinkTemplates,
     early_norm_outputs,
@@ -38,7 +41,7 @@ class Decision:
     reason: str
 
 
-def decide(
+def fit_sinks(
     traced: Graph,
     sites: Sites,
     lifecycles: Sequence[Lifecycle],
@@ -125,58 +128,6 @@ def refit(
     return found
 
 
-def with_restore(
-    untouched: Graph,
-    clamped: Graph,
-    sites: Sites,
-    sinks: Sequence[SinkTemplates],
-    stats: TokenStats,
-    windows: Sequence[Window],
-    *,
-    providers: Sequence[str],
-    progress: Progress,
-    most: int | None = None,
-) -> list[SinkTemplates]:
-    """Measure what the clamped residual lacks after the last block of each lifecycle.
-
-    The kv form lacks nothing: it sets the residual, whose templates are known from the fit.
-    `clamped` is the rewritten graph; what its SinkRestore adds does not matter. At most `most`
-    sinks per template are looked at, spread over the calibration, all if None.
-    """
-    measured = []
-    for templates in sinks:
-        if templates.form == KV:
-            measured.append(templates)
-            continue
-        life = templates.lifecycle
-        residual = sites.blocks[life.end].mlp.residual
-        chosen = _spread_over(templates.assignment, templates.count, most)
-        members, labels = life.members[chosen], templates.assignment[chosen]
-        kept = templates.untouched
-        full, lacking = (
-            kept[chosen]
-            if graph is untouched and kept is not None
-            else collect_rows(
-                graph, {residual: sites.hidden}, stats, members, windows,
-                providers=providers, progress=progress,
-            )[residual]
-            for graph in (untouched, clamped)
-        )  # fmt: skip
-        difference = fitting.means(full - lacking, labels, templates.count)
-        measured.append(replace(templates, restore=difference))
-    return measured
-
-
-def _spread_over(labels: np.ndarray, count: int, most: int | None) -> np.ndarray:
-    """Indices of at most `most` members of every template, evenly spaced."""
-    chosen = []
-    for template in range(count):
-        mine = np.flatnonzero(labels == template)
-        picks = np.linspace(0, mine.size - 1, min(most or mine.size, mine.size))
-        chosen.append(mine[picks.round().astype(int)])
-    return np.sort(np.concatenate(chosen))
-
-
 def _with_thresholds(
     fitted: SinkTemplates, peaks: Sequence[np.ndarray]
 ) -> tuple[SinkTemplates, bool]:
@@ -261,3 +212,39 @@ class _Peaks(Observer):
     def all(self) -> list[np.ndarray]:
         """float32 `[tokens]` per site, all windows end to end."""
         return [np.concatenate(self._found[name]) for name in self.names]
+
+
+def to_insert(job: Job, chosen: Decisions, fits: Sequence[Decision]) -> list[SinkTemplates]:
+    """The templates of what is replaced, in the form that blocks are calibrated in."""
+    int8_cache = chosen.recipe.cache is not None
+    return [
+        replace(
+            fit.templates,
+            form=calibrated_form(fit.templates, job.data.insertion, int8_cache=int8_cache),
+        )
+        for fit in fits
+        if fit.templates and fit.replaced and wanted(fit, chosen)
+    ]
+
+
+def wanted(decision: Decision, chosen: Decisions) -> bool:
+    """Whether the recipe replaces this spike, if it can be."""
+    always = chosen.recipe.sinks == "always"
+    return always or (chosen.half and overflows_half(decision.lifecycle))
+
+
+def overflows_half(lifecycle: Lifecycle) -> bool:
+    """Whether half precision may not hold the spike: within a factor 2 of its largest number."""
+    return 2 * max(lifecycle.residual_peak, lifecycle.down_peak) > HALF_MAX
+
+
+def everyone_warning(stats: TokenStats) -> list[str]:
+    """What to say of blocks where every token spikes: nothing, if there are none."""
+    blocks = everyone_spikes(stats)
+    if not blocks:
+        return []
+    return [
+        f"every token spikes at the down-projection of block {', '.join(map(str, blocks))}: none "
+        "can be told from the others, so there is no lifecycle and nothing is replaced there; "
+        "calibrate on running text, if this is not the model's nature"
+    ]

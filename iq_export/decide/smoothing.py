@@ -3,16 +3,20 @@ channels go beside a quantizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.decide.search import choose_smoothing, loudest_channels
-from iq_export.decisions import Smoothing, SmoothingChoice
+from iq_export.decide.job import Job
+from iq_export.decide.search import choose_smoothing, loudest_channels, unit_rows
+from iq_export.decisions import Decisions, Smoothing, SmoothingChoice
 from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph.sites import Branch, Linear, Sites
-from iq_export.observe.ranges import TensorStats
+from iq_export.observe.ranges import TensorStats, observe_ranges
+from iq_export.observe.walk import Graph
+from iq_export.sinks.lifecycle import Lifecycle
 
 
 def find_smoothing(
@@ -83,3 +87,55 @@ def find_side_channels(
             if channels.size:
                 found[down.node] = (down, channels)
     return found
+
+
+def smoothed(
+    job: Job, turned: ir.Model, chosen: Decisions, taken: Sequence[Lifecycle]
+) -> tuple[Decisions, dict[str, np.ndarray]]:
+    """Smoothing and side channels, decided behind each piece of the graph; and the mean square of
+    every channel of a product's input, smoothed, where every token counts the same."""
+    recipe, found = chosen.recipe, Smoothing({}, {})
+    side: dict[str, np.ndarray] = {}
+    power: dict[str, np.ndarray] = {}
+
+    def decide_on(stats: dict[str, TensorStats]) -> None:
+        nonlocal found
+        if recipe.smoothing:
+            more = find_smoothing(
+                turned, job.sites, stats,
+                rotation=recipe.rotation, rounding=recipe.rounding, side=recipe.side_channels,
+            )  # fmt: skip
+            found = found.with_more(more)
+        loud = find_side_channels(job.sites, stats, found, recipe.side_channels)
+        side.update((node, channels) for node, (_, channels) in loud.items())
+        for name, its in stats.items() if recipe.activations is None else ():
+            mean = (unit_rows(its.rows) ** 2).mean(0)
+            power[name] = mean / found.factors(name) ** 2
+
+    _semantic_ranges(job, turned, taken, decide_on)
+    return replace(chosen, smoothing=found, side=side), power
+
+
+def _semantic_ranges(
+    job: Job,
+    graph: Graph,
+    taken: Sequence[Lifecycle],
+    reduce: Callable[[dict[str, TensorStats]], object],
+) -> None:
+    """Hand statistics of every product's input to `reduce`, piece by piece.
+
+    Tokens of the lifecycles `taken` are not semantic where these live; those of others stay and
+    must be rounded well like all else.
+    """
+    linears, stats = job.sites.linears, job.stats
+    spiking = {linear.input: np.zeros(stats.token.size, bool) for linear in linears}
+    for lifecycle in taken:
+        for scope, members in lifecycle.scopes(job.sites):
+            for linear in linears:
+                if linear.node in scope:
+                    spiking[linear.input][members] = True
+    widths = {linear.input: linear.in_features for linear in linears}
+    observe_ranges(
+        graph, widths, job.data.windows, lambda name, n, _: spiking[name][stats.window == n],
+        seed=job.data.seed, reduce=reduce, **job.options,
+    )  # fmt: skip

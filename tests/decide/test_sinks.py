@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iq_export.decide.sinks import decide, refit
+from iq_export.decide.sinks import fit_sinks, refit
 from iq_export.observe.rows import collect_rows
 from iq_export.passes.scale_residual import scale_residual
 from iq_export.progress import Progress
@@ -37,7 +37,7 @@ def test_replaced_lifecycle_says_how_constant_it_is(spiky: Planted) -> None:
 def test_spike_that_no_norm_reads_is_left(spiky: Planted) -> None:
     (life,) = spiky.lifecycles
     stillborn = replace(life, end=life.birth, death=None)
-    (decision,) = decide(
+    (decision,) = fit_sinks(
         spiky.path, spiky.sites, [stillborn], spiky.stats, spiky.windows,
         limit=0.1, seed=0, **QUIET,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def test_sinks_that_others_reach_are_not_replaced(spiky: Planted) -> None:
     life = spiky.sinks[0].lifecycle
     others = np.setdiff1d(np.arange(spiky.stats.token.size), life.members)
     mixed = replace(life, members=np.append(life.members[:-1], others[0]))
-    (decision,) = decide(
+    (decision,) = fit_sinks(
         spiky.path, spiky.sites, [mixed], spiky.stats, spiky.windows,
         limit=10.0, seed=0, providers=CPU, progress=Progress(quiet=True),
     )  # fmt: skip

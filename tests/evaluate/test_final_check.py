@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from iq_export.baselines import quantized_graph
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
     MOST_LOST,
@@ -28,7 +29,6 @@ from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.to_half import to_half
-from iq_export.pipeline import quantized_graph
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from tests import planted

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from iq_export.decide.sinks import with_restore
+from iq_export.decide.restore import with_restore
 from iq_export.graph import io
 from iq_export.passes.insert_sinks import index_name, insert_sinks
 from iq_export.progress import Progress

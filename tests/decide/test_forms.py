@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from iq_export.decide.forms import TIE_NATS, choose_forms
 from iq_export.errors import GraphError
 from iq_export.observe.divergence import Divergence
-from iq_export.sinks.form import TIE_NATS, calibrated_form, choose_forms
+from iq_export.sinks.form import calibrated_form
 from iq_export.sinks.templates import KV, NORM, NORM_AND_KV, SinkTemplates
 from tests.planted import Planted
 
