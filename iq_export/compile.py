@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iq_export.bundle.lock import clear_dead
 from iq_export.bundle.package import Bundle, atomic_folder, clear_partial, unmarked_partials
@@ -26,9 +26,6 @@ from iq_export.precheck import Checked, Need, check, model_source, with_limit
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, work_folder
-
-if TYPE_CHECKING:
-    pass
 
 # Short windows add first tokens at little cost: most sinks stand at position 0.
 PROBES, PROBE_LENGTH = 64, 32
@@ -218,6 +215,8 @@ def trace_model(
 def calibrate_and_rewrite(
     options: CompileOptions, checked: Checked, traced: Any, work: Work, progress: Progress
 ) -> Any:
+    """A `pipeline.Rewrite` of the traced model. What an interrupted run finished is taken from the
+    work folder. Raises DataError if the text is too short, and GraphError as `rewrite` does."""
     from iq_export.checkpoint import Checkpoint, job_key
     from iq_export.decide.job import Calibration
     from iq_export.observe.text_check import token_warnings

@@ -1,6 +1,6 @@
 """Everything that was chosen for a model, as one value: a graph is `lower(traced, decisions)`.
 
-A measurement changes nothing here; a step is "decisions and measurements -> decisions" (`rewrite`),
+A measurement changes nothing here; a step is "decisions and measurements -> decisions" (`decide/`),
 and a variant is tried by replacing a field and measuring what is lowered from it.
 """
 

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iq_export.bundle.manifest import (
     GraphInfo,
@@ -26,9 +26,6 @@ from iq_export.files import copy_belonging
 from iq_export.graph.model_files import model_files
 from iq_export.options import CompileOptions, record
 from iq_export.precheck import Checked
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,7 @@ def make_manifest(
     built: Built,
     timings: dict[str, float],
 ) -> Manifest:
+    """The manifest of what is in `folder`, whose report is written there."""
     from iq_export.report.html import write_report
 
     notes = [*checked.notes, *built.notes, *done.warnings]
@@ -158,6 +156,7 @@ def _interface(model: Path) -> tuple[list[TensorInfo], list[TensorInfo]]:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that a graph depends on."""
     packages = ("iq-export", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "numpy")
     found = {"python": platform.python_version()}
     for name in packages:
