@@ -184,12 +184,12 @@ def _observed_after(
     stats: TokenStats, windows: int, quantizers: dict[str, Quantizer], sites: Sites
 ) -> dict[str, list[float]]:
     """As `_per_block`, with the down-projections' inputs as their quantizers see them."""
-    observed = _per_block(stats, windows)
+    found = _per_block(stats, windows)
     after = {q.linears: q.after.absmax for q in quantizers.values()}
-    downs = [after.get((block.mlp.output.node,)) for block in sites.blocks]
-    if None not in downs:
-        observed["down_proj_max_per_block"] = downs
-    return observed
+    downs = [(block.mlp.output.node,) for block in sites.blocks]
+    if all(down in after for down in downs):
+        found["down_proj_max_per_block"] = [after[down] for down in downs]
+    return found
 
 
 def _per_block(stats: TokenStats, windows: int) -> dict[str, list[float]]:
