@@ -1,6 +1,6 @@
 """Everything that was chosen for a model, as one value: a graph is `lower(traced, decisions)`.
 
-A measurement changes nothing here; a step is "decisions and measurements -> decisions" (`rewrite`),
+A measurement changes nothing here; a step is "decisions and measurements -> decisions" (`decide/`),
 and a variant is tried by replacing a field and measuring what is lowered from it.
 """
 
@@ -11,12 +11,42 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from iq_export.quant.smoothing import Smoothing
 from iq_export.recipe import Recipe
 from iq_export.sinks.templates import SinkTemplates
 
 # weight name -> codes `[in, out]` and scales, in memory or on disk
 Codes = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class SmoothingChoice:
+    """The best candidate's name, its factors float32 `[features]`, and its relative output error
+    beside that of no smoothing."""
+
+    name: str
+    factors: np.ndarray
+    error: float
+    error_without: float
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Choices by value name: `norms[norm output]` and `paths[down-projection input]`.
+
+    The activation is divided by the factors, the weight rows of its products multiplied.
+    """
+
+    norms: dict[str, SmoothingChoice]
+    paths: dict[str, SmoothingChoice]
+
+    def with_more(self, other: Smoothing) -> Smoothing:
+        """These choices and those for other values."""
+        return Smoothing(self.norms | other.norms, self.paths | other.paths)
+
+    def factors(self, name: str) -> np.ndarray | float:
+        """What the value `name` is divided by: `[features]`, or 1 where nothing was folded."""
+        choice = self.norms.get(name) or self.paths.get(name)
+        return 1.0 if choice is None else choice.factors
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from iq_export.decide.forms import Insertion
+from iq_export.decide.matching import MatchQuality, order_of_appearance
+from iq_export.decide.quantizers import Quantizer
+from iq_export.decide.sinks import Decision
 from iq_export.graph import io
 from iq_export.passes.fuse import fuse
-from iq_export.quant.blockwise import Quantizer
-from iq_export.rewrite import Rewrite
+from iq_export.pipeline import Rewrite
 from iq_export.saved_decisions import record
-from iq_export.sinks.calibrate import Decision
-from iq_export.sinks.form import Insertion
-from iq_export.sinks.quality import MatchQuality, order_of_appearance
 from iq_export.sinks.templates import SinkTemplates
 
 _QUANTILE = 0.999

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iq_export.bundle.package import check_output, require_space
-from iq_export.calibrate.data import load_text, text_sha256
 from iq_export.cost import Shape, disk_need, memory_need, memory_note, minutes_need, require_memory
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import find_headers, why_no_plugin
@@ -24,6 +23,7 @@ from iq_export.errors import EngineError, ModelError, UsageError
 from iq_export.graph.interface import Interface
 from iq_export.graph.proto import read
 from iq_export.lengths import bundle_limit, engine_profile, window_length
+from iq_export.observe.samples import load_text, text_sha256
 from iq_export.options import DEFAULT_TARGETS, CompileOptions, check_values
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS, require_providers

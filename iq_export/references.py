@@ -1,85 +1,149 @@
-"""Baselines that a bundle is measured against: what people would do without this compiler.
-
-They are graphs in memory whose constants are computed when they are read: no weights are written.
-"""
+"""The graphs that a bundle is compared with: the traced one, baselines, and insertion alone."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
-from iq_export.graph import io
+from iq_export.bundle.lock import claim_shared
+from iq_export.bundle.manifest import MANIFEST_NAME
+from iq_export.bundle.package import Bundle
+from iq_export.compile import calibrate_and_rewrite, trace_model
+from iq_export.disk import trouble_is_bundle_error
+from iq_export.errors import BundleError, DataError, ModelError
+from iq_export.observe.samples import is_pipe
+from iq_export.options import CompileOptions, repeated
+from iq_export.precheck import Checked, check
+from iq_export.progress import Progress
+from iq_export.work import check_work, default_work, kept_trace, work_folder
 
 if TYPE_CHECKING:
-    from iq_export.rewrite import Recalled, Rewrite
-
-_DOMAIN = "com.microsoft"
+    from iq_export.observe.walk import Graph
 
 
-def baselines(done: Rewrite | Recalled) -> dict[str, ir.Model]:
-    """The bundle's baselines by label.
+def reference_graphs(
+    bundle: Bundle,
+    work: Path | None,
+    progress: Progress | None = None,
+    hold: ExitStack | None = None,
+    **permitted: bool,
+) -> dict[str, Graph]:
+    """Graphs to compare a bundle with, by label, in the order of the table.
 
-    W8A8: round-to-nearest, static per-tensor absmax of the same calibration data. Int4: ONNX
-    Runtime's MatMulNBits at the same block sizes. Nothing quantized, or a model that half precision
-    cannot hold: plain half precision.
+    The first is the traced graph, from the work folder or traced again; the others are lowered in
+    memory from the decisions in the bundle; one of an older version, which does not hold them, is
+    calibrated again from the options in its manifest.
+    What permits code or terms (`options.PERMISSIONS`) is not taken from there, whoever wrote it: it
+    is asked for anew.
+    Until `hold` is closed no other run changes the traced graph. Raises ModelError if the model is
+    not what the bundle was made of, and BundleError if another run replaced the graph at once.
     """
-    from iq_export.rewrite import plain_half, round_to_nearest
+    from iq_export.baselines import baselines
+    from iq_export.passes.order import INSERTED
+    from iq_export.saved_decisions import recall
 
-    found: dict[str, ir.Model] = {}
-    if done.scale_exponent or done.recipe.weights is None:
-        found["plain fp16"] = plain_half(done)
-    if done.blocks:
-        found["onnxruntime MatMulNBits RTN"] = _matmul_nbits(done)
-    elif done.recipe.weights is not None:
-        found["round-to-nearest w8a8"] = round_to_nearest(done)
-    return found
-
-
-def _matmul_nbits(done: Rewrite | Recalled) -> ir.Model:
-    model = io.load(done.traced)
-    nodes = {node.name: node for node in model.graph}
-    model.opset_imports[_DOMAIN] = 1
-    for linear in done.linears:
-        _replace(model.graph, nodes[linear.node], done.blocks[linear.weight])
-    return model
-
-
-def _replace(graph: ir.Graph, product: ir.Node, block: int) -> None:
-    """Let MatMulNBits take the place of a MatMul, its weight rounded by ONNX Runtime."""
-    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-
-    weight = product.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    source = weight.const_value
-    config = nbits.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True)
-    quantizer = nbits.DefaultWeightOnlyQuantizer(config)
-    rows, columns = source.shape.numpy()
-
-    def constant(part: int, dtype: ir.DataType, *shape: int) -> ir.Value:
-        name = f"{weight.name}.of.{product.name}.{('codes', 'scales')[part]}"
-        tensor = ir.LazyTensor(
-            lambda: ir.Tensor(quantizer.qbits_block_quant(source.numpy())[part], name=name),
-            dtype=dtype, shape=ir.Shape(shape), name=name,
-        )  # fmt: skip
-        value = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
+    check_work(bundle.folder, work)
+    folder = work or default_work(bundle.folder)
+    progress = progress or Progress(quiet=True)
+    plan = bundle.plan()
+    recalled = isinstance(plan.get("decisions"), dict) and isinstance(plan.get("absmax"), dict)
+    if not recalled and is_pipe(str(bundle.manifest.options.get("calibration"))):
+        raise DataError(
+            f"the calibration text of {bundle.folder} came from a pipe and cannot be read again: "
+            "measure the bundle alone with --bundle-only, or compile it again from a file"
         )
-        graph.register_initializer(value)
-        return value
+    held, done = _hold(bundle, folder, progress, hold) if recalled else None, None
+    if held is None:
+        options = _options_of(bundle, folder, **permitted)
+        if recalled:
+            progress.note(f"no traced graph of this bundle in {folder}: tracing {options.model!r}")
+        else:
+            progress.note(f"{bundle.folder} is of an older version: calibrating again")
+        with work_folder(bundle.folder, folder, keep=True, say=progress.waits) as made:
+            checked = None if recalled else _checked_again(bundle, options, folder, progress)
+            traced = trace_model(options, made, progress)
+            _check_same_source(bundle, traced.source_sha256)
+            if checked is not None:
+                done = calibrate_and_rewrite(options, checked, traced, made, progress)
+            with trouble_is_bundle_error(made.folder):
+                made.keep_trace()
+        held = _hold(bundle, folder, progress, hold)
+    if held is None:
+        raise BundleError(f"another run has replaced the graph in {folder}: run it again")
+    done = recall(bundle, held, plan["absmax"]) if done is None else replace(done, traced=held)
+    graphs: dict[str, Graph] = {"fp32": held, **baselines(done)}
+    if done.sinks:
+        graphs["insertion only"] = done.graph(INSERTED)
+    return graphs
 
-    count = -(-rows // block)
-    codes = constant(0, ir.DataType.UINT8, columns, count, block // 2)
-    scales = constant(1, ir.DataType.FLOAT, columns, count)
-    node = ir.node(
-        "MatMulNBits",
-        [product.inputs[0], codes, scales],
-        {"K": rows, "N": columns, "bits": 4, "block_size": block},
-        domain=_DOMAIN,
-        name=f"{product.name}_Q4",
-    )
-    ir.convenience.replace_nodes_and_values(
-        graph, product, [product], [node], product.outputs, node.outputs
-    )
-    if not weight.uses():
-        del graph.initializers[str(weight.name)]
+
+def _checked_again(
+    bundle: Bundle, options: CompileOptions, folder: Path, progress: Progress
+) -> Checked:
+    """What the bundle, of an older version, is calibrated from."""
+    if "alpha" in bundle.manifest.options:
+        progress.note(
+            "this bundle is of an older version, which found sinks by --alpha: they are found "
+            "anew, so the graph with insertion alone may differ from what the bundle was made of"
+        )
+    checked = check(replace(options, out=folder / "bundle"))  # the bundle itself is only read
+    recorded = bundle.manifest.options.get("calibration_sha256", checked.calibration_sha256)
+    if recorded != checked.calibration_sha256:
+        progress.note(
+            f"warning: the calibration text {options.calibration} has changed since "
+            f"{bundle.folder} was made: only the fp32 graph is what it was then"
+        )
+    return checked
+
+
+def _hold(bundle: Bundle, folder: Path, progress: Progress, hold: ExitStack | None) -> Path | None:
+    """The kept graph that was traced from the source of `bundle`, if there is one and it is whole:
+    then no run changes it until `hold` is closed."""
+    from iq_export.model.trace import TracedModel
+
+    with ExitStack() as stack:
+        stack.enter_context(claim_shared(folder, say=progress.waits))
+        place = kept_trace(folder)
+        if place is None:
+            return None
+        try:
+            traced = TracedModel.load(place)
+        except ModelError:
+            return None
+        if bundle.manifest.source.get("sha256", traced.source_sha256) != traced.source_sha256:
+            return None
+        if not _weights_are_there(traced.model):
+            return None
+        if hold is not None:
+            hold.push(stack.pop_all())
+        return traced.model
+
+
+def _weights_are_there(traced: Path) -> bool:
+    """Whether the files that a traced graph refers to are what they were."""
+    from iq_export.graph import io
+    from iq_export.graph.stored import StoredTensor
+
+    tensors = (value.const_value for value in io.load(traced).graph.initializers.values())
+    places = {t.place.file: t.place for t in tensors if isinstance(t, StoredTensor)}
+    return all(place.is_there() for place in places.values())
+
+
+def _check_same_source(bundle: Bundle, sha256: str) -> None:
+    """Refuse to compare a bundle with another model than it was made of."""
+    if bundle.manifest.source.get("sha256", sha256) != sha256:
+        raise ModelError(
+            f"{bundle.manifest.source['model']} is not what {bundle.folder} was made of: its files "
+            "have changed since. Compile it again, or measure the bundle alone with --bundle-only."
+        )
+
+
+def _options_of(bundle: Bundle, work: Path, **permitted: bool) -> CompileOptions:
+    """The options that a bundle was compiled with, as far as its references depend on them.
+
+    Raises BundleError if one is of another kind than this version writes.
+    """
+    values = permitted | repeated(bundle.manifest.options, bundle.folder / MANIFEST_NAME)
+    return CompileOptions(**values, out=bundle.folder, work=work, targets=())

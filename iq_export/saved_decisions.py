@@ -7,6 +7,7 @@ Read back, they give the same graph to the bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import onnx_ir as ir
 
 from iq_export.bundle.package import PLAN_NAME, Bundle
 from iq_export.bundle.recipe import recipe_of
-from iq_export.decisions import Decisions
+from iq_export.decisions import Decisions, Smoothing, SmoothingChoice
 from iq_export.errors import BundleError, IqError
 from iq_export.graph import io
 from iq_export.graph.sites import Sites
-from iq_export.quant.search import SmoothingChoice
-from iq_export.quant.smoothing import Smoothing
+from iq_export.passes.order import begin
 from iq_export.recipe import Recipe
+from iq_export.ship import Made
 from iq_export.sinks.lifecycle import EarlySite, Lifecycle
 from iq_export.sinks.templates import (
     KV,
@@ -322,3 +323,25 @@ def _choices(
         name: SmoothingChoice(choice, arrays[f"smoothing.{name}"], error, without)
         for name, (choice, error, without) in found.items()
     }
+
+
+@dataclass(frozen=True)
+class Recalled(Made):
+    """What an earlier compile decided, of which graphs are made again; `absmax` as in Rewrite."""
+
+    chosen: Decisions
+    sites: Sites
+    traced: Path
+    absmax: Mapping[str, float]
+
+
+def recall(bundle: Bundle, traced: Path, absmax: Mapping[str, Any]) -> Recalled:
+    """The decisions of `bundle` for its own model, whose graph is `traced`; `absmax` is that of its
+    plan. Nothing is lowered from them yet.
+
+    Raises BundleError as `load_decisions` does.
+    """
+    if not all(isinstance(value, (int, float)) for value in absmax.values()):
+        raise BundleError(f"{bundle.path(PLAN_NAME)} is damaged: compile the bundle again")
+    base, _ = begin(io.load(traced))
+    return Recalled(load_decisions(bundle, base.sites), base.sites, traced, absmax)

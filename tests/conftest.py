@@ -57,8 +57,8 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2_inserted(smollm2_bundle: Path) -> Path:
     """The graph of `smollm2_bundle` with insertion alone, float32, written as a whole."""
     from iq_export.bundle.package import Bundle
-    from iq_export.compile import reference_graphs
     from iq_export.graph import io
+    from iq_export.references import reference_graphs
 
     made = reference_graphs(Bundle.open(smollm2_bundle), smollm2_bundle.parent / "work")
     path = smollm2_bundle.parent / "inserted.onnx"

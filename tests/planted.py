@@ -24,14 +24,15 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from iq_export.calibrate.data import Window
-from iq_export.calibrate.token_stats import TokenStats, observe_tokens
+from iq_export.decide.restore import with_restore
+from iq_export.decide.sinks import Decision, fit_sinks
 from iq_export.graph import io
 from iq_export.graph.sites import Sites, find_sites
+from iq_export.observe.samples import Window
+from iq_export.observe.token_stats import TokenStats, observe_tokens
 from iq_export.passes.insert_sinks import insert_sinks
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM, left_pad
-from iq_export.sinks.calibrate import Decision, decide, with_restore
 from iq_export.sinks.lifecycle import Lifecycle, discover
 from iq_export.sinks.templates import SinkTemplates
 
@@ -397,7 +398,7 @@ def observe(decoder: Decoder, folder: Path, *, limit: float = 0.1) -> Planted:
     sites, data = find_sites(io.load(path)), windows(decoder)
     stats = observe_tokens(path, sites, data, **options)
     lifecycles = discover(stats)
-    decisions = decide(path, sites, lifecycles, stats, data, limit=limit, seed=0, **options)
+    decisions = fit_sinks(path, sites, lifecycles, stats, data, limit=limit, seed=0, **options)
     sinks = [d.templates for d in decisions if d.templates and d.replaced]
     inserted = path.with_name("inserted.onnx")
     for restored in (False, True):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from iq_export import references
 from iq_export.bundle.manifest import FileRecord, Manifest
 from iq_export.errors import DataError, ModelError, UsageError
 from iq_export.options import record
@@ -28,7 +29,7 @@ def test_options_of_an_older_manifest(tmp_path: Path) -> None:
         "trust_remote_code": False, "calibration_sha256": "0" * 64,
     }  # fmt: skip
     bundle = SimpleNamespace(folder=tmp_path, manifest=SimpleNamespace(options=recorded))
-    options = compile_module._options_of(bundle, tmp_path / "work")
+    options = references._options_of(bundle, tmp_path / "work")
     assert (options.samples, options.length, options.work) == (4, 64, tmp_path / "work")
     assert "alpha" not in record(options)
     assert recorded["alpha"] == 64.0
@@ -61,18 +62,18 @@ def rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
             files={"plan.json": FileRecord(1, "plan")},
         )  # fmt: skip
         checked = SimpleNamespace(calibration_sha256=text, recipe=None)
-        monkeypatch.setattr(compile_module, "check", lambda options: checked)
+        monkeypatch.setattr(references, "check", lambda options: checked)
         traced = SimpleNamespace(source_sha256=model)
-        monkeypatch.setattr(compile_module, "_trace", lambda *args: traced)
+        monkeypatch.setattr(references, "trace_model", lambda *args: traced)
         done = Rewritten()
-        monkeypatch.setattr(compile_module, "_calibrate_and_rewrite", lambda *args: done)
-        monkeypatch.setattr(compile_module, "_hold", lambda *args: tmp_path / "model.onnx")
-        monkeypatch.setattr("iq_export.references.baselines", lambda done: {})
+        monkeypatch.setattr(references, "calibrate_and_rewrite", lambda *args: done)
+        monkeypatch.setattr(references, "_hold", lambda *args: tmp_path / "model.onnx")
+        monkeypatch.setattr("iq_export.baselines.baselines", lambda done: {})
         said: list[str] = []
         progress = Progress(quiet=True)
         monkeypatch.setattr(progress, "note", said.append)
         bundle = SimpleNamespace(folder=tmp_path / "out", manifest=manifest, plan=dict)
-        compile_module.reference_graphs(bundle, tmp_path / "work", progress)
+        references.reference_graphs(bundle, tmp_path / "work", progress)
         return said
 
     return run

@@ -17,7 +17,7 @@ from iq_export.bundle.manifest import json_safe
 from iq_export.plan import plan_record
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, rewrite
+from iq_export.pipeline import Calibration, rewrite
 from iq_export.saved_decisions import save_arrays
 from tests import planted
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from iq_export.decide.job import Calibration
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.plan import plan_record
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, Rewrite, rewrite
 from iq_export.saved_decisions import save_arrays
 from tests import planted
 from tests.planted import CPU

@@ -11,13 +11,14 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 
+from iq_export.baselines import baselines
+from iq_export.decide.job import Calibration
 from iq_export.graph import io
 from iq_export.graph.half import HALF_MAX
 from iq_export.passes.to_half import to_half
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.references import baselines
-from iq_export.rewrite import Calibration, Rewrite, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
 from tests.planted import CPU, DELIMITER, Decoder, Planted, Spike, logits
@@ -110,7 +111,7 @@ def test_a_spike_that_stays_is_restored_in_a_smaller_stream(tmp_path: Path) -> N
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody finds the spike, and still half cannot hold it."""
-    monkeypatch.setattr("iq_export.rewrite.discover", lambda stats: [])
+    monkeypatch.setattr("iq_export.pipeline.discover", lambda stats: [])
 
 
 @pytest.mark.usefixtures("unseen")

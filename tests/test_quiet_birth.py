@@ -13,10 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
+from iq_export.decide.job import Calibration
 from iq_export.observe.walk import walk
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, Rewrite, rewrite
 from tests.planted import CPU
 from tools.discovery.models import plant, windows
 from tools.discovery.sweep import HALF_BILLION
@@ -68,5 +69,5 @@ def test_it_is_replaced_and_int8_gains_by_it(
     assert life.down_peak < 64 * life.down_median
     assert life.residual_peak > 100 * np.median(done.stats.residual_max[2])
     assert decision.replaced and done.sink_nodes and done.recall == 1
-    monkeypatch.setattr("iq_export.rewrite.discover", lambda stats: [])
+    monkeypatch.setattr("iq_export.pipeline.discover", lambda stats: [])
     assert error(done) < error(compiled(tmp_path / "without")) / 10

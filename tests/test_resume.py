@@ -13,11 +13,12 @@ import pytest
 
 from iq_export.bundle.package import Bundle
 from iq_export.checkpoint import Checkpoint
+from iq_export.decide.job import Calibration
 from iq_export.errors import ModelError
 from iq_export.observe.walk import Piece
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, Rewrite, rewrite
 from iq_export.saved_decisions import record, save_arrays
 from tests import planted
 

@@ -13,12 +13,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from iq_export.bundle.manifest import Manifest
+from iq_export.decide.job import Calibration
 from iq_export.errors import BundleError
 from iq_export.graph import io
 from iq_export.passes.order import begin, lower
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, Rewrite, rewrite
 from iq_export.saved_decisions import load_decisions, record, save_arrays
 from tests import planted
 from tests.planted import CPU

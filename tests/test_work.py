@@ -12,16 +12,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from iq_export import references
 from iq_export.bundle.lock import MARK, Busy, claim
-from iq_export.checksum import sha256_file
+from iq_export.checksum import check_files, sha256_file
 from iq_export.errors import BundleError, GraphError, ModelError, UsageError
 from iq_export.graph.model_files import model_files
 from iq_export.model.load import ModelSource, fingerprint
 from iq_export.model.trace import TracedModel
 from iq_export.progress import Progress
 from iq_export.work import check_work, default_work, work_folder
-
-compile_module = importlib.import_module("iq_export.compile")
 
 
 def save(path: Path, value: float = 1.0, data: str | None = None) -> Path:
@@ -56,7 +55,7 @@ def record_trace(folder: Path, source: str) -> None:
 def recall(folder: Path, source: str) -> Path | None:
     """The kept graph for a bundle of this source."""
     bundle = SimpleNamespace(manifest=SimpleNamespace(source={"sha256": source}))
-    found: Path | None = compile_module._hold(bundle, folder, Progress(quiet=True), None)
+    found: Path | None = references._hold(bundle, folder, Progress(quiet=True), None)
     return found
 
 
@@ -197,13 +196,13 @@ def test_a_stage_that_another_program_changed(tmp_path: Path) -> None:
     """What this run wrote is what goes in: model A's name stood over model B's weights."""
     path = save(tmp_path / "model.onnx", 1.0, "data")
     digests = {file.name: sha256_file(file) for file in model_files(path)}
-    compile_module._check_stage(tmp_path, digests)
+    check_files(tmp_path, digests)
     (tmp_path / "data").write_bytes(bytes((tmp_path / "data").stat().st_size))
     with pytest.raises(BundleError, match=r"another program changed .*/data while"):
-        compile_module._check_stage(tmp_path, digests)
+        check_files(tmp_path, digests)
     (tmp_path / "data").unlink()
     with pytest.raises(BundleError, match=r"another program changed .*/data while"):
-        compile_module._check_stage(tmp_path, digests)
+        check_files(tmp_path, digests)
 
 
 @pytest.mark.parametrize("name", ["model.onnx.data", "weights.bin", "any name"])

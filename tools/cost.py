@@ -133,7 +133,7 @@ def small_tokenizer() -> Any:
     """A byte-level BPE of 512 tokens, trained on the built-in text: 0 begins a text, 1 ends it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from iq_export.calibrate.data import load_text
+    from iq_export.observe.samples import load_text
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iq_export.bundle.package import Bundle
-from iq_export.calibrate.data import BUILTIN, BUILTIN_HELDOUT, load_text, text_sha256
 from iq_export.cli import options
 from iq_export.disk import is_read_only
 from iq_export.errors import BundleError, GraphError, IqError, UsageError
@@ -26,6 +25,7 @@ from iq_export.evaluate.compare import (
     time_prefill,
 )
 from iq_export.lengths import bundle_limit, window_length
+from iq_export.observe.samples import BUILTIN, BUILTIN_HELDOUT, load_text, text_sha256
 from iq_export.options import PERMISSIONS, add, positive, seed, window_tokens
 from iq_export.progress import Progress
 from iq_export.report.html import check_report, update_with_report
@@ -173,7 +173,7 @@ def build_references(
             "making the graphs to compare with needs pip install 'iq-export[compile]'; "
             "--bundle-only measures this bundle alone"
         )
-    from iq_export.compile import reference_graphs
+    from iq_export.references import reference_graphs
 
     return reference_graphs(bundle, work, progress, hold, **permitted)
 

@@ -87,7 +87,7 @@ def check_values(bundle: Bundle, rows: int) -> int:
 
 def _ids(folder: Path, rows: int) -> list[int]:
     """Tokens of the built-in text behind a BOS; of a Python without that text, any."""
-    from iq_export.calibrate.data import load_text
+    from iq_export.observe.samples import load_text
     from iq_export.run.generate import Tokenizer
 
     try:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iq_export.calibrate.data import Bos, Window, check_windows, windows
 from iq_export.errors import GraphError, UsageError
 from iq_export.evaluate.perplexity import Scored, exp_or_inf, score, window_logits
 from iq_export.graph.vocabulary import read_vocabulary
 from iq_export.observe.loss import kl
+from iq_export.observe.samples import Bos, Window, check_windows, windows
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:

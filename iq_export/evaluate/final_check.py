@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.attention import attentions, product_peak
-from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
+from iq_export.graph.attention import attentions
 from iq_export.graph.half import HALF_MAX
 from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import NORM_OPS, Sites
 from iq_export.observe.loss import kl, log_softmax
+from iq_export.observe.peaks import product_peak
+from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
 from iq_export.observe.walk import CPU, Graph, loaded, walk
 from iq_export.progress import Progress

@@ -17,7 +17,7 @@ from iq_export.observe.loss import log_softmax, token_losses
 from iq_export.progress import Progress
 
 if TYPE_CHECKING:
-    from iq_export.calibrate.data import Window
+    from iq_export.observe.samples import Window
     from iq_export.observe.walk import Graph
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.data import Window
 from iq_export.graph.interface import Role, name_of
+from iq_export.observe.samples import Window
 from iq_export.observe.segments import segments
 from iq_export.observe.walk import (
     Graph,

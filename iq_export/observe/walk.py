@@ -18,12 +18,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import separate_types
 from iq_export.graph.interface import Interface
 from iq_export.memory import give_back
+from iq_export.observe.samples import Window
 from iq_export.observe.segments import segments
 from iq_export.progress import Progress
 from iq_export.run.ort import model_session, needed_only, ort_errors

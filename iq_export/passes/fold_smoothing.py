@@ -11,9 +11,9 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from iq_export.decisions import Smoothing
 from iq_export.graph.edit import own_constant, recompute
 from iq_export.graph.sites import Sites
-from iq_export.quant.smoothing import Smoothing
 
 
 def fold_smoothing(model: ir.Model, sites: Sites, smoothing: Smoothing) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
+from iq_export.graph.attention import attention_scale
 from iq_export.graph.edit import constant
 
 
@@ -30,23 +31,6 @@ def scale_queries(model: ir.Model, attentions: Collection[str]) -> list[str]:
             _scale(model.graph, node)
             changed.append(str(node.name))
     return changed
-
-
-def attention_scale(node: ir.Node) -> float:
-    """What q.k is multiplied with: the attribute, or `1 / sqrt(head_dim)` without one."""
-    given = node.attributes.get("scale")
-    return given.as_float() if given is not None else query_heads(node)[1] ** -0.5
-
-
-def query_heads(node: ir.Node) -> tuple[int, int]:
-    """`(heads, head_dim)` of the query of an `Attention` node; ValueError if they are not fixed."""
-    match tuple(node.inputs[0].shape or ()):
-        case (_, int(heads), _, int(size)):
-            return heads, size
-        case (_, _, int(features)):
-            heads = node.attributes["q_num_heads"].as_int()
-            return heads, features // heads
-    raise ValueError(f"the heads of {node.name} are not known")
 
 
 def _scale(graph: ir.Graph, node: ir.Node) -> None:

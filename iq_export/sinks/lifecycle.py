@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iq_export.calibrate.token_stats import TokenStats
 from iq_export.graph.sites import Sites
+from iq_export.observe.token_stats import TokenStats
 
 # Tokens within this factor of the median token are like all others: none of them has left, and a
 # lifecycle has ended where its tokens are back there.

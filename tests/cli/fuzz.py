@@ -466,7 +466,7 @@ def warm_up() -> None:
     import iq_export.compile
     import iq_export.model.load
     import iq_export.model.trace
-    import iq_export.rewrite
+    import iq_export.pipeline
     import iq_export.run.generate  # noqa: F401
 
     torch.set_num_threads(1)

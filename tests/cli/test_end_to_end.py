@@ -15,9 +15,9 @@ import pytest
 
 from iq_export.bundle.package import Bundle
 from iq_export.cli import main
-from iq_export.compile import reference_graphs
 from iq_export.evaluate.compare import REFERENCE, compare
 from iq_export.graph import io
+from iq_export.references import reference_graphs
 from iq_export.run.generate import Tokenizer
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,6 @@ import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.bundle.package import Bundle
-from iq_export.calibrate.data import Window, load_text, windows
-from iq_export.compile import reference_graphs
 from iq_export.engine.build import EngineReport, build_engine
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import provide_plugin
@@ -32,8 +30,10 @@ from iq_export.engine.targets import resolve_target
 from iq_export.evaluate.perplexity import perplexity
 from iq_export.graph import io
 from iq_export.graph.edit import constant
+from iq_export.observe.samples import Window, load_text, windows
 from iq_export.passes.order import PREPARED, begin, lower
 from iq_export.passes.to_half import to_half
+from iq_export.references import reference_graphs
 from iq_export.run.generate import Tokenizer
 from iq_export.run.ort import CausalLM
 from iq_export.saved_decisions import load_decisions

@@ -6,19 +6,19 @@ import errno
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from iq_export import references
 from iq_export.bundle.package import Bundle, update_manifest
-from iq_export.calibrate.data import text_sha256
 from iq_export.cli import main
 from iq_export.cli.eval import build_references
-from iq_export.compile import CompileOptions, _options_of
+from iq_export.compile import CompileOptions
 from iq_export.errors import BundleError, UsageError
+from iq_export.observe.samples import text_sha256
 from iq_export.progress import Progress
 from tests import lookup
 from tests.cli.conftest import VOCAB, runnable
@@ -181,7 +181,7 @@ def test_what_permits_comes_from_the_command_line(
         asked.append(options)
         raise UsageError("far enough")
 
-    monkeypatch.setattr(sys.modules["iq_export.compile"], "check", check)
+    monkeypatch.setattr(references, "check", check)
     for flags in ([], ["--trust-remote-code"], ["--accept-terms"]):
         assert main(["eval", str(bundle), *flags]) == 2
     permitted = [(options.trust_remote_code, options.accept_terms) for options in asked]
@@ -193,7 +193,7 @@ def test_only_what_makes_the_references_is_read_from_a_manifest(
 ) -> None:
     def options(**recorded: object) -> CompileOptions:
         changed = update_manifest(Bundle.open(bundle), options=recorded)
-        return _options_of(changed, tmp_path / "work")
+        return references._options_of(changed, tmp_path / "work")
 
     found = options(model="org/name", seed=3, force=True, out="/elsewhere", plugin="on", alpha=1)
     assert (found.model, found.seed, found.force, found.plugin) == ("org/name", 3, False, "auto")

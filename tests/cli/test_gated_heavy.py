@@ -20,11 +20,11 @@ import pytest
 from onnxruntime import InferenceSession
 
 from iq_export.bundle.package import Bundle
-from iq_export.calibrate.data import Window, load_text, windows
-from iq_export.compile import reference_graphs
 from iq_export.graph import io
 from iq_export.graph.half import HALF_MAX
 from iq_export.model.fetch import is_cached
+from iq_export.observe.samples import Window, load_text, windows
+from iq_export.references import reference_graphs
 from iq_export.run.generate import Tokenizer
 
 MODEL = "gemma3-270m"

@@ -115,7 +115,7 @@ def test_the_parser_needs_no_heavy_package() -> None:
 
 def test_a_device_needs_no_extra_to_import_what_runs_evaluates_and_builds() -> None:
     modules = ("bundle.package", "bundle.recipe", "run.ort", "run.generate", "evaluate.compare",
-               "report.html", "calibrate.data", "engine.build", "engine.plugin")  # fmt: skip
+               "report.html", "observe.samples", "engine.build", "engine.plugin")  # fmt: skip
     program = f"import importlib\nfor m in {modules!r}: importlib.import_module('iq_export.' + m)"
     run_without(EXTRAS, program)
 

@@ -93,7 +93,7 @@ def traces_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import iq_export.compile  # noqa: F401
 
-    monkeypatch.setattr(sys.modules["iq_export.compile"], "_calibrate_and_rewrite", stop)
+    monkeypatch.setattr(sys.modules["iq_export.compile"], "calibrate_and_rewrite", stop)
 
 
 def _compile(

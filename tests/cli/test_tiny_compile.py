@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from iq_export import saved_decisions
+from iq_export import carry
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.bundle.recipe import recipe_of
 from iq_export.cli import main
@@ -114,7 +114,7 @@ def test_decisions_that_change_while_they_are_used(
     fails at is not what is said."""
     old = tmp_path / "old"
     shutil.copytree(compiled, old)
-    real = saved_decisions.load_decisions
+    real = carry.load_decisions
 
     def load(*args: Any) -> Any:
         found = real(*args)
@@ -127,7 +127,7 @@ def test_decisions_that_change_while_they_are_used(
             raise GraphError("this graph is broken")
         return found
 
-    monkeypatch.setattr(saved_decisions, "load_decisions", load)
+    monkeypatch.setattr(carry, "load_decisions", load)
     argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--decisions", str(old), *SMALL]
     argv += ["--work", str(compiled.parent / "work")]  # it holds the traced graph
     assert main(argv) == BundleError.exit_code

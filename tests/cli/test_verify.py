@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iq_export.baselines import quantized_graph
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.cli import main
 from iq_export.cli.verify import check_steps
@@ -17,7 +18,6 @@ from iq_export.graph import io
 from iq_export.graph.edit import recompute
 from iq_export.graph.sites import find_sites
 from iq_export.passes.to_half import to_half
-from iq_export.rewrite import quantized_graph
 from iq_export.run.ort import CausalLM
 from tests import planted
 

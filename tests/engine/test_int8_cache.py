@@ -10,11 +10,11 @@ import pytest
 from iq_export.engine.build import Profile, Range, build_engine
 from iq_export.engine.plugin import PluginBuild
 from iq_export.engine.targets import resolve_target
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Rewrite, rewrite
 from tests import planted
-from tests.test_rewrite import calibration
+from tests.test_pipeline import calibration
 
 # TensorRT's attention kernel asks for heads of 64.
 DECODER = replace(planted.WITH_DELIMITER, heads=2, kv_heads=2, head_dim=64)

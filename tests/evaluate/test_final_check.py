@@ -8,8 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.calibrate.attention import attentions
-from iq_export.calibrate.data import Window
+from iq_export.baselines import quantized_graph
 from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import (
     MOST_LOST,
@@ -23,14 +22,15 @@ from iq_export.evaluate.final_check import (
     watched,
 )
 from iq_export.graph import io
+from iq_export.graph.attention import attentions
 from iq_export.graph.edit import recompute
 from iq_export.graph.sites import Sites, find_sites
+from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.to_half import to_half
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import quantized_graph
 from tests import planted
 from tests.planted import CPU, Decoder
 

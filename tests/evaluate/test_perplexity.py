@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iq_export.calibrate.data import Window
 from iq_export.errors import DataError, GraphError
 from iq_export.evaluate.perplexity import exp_or_inf, perplexity, score, window_logits
 from iq_export.graph import io
+from iq_export.observe.samples import Window
 from iq_export.passes.to_half import to_half
 from iq_export.run.ort import CausalLM
 from tests import lookup

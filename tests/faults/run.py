@@ -123,7 +123,7 @@ def warm_up(*, torch: bool = True) -> None:
         fuzz.warm_up()
     for name in ("html.entities", "numpy.ma", "pydoc_data.topics", "safetensors.numpy",
                  "onnxruntime", "iq_export.cli.build", "iq_export.compile", "iq_export.plan",
-                 "iq_export.model.trace", "iq_export.rewrite", "iq_export.run.generate",
+                 "iq_export.model.trace", "iq_export.pipeline", "iq_export.run.generate",
                  "iq_export.report.html"):  # fmt: skip
         importlib.import_module(name)
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from iq_export import recipe as recipes
+from iq_export.decide.job import Calibration
 from iq_export.errors import GraphError
 from iq_export.formats.base import WeightFormat, find_format, known_formats, register
 from iq_export.formats.int8_activations import INT8
@@ -17,9 +18,9 @@ from iq_export.formats.int8_weights import INT8_WEIGHTS
 from iq_export.formats.rounding import Rounding
 from iq_export.graph import io
 from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.pipeline import rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import Recipe, load_recipe
-from iq_export.rewrite import Calibration, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
 from tests.formats.power_of_two import POWER_OF_TWO

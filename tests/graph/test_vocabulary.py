@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from iq_export.calibrate.data import Window, check_windows
 from iq_export.errors import DataError, GraphError
 from iq_export.evaluate.compare import compare
 from iq_export.graph.vocabulary import Vocabulary, read_vocabulary
+from iq_export.observe.samples import Window, check_windows
 from iq_export.run.generate import generate
 from iq_export.run.ort import CausalLM
 

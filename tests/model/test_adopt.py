@@ -9,13 +9,14 @@ import onnx
 import pytest
 from onnxruntime import InferenceSession
 
+from iq_export.decide.job import Calibration
 from iq_export.errors import GraphError, ModelError
 from iq_export.graph import io
 from iq_export.model.load import resolve
 from iq_export.model.trace import trace
+from iq_export.pipeline import rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
 from tests.planted import CPU, logits

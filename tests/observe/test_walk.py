@@ -14,9 +14,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from iq_export.calibrate.data import Window
 from iq_export.errors import EngineError, GraphError
 from iq_export.observe import walk as walking
+from iq_export.observe.samples import Window
 from iq_export.observe.segments import segments
 from iq_export.observe.walk import Graph, walk
 from iq_export.passes.to_half import to_half

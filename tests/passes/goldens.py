@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.formats.int4_weights import INT4_WEIGHTS
 from iq_export.formats.rounding import W8A8, Rounding
 from iq_export.graph.sites import find_sites
@@ -25,8 +26,6 @@ from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.to_half import to_half
-from iq_export.quant.search import SmoothingChoice
-from iq_export.quant.smoothing import Smoothing
 from iq_export.sinks.lifecycle import EarlySite, Lifecycle
 from iq_export.sinks.ops import functions
 from iq_export.sinks.templates import (

@@ -7,13 +7,12 @@ import onnx_ir as ir
 import pytest
 from onnxruntime import InferenceSession
 
-from iq_export.calibrate.data import Window
+from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.graph.sites import find_sites
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import walk
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.progress import Progress
-from iq_export.quant.search import SmoothingChoice
-from iq_export.quant.smoothing import Smoothing
 from iq_export.run.ort import CausalLM
 from tests.planted import Planted, logits
 

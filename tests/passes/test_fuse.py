@@ -16,14 +16,14 @@ from iq_export.graph import io
 from iq_export.graph.edit import constant
 from iq_export.passes.fuse import Fusion, fuse
 from iq_export.passes.rotate import hadamard
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Rewrite, rewrite
 from iq_export.run.ort import CausalLM
 from iq_export.sinks.ops import DOMAIN, FUSED_OPS
 from tests import planted
 from tests.planted import Decoder, logits
-from tests.test_rewrite import calibration
+from tests.test_pipeline import calibration
 
 Make = Callable[..., Rewrite]
 ROWS = [window.ids for window in planted.windows(Decoder(), count=4, seed=9)]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from iq_export.decide.restore import with_restore
 from iq_export.graph import io
 from iq_export.passes.insert_sinks import index_name, insert_sinks
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM
-from iq_export.sinks.calibrate import with_restore
 from iq_export.sinks.templates import KV, NORM_AND_KV, SinkTemplates
 from tests.passes.test_insert_sinks import rows, sink_nodes
 from tests.planted import CPU, DELIMITER, Planted, logits

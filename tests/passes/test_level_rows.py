@@ -67,7 +67,7 @@ def test_small_rows_survive_a_range_made_for_large_ones(tmp_path: Path) -> None:
     rows = [[loud, *row[1:]] for row in ROWS]
 
     def peaks(path: Path, names: list[str]) -> dict[str, float]:
-        from iq_export.calibrate.data import Window
+        from iq_export.observe.samples import Window
         from iq_export.observe.walk import walk
         from iq_export.progress import Progress
 

@@ -10,12 +10,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from iq_export.decide.job import Calibration
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
 from iq_export.passes.own_weights import own_weights
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, Rewrite, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
 from tests.planted import CPU, logits

@@ -15,14 +15,14 @@ from iq_export.graph import io
 from iq_export.graph.sites import find_sites
 from iq_export.passes.order import INSERTED
 from iq_export.passes.quantize_cache import quantize_cache
+from iq_export.pipeline import Rewrite, rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Rewrite, rewrite
 from iq_export.run.generate import generate
 from iq_export.run.ort import CausalLM, left_pad
 from tests import planted
 from tests.planted import DELIMITER, logits
-from tests.test_rewrite import calibration
+from tests.test_pipeline import calibration
 
 DECODERS = {
     "spiky": planted.Decoder(),

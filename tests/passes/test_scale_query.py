@@ -9,15 +9,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.calibrate.attention import PeakObserver, attentions
-from iq_export.calibrate.data import Window
+from iq_export.decide.job import Calibration
 from iq_export.errors import GraphError
 from iq_export.graph import io
+from iq_export.graph.attention import attention_scale, attentions
+from iq_export.observe.peaks import PeakObserver
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import observe
-from iq_export.passes.scale_query import attention_scale, scale_queries
+from iq_export.passes.scale_query import scale_queries
+from iq_export.pipeline import rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import Calibration, rewrite
 from iq_export.run.ort import CausalLM
 from tests import planted
 from tests.planted import CPU, Decoder, logits

@@ -33,7 +33,7 @@ def loaded(path: Path) -> tuple[ir.Model, Sites]:
 
 def peaks(path: Path, names: list[str], rows: list[list[int]]) -> np.ndarray:
     """Largest magnitude of each value over `rows`."""
-    from iq_export.calibrate.data import Window
+    from iq_export.observe.samples import Window
     from iq_export.observe.walk import walk
     from iq_export.progress import Progress
 

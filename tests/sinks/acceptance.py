@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from iq_export.calibrate.data import Window
+from iq_export.observe.samples import Window
 
 LIVING = 300
 CALM = 200

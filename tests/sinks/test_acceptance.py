@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iq_export.calibrate.token_stats import TokenStats, observe_tokens
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
+from iq_export.observe.token_stats import TokenStats, observe_tokens
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM
 from iq_export.sinks.lifecycle import discover

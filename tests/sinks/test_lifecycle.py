@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from iq_export.calibrate.token_stats import TokenStats
+from iq_export.observe.token_stats import TokenStats
 from iq_export.sinks.lifecycle import Lifecycle, discover, everyone_spikes, threshold_between
 from tests.planted import DELIMITER, Planted
 

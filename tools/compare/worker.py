@@ -22,10 +22,10 @@ import onnx
 
 from iq_export.bundle.lock import claim
 from iq_export.bundle.manifest import write_atomically
-from iq_export.calibrate.data import Window, windows
 from iq_export.errors import DataError, IqError
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
+from iq_export.observe.samples import Window, windows
 from iq_export.progress import Progress
 from iq_export.run.generate import Tokenizer
 from iq_export.run.ort import CausalLM

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from iq_export.calibrate.token_stats import TokenStats
+from iq_export.observe.token_stats import TokenStats
 from iq_export.sinks.lifecycle import discover
 from tools.discovery.models import Model
 from tools.discovery.score import Outcome, check_planted, judge, observed, summary

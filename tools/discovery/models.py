@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from iq_export.calibrate.data import Window
+from iq_export.observe.samples import Window
 
 FIRST = -1  # as the token of a Group: position 0, whatever stands there
 # The smallest ratio of what is planted as a spike.

@@ -1,0 +1,285 @@
+"""Choose every activation's range and round every weight, one block behind the other.
+
+Every block sees what the quantized blocks before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from iq_export.checkpoint import Checkpoint
+from iq_export.decide.codes import CodeFile, CodeStore
+from iq_export.decide.job import Job
+from iq_export.decide.search import choose_clip, unit_rows
+from iq_export.decisions import Decisions
+from iq_export.errors import GraphError
+from iq_export.formats.base import ActivationFormat
+from iq_export.formats.gptq import Curvature, Gram
+from iq_export.formats.int8_activations import INT8
+from iq_export.formats.rounding import Rounding
+from iq_export.graph.sites import Block, Linear, Sites
+from iq_export.observe.block_walk import BlockWalk
+from iq_export.observe.ranges import TensorStats, rows_per_window, sampled_rows
+from iq_export.observe.samples import Window
+from iq_export.observe.walk import Carried
+from iq_export.passes.insert_sinks import index_scopes
+from iq_export.passes.order import INSERTED, PREPARED
+from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.progress import Progress
+from iq_export.recipe import Recipe
+from iq_export.sinks.templates import SinkTemplates
+
+# Shares of the way, as factors, from the full range to that of least error (docs/design.md). MLPs
+# write the spikes: what is clipped in front of them costs more than its squared error says. Without
+# a rotation a spike is one channel's, and clipping it hurts no other.
+_ATTENTION_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.5
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One activation quantizer: `before` is the traced tensor, `after` the one that is quantized.
+
+    `clip` is the kept share of the semantic absmax, `output_error` the relative squared error it
+    causes on the sampled outputs of its products.
+    """
+
+    name: str
+    linears: tuple[str, ...]  # the products' nodes
+    scale: float
+    clip: float
+    output_error: float
+    before: TensorStats
+    after: TensorStats
+    format: ActivationFormat = INT8
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a block gave: its quantizers, and the codes of its weights."""
+
+    quantizers: dict[str, Quantizer]
+    codes: dict[str, CodeFile]
+
+
+def calibrate_blocks(
+    model: ir.Model,
+    sites: Sites,
+    before: Mapping[str, TensorStats],
+    sinks: Sequence[SinkTemplates],
+    recipe: Recipe,
+    windows: Sequence[Window],
+    codes: CodeStore,
+    *,
+    seed: int,
+    providers: Sequence[str],
+    progress: Progress,
+    kept: Checkpoint,
+) -> dict[str, Quantizer]:
+    """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
+
+    `before`: statistics of the traced graph by a product's input. The weights are rounded on the
+    way, into `codes`.
+
+    Raises GraphError for an activation that is zero throughout.
+    """
+    nodes = {node.name: node for node in model.graph}
+    readers: dict[str, list[Linear]] = {}
+    for linear in sites.linears:
+        readers.setdefault(str(nodes[linear.node].inputs[0].name), []).append(linear)
+    widths = {name: linears[0].in_features for name, linears in readers.items()}
+    per_window = rows_per_window(len(windows))
+    scopes = {
+        name: scope
+        for number, templates in enumerate(sinks)
+        for name, scope in index_scopes(number, templates, sites).items()
+    }
+    walk = BlockWalk(model, sites, windows, list(scopes), providers)
+    found = _taken(kept, walk, codes, progress)
+    for block in sites.blocks[walk.block :]:
+        inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
+        names = [name for name, linears in readers.items() if linears[0].node in inside]
+        here = [linear for name in names for linear in readers[name]]
+        with _computed(nodes, here) as weights:
+            stats = {name: TensorStats.empty(widths[name]) for name in names}
+            compensated = names if recipe.gptq else []
+            grams = {name: Gram(widths[name]) for name in compensated}
+            for number, values in walk.observe(names):
+                length = len(windows[number].ids)
+                sample = sampled_rows(length, per_window, seed, number)
+                for name in names:
+                    masks = [
+                        values[index] > 0
+                        for index, scope in scopes.items()
+                        if readers[name][0].node in scope
+                    ]
+                    sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
+                    stats[name].add(values[name], sunk, sample, number)
+                    if recipe.gptq:
+                        rows = values[name][~sunk] if sunk.any() else values[name]
+                        rows = unit_rows(rows) if recipe.activations is None else rows
+                        grams[name].add(rows)
+            for name in names:
+                linears, tensor = readers[name], stats[name]
+                if recipe.activations is not None:
+                    read = [weights[linear.node] for linear in linears]
+                    strength = _clip_strength(linears[0], block, recipe)
+                    found[name] = _quantizer(
+                        name, linears, read, tensor, before, recipe.rounding, strength
+                    )
+                assert recipe.weights is not None
+                together = np.concatenate([weights[linear.node] for linear in linears], axis=1)
+                if recipe.gptq:
+                    curvature = Curvature(grams.pop(name).total())
+                    rounded = recipe.weights.compensate(together, curvature)
+                else:
+                    rounded = recipe.weights.round(together, (tensor.rows**2).mean(0))
+                ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+                apart = (np.split(each, ends, axis=-1) for each in rounded)
+                for linear, *its in zip(linears, *apart, strict=True):
+                    codes.add(linear.weight, *map(np.ascontiguousarray, its))
+                tensor.rows = tensor.rows[:0].copy()  # all that they were for is decided
+        plan = QuantizePlan(
+            tuple(here),
+            recipe.rounding,
+            {name: found[name].scale for name in names if name in found},
+            codes=codes,
+        )
+        walk.advance(partial(quantize, plan=plan))
+        _keep(kept, walk, codes, plan, {name: found[name] for name in names if name in found})
+        progress.update(block.index + 1, len(sites.blocks))
+    return found
+
+
+@contextmanager
+def _computed(
+    nodes: Mapping[str | None, ir.Node], linears: Sequence[Linear]
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the products multiply with in this graph, whatever passes have called it, by node:
+    computed once, and what the graph has until the block ends."""
+    read: dict[str, tuple[ir.Value, ir.TensorProtocol]] = {}
+    for linear in linears:
+        value = nodes[linear.node].inputs[1]
+        assert value is not None and value.const_value is not None
+        read[linear.node] = value, value.const_value
+    arrays = {node: tensor.numpy() for node, (_, tensor) in read.items()}
+    for node, (value, _) in read.items():
+        value.const_value = ir.Tensor(arrays[node], name=value.name)
+    try:
+        yield arrays
+    finally:
+        for value, tensor in read.values():
+            value.const_value = tensor
+
+
+def _taken(
+    kept: Checkpoint, walk: BlockWalk, codes: CodeStore, progress: Progress
+) -> dict[str, Quantizer]:
+    """The quantizers of the blocks that an interrupted run finished; the walk is behind them."""
+    count = 0
+    while _block(count) in kept:
+        count += 1
+    every = len(walk.sites.blocks)
+    goes_on = (n for n in range(1, count + 1) if n == every or _behind(n) in kept)
+    count = max(goes_on, default=0)
+    if count:
+        progress.note(f"taken from the run that was interrupted: {count} of {every} blocks")
+    found: dict[str, Quantizer] = {}
+    for number in range(count):
+        finished = kept.get(_block(number), _Finished)
+        found |= finished.quantizers
+        codes.take(finished.codes)
+    walk.block = count
+    if 0 < count < every:
+        walk.carried = kept.get(_behind(count), list[Carried])
+    return found
+
+
+def _keep(
+    kept: Checkpoint,
+    walk: BlockWalk,
+    codes: CodeStore,
+    plan: QuantizePlan,
+    quantizers: dict[str, Quantizer],
+) -> None:
+    """Keep the block behind which the walk is, and what goes on to the next one: no other's."""
+    written = codes.files(linear.weight for linear in plan.linears)
+    values: dict[str, object] = {}
+    if walk.block < len(walk.sites.blocks):
+        values[_behind(walk.block)] = walk.carried
+    values[_block(walk.block - 1)] = _Finished(quantizers, written)
+    kept.put(
+        values,
+        files=[codes.folder / file.name for file in written.values()],
+        drop=_behind(walk.block - 1),
+    )
+
+
+def _block(number: int) -> str:
+    return f"block {number}"
+
+
+def _behind(count: int) -> str:
+    return f"behind {count} blocks"
+
+
+def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
+    if linear not in block.mlp.linears:
+        return _ATTENTION_CLIP
+    bare = linear == block.mlp.output and recipe.rotation is None
+    assert recipe.activations is not None
+    return _UNROTATED_DOWN_CLIP if bare else recipe.activations.mlp_clip
+
+
+def _quantizer(
+    name: str,
+    linears: Sequence[Linear],
+    weights: Sequence[np.ndarray],
+    tensor: TensorStats,
+    before: Mapping[str, TensorStats],
+    rounding: Rounding,
+    strength: float,
+) -> Quantizer:
+    if tensor.absmax_semantic <= 0:
+        raise GraphError(
+            f"Tensor {name!r} is zero for every calibration token, so it has no range; use a "
+            "calibration text that resembles the model's use."
+        )
+    assert rounding.activations is not None
+    clip, error = choose_clip(tensor.rows, tensor.absmax_semantic, weights, rounding, strength)
+    scale = rounding.activations.scale(clip * tensor.absmax_semantic)
+    nodes = tuple(linear.node for linear in linears)
+    return Quantizer(
+        name, nodes, scale, clip, error, before[linears[0].input], tensor, rounding.activations
+    )
+
+
+def calibrate_quantizers(
+    job: Job,
+    chosen: Decisions,
+    before: Mapping[str, TensorStats],
+    power: Mapping[str, np.ndarray],
+    store: CodeStore,
+) -> tuple[Decisions, dict[str, Quantizer]]:
+    """Ranges of activations and codes of weights."""
+    recipe, options = chosen.recipe, job.options
+    if recipe.weights is None:
+        return chosen, {}
+    if recipe.activations is None and not recipe.gptq:
+        nodes = {node.name: node for node in job.at(PREPARED, chosen).graph}
+        for linear in job.sites.linears:
+            weight = nodes[linear.node].inputs[1].const_value.numpy()
+            store.add(linear.weight, *recipe.weights.round(weight, power[linear.input]))
+        return replace(chosen, codes=store), {}
+    with options["progress"].step("Calibrate quantizers"):
+        quantizers = calibrate_blocks(
+            job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe,
+            job.data.windows, store, seed=job.data.seed, kept=job.kept, **options,
+        )  # fmt: skip
+    activations = {name: q.scale for name, q in quantizers.items()}
+    return replace(chosen, activations=activations, codes=store), quantizers
