@@ -169,8 +169,8 @@ def _steps(checked: Checked, options: CompileOptions) -> list[str]:
         return ["Trace", "Quantize", "Check the quantized graph", *engines]
     steps = ["Trace", "Observe tokens", "Fit sinks", "Observe ranges", "Smooth and rotate"]
     steps.append("Insert sinks")
-    if checked.recipe.activations is not None or checked.recipe.gptq:
-        steps.append("Calibrate quantizers")
+    if checked.recipe.weights is not None:
+        steps.append("Calibrate quantizers" if checked.recipe.calibrates else "Round weights")
     if checked.recipe.cache is not None:
         steps.append("Calibrate the KV cache")
     steps.append("Choose the insertion")

@@ -58,6 +58,12 @@ class Recipe:
         return Rounding(self.weights, self.activations)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether its products' inputs are measured block by block: else weights alone are rounded,
+        to the nearest."""
+        return self.activations is not None or self.gptq
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """Those of all roles that are quantized."""
         found = (self.weights, self.activations, self.cache, self.head)

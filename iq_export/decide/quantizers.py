@@ -13,13 +13,14 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from iq_export import parallel
 from iq_export.checkpoint import Checkpoint
 from iq_export.decide.codes import CodeFile, CodeStore
 from iq_export.decide.job import Job
 from iq_export.decide.search import choose_clip, unit_rows
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
-from iq_export.formats.base import ActivationFormat
+from iq_export.formats.base import ActivationFormat, Codes
 from iq_export.formats.gptq import Curvature, Gram
 from iq_export.formats.int8_activations import INT8
 from iq_export.formats.rounding import Rounding
@@ -259,6 +260,33 @@ def _quantizer(
     )
 
 
+def round_weights(
+    job: Job, chosen: Decisions, power: Mapping[str, np.ndarray], codes: CodeStore
+) -> None:
+    """To the nearest, into `codes`; `power`: the mean square of every channel of a product's input,
+    by its name."""
+    format_, kept, progress = chosen.recipe.weights, job.kept, job.options["progress"]
+    assert format_ is not None
+    nodes = {node.name: node for node in job.at(PREPARED, chosen).graph}
+
+    def rounded(linear: Linear) -> Codes:
+        weight = nodes[linear.node].inputs[1].const_value.numpy()
+        return format_.round(weight, power[linear.input])
+
+    for block in job.sites.blocks:
+        name = _block(block.index)
+        linears = [*block.attention.linears, *block.mlp.linears]
+        if name in kept:
+            codes.take(kept.get(name, _Finished).codes)
+        else:
+            for linear, its in zip(linears, parallel.each(rounded, linears), strict=True):
+                codes.add(linear.weight, *its)
+            written = codes.files(linear.weight for linear in linears)
+            files = [codes.folder / file.name for file in written.values()]
+            kept.put({name: _Finished({}, written)}, files=files)
+        progress.update(block.index + 1, len(job.sites.blocks))
+
+
 def calibrate_quantizers(
     job: Job,
     chosen: Decisions,
@@ -270,11 +298,9 @@ def calibrate_quantizers(
     recipe, options = chosen.recipe, job.options
     if recipe.weights is None:
         return chosen, {}
-    if recipe.activations is None and not recipe.gptq:
-        nodes = {node.name: node for node in job.at(PREPARED, chosen).graph}
-        for linear in job.sites.linears:
-            weight = nodes[linear.node].inputs[1].const_value.numpy()
-            store.add(linear.weight, *recipe.weights.round(weight, power[linear.input]))
+    if not recipe.calibrates:
+        with options["progress"].step("Round weights"):
+            round_weights(job, chosen, power, store)
         return replace(chosen, codes=store), {}
     with options["progress"].step("Calibrate quantizers"):
         quantizers = calibrate_blocks(
