@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from iq_export.formats.base import StoredCodes
 from iq_export.recipe import Recipe
 from iq_export.sinks.templates import SinkTemplates
-
-# weight name -> codes `[in, out]` and scales, in memory or on disk
-Codes = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Decisions:
     whose scale moves to the query. `smoothing`: factors by value name. `side`: channels that
     bypass the quantizer in front of a product (node name). `sinks`: the lifecycles that are
     replaced, each with its form, templates and thresholds. `activations`: scale by value name.
-    `codes`: rounded weights. `cache`: scale by the name of a step's keys or values. `left`:
+    `codes`: of rounded weights. `cache`: scale by the name of a step's keys or values. `left`:
     products (node names) that stay in float. Rotations, levelled rows and number formats follow
     from `recipe`.
     """
@@ -70,7 +68,7 @@ class Decisions:
     side: Mapping[str, np.ndarray] = field(default_factory=dict)
     sinks: tuple[SinkTemplates, ...] = ()
     activations: Mapping[str, float] = field(default_factory=dict)
-    codes: Codes = field(default_factory=dict)
+    codes: Mapping[str, StoredCodes] = field(default_factory=dict)
     cache: Mapping[str, float] = field(default_factory=dict)
     left: frozenset[str] = frozenset()
 

@@ -18,6 +18,7 @@ from iq_export.bundle.package import PLAN_NAME, Bundle
 from iq_export.bundle.recipe import recipe_of
 from iq_export.decisions import Decisions, Smoothing, SmoothingChoice
 from iq_export.errors import BundleError, IqError
+from iq_export.formats.base import StoredCodes
 from iq_export.graph import io
 from iq_export.graph.sites import Sites
 from iq_export.passes.order import begin
@@ -204,8 +205,8 @@ def _positive(value: Any) -> bool:
     return bool((np.isfinite(value) & (np.asarray(value) > 0)).all())
 
 
-class _ShippedCodes(Mapping[str, tuple[np.ndarray, np.ndarray]]):
-    """Weight name -> codes and float32 scales, read from the graph that ships when asked for."""
+class _ShippedCodes(Mapping[str, StoredCodes]):
+    """By weight name, in the graph that ships."""
 
     def __init__(self, model: Path, sites: Sites) -> None:
         nodes = {node.name: node for node in io.load(model).graph}
@@ -216,12 +217,13 @@ class _ShippedCodes(Mapping[str, tuple[np.ndarray, np.ndarray]]):
             producer = None if value is None else value.producer()
             if producer is not None and producer.op_type == "DequantizeLinear":
                 codes, scales = (v.const_value for v in producer.inputs[:2] if v is not None)
-                if codes is not None and scales is not None:
+                size = (linear.in_features, linear.out_features)
+                if codes is not None and scales is not None and codes.shape == size:
                     self._found[linear.weight] = codes, scales
 
-    def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, name: str) -> StoredCodes:
         codes, scales = self._found[name]
-        return codes.numpy(), scales.numpy().astype(np.float32)
+        return StoredCodes(codes.numpy, scales.numpy().astype(np.float32))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)

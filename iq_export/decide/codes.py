@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-Rounded = tuple[np.ndarray, np.ndarray]
+from iq_export.formats.base import StoredCodes
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class CodeFile:
     scales: np.ndarray
 
 
-class CodeStore(Mapping[str, Rounded]):
-    """Weight name -> codes `[in, out]`, int8 or int4, and float32 scales: read when asked for."""
+class CodeStore(Mapping[str, StoredCodes]):
+    """By weight name: codes int8 or int4, scales float32."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,11 +43,15 @@ class CodeStore(Mapping[str, Rounded]):
         """Go on with what another store wrote to the same folder."""
         self._files |= files
 
-    def __getitem__(self, name: str) -> Rounded:
+    def __getitem__(self, name: str) -> StoredCodes:
         file = self._files[name]
-        # Not mapped: what is read of a file then stays resident.
-        codes = np.load(self.folder / file.name)
-        return codes.view(ml_dtypes.int4) if file.is_int4 else codes, file.scales
+
+        def read() -> np.ndarray:
+            # Not mapped: what is read of a file then stays resident.
+            codes = np.load(self.folder / file.name)
+            return codes.view(ml_dtypes.int4) if file.is_int4 else codes
+
+        return StoredCodes(read, file.scales)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -24,6 +25,15 @@ HALF = "half"
 # Codes `[in, out]` of a weight, and its scales as DequantizeLinear takes them, float32, the last
 # axis that of the outputs: products of one input are rounded side by side.
 Codes = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """Of a weight that is rounded already: what reads its codes `[in, out]`, kept by nobody, and
+    its `scales`."""
+
+    read: Callable[[], np.ndarray]
+    scales: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -98,9 +108,9 @@ class WeightFormat(Format):
         node: ir.Node,
         *,
         importance: np.ndarray | None = None,
-        codes: Codes | None = None,
+        stored: StoredCodes | None = None,
     ) -> ir.Value:
-        """`weight` dequantized, for the product `node`; from `codes` where it is rounded already.
+        """`weight` dequantized, for the product `node`; from `stored` where it is rounded already.
 
         Raises UsageError for a width that the format does not take.
         """
@@ -109,10 +119,14 @@ class WeightFormat(Format):
         in_features, _ = source.shape.numpy()
         self.check(str(weight.name), in_features)
         name = f"{weight.name}.{self.dtype.name.lower()}"
-        if codes is None:
+        if stored is None:
             tensor, scales = self.constant(source, name, importance)
         else:
-            tensor, scales = ir.Tensor(codes[0], dtype=self.dtype, name=name), codes[1]
+            tensor = ir.LazyTensor(
+                lambda: ir.Tensor(stored.read(), dtype=self.dtype, name=name),
+                dtype=self.dtype, shape=ir.Shape(source.shape.numpy()), name=name,
+            )  # fmt: skip
+            scales = stored.scales
         attributes = self.attributes(in_features)
         return qdq.dequantized_weight(graph, weight, node, tensor, scales, attributes)
 

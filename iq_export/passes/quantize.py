@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.errors import GraphError
-from iq_export.formats.base import Codes
+from iq_export.formats.base import StoredCodes
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.sites import Linear
 
@@ -28,15 +28,15 @@ from iq_export.graph.sites import Linear
 class QuantizePlan:
     """What to quantize, in which formats. `scales`: value name -> that of an activation.
 
-    `importance`: weight name -> float32 `[in]`. `codes`: weight name -> codes and scales, where
-    they are rounded already.
+    `importance`: weight name -> float32 `[in]`. `codes`: by weight name, where they are rounded
+    already.
     """
 
     linears: tuple[Linear, ...]
     rounding: Rounding
     scales: Mapping[str, float] = field(default_factory=dict)
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
-    codes: Mapping[str, Codes] = field(default_factory=dict)
+    codes: Mapping[str, StoredCodes] = field(default_factory=dict)
 
 
 def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
@@ -61,8 +61,8 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
                 dequantized[value.name] = activations.write(graph, value, scale)
             node.replace_input_with(0, dequantized[value.name])
         if weights is not None:
-            importance, codes = plan.importance.get(linear.weight), plan.codes.get(linear.weight)
-            new = weights.write(graph, weight, node, importance=importance, codes=codes)
+            importance, stored = plan.importance.get(linear.weight), plan.codes.get(linear.weight)
+            new = weights.write(graph, weight, node, importance=importance, stored=stored)
             node.replace_input_with(1, new)
     RemoveUnusedNodesPass()(model)  # the float weights
     return bool(plan.linears)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 from onnxruntime import InferenceSession
 
+from iq_export.decide.codes import CodeStore
+from iq_export.formats.base import WeightFormat
 from iq_export.formats.int4_weights import INT4_WEIGHTS
 from iq_export.formats.int8_weights import INT8_WEIGHTS
 from iq_export.formats.rounding import W8A8, Rounding
@@ -165,6 +169,30 @@ def test_weight_shared_by_two_products(calm: Planted) -> None:
     nodes[second.node].replace_input_with(1, nodes[first.node].inputs[1])
     quantize(model, QuantizePlan((first, second), Rounding(INT8_WEIGHTS, None)))
     InferenceSession(saved(calm, model, "shared.onnx"))
+
+
+@pytest.mark.parametrize("format_", [INT8_WEIGHTS, INT4_WEIGHTS])
+def test_stored_codes_are_in_no_graph_in_memory(
+    calm: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: WeightFormat
+) -> None:
+    """They are read from the disk when the graph is written: those of 7 B weights take 7 GB."""
+    model, linears = calm.load(), calm.sites.blocks[0].mlp.linears
+    nodes, store = {node.name: node for node in model.graph}, CodeStore(tmp_path / "codes")
+    right = {}
+    for linear in linears:
+        right[linear.weight] = format_.round(nodes[linear.node].inputs[1].const_value.numpy())
+        store.add(linear.weight, *right[linear.weight])
+    reads: list[str] = []
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda path: (reads.append(path.name), load(path))[1])
+    quantize(model, QuantizePlan(linears, Rounding(format_, None), codes=store))
+    assert not reads
+    path = Path(saved(calm, model, "stored.onnx"))
+    assert len(reads) >= len(linears)
+    written = io.load(path).graph.initializers
+    for name, (codes, scales) in right.items():
+        assert (written[f"{name}.{format_.dtype.name.lower()}"].const_value.numpy() == codes).all()
+        assert (written[f"{name}.scale"].const_value.numpy() == scales).all()
 
 
 @pytest.mark.parametrize("half", [False, True])
