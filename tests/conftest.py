@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from iq_export.engine.plugin import PluginBuild, build_plugin, find_headers, find_nvcc
 from tests import planted
+from tests.shared import made_once
 
 # A shell that starts us in the background, or nohup, has us and all our children ignore these; what
 # is tested answers to them.
@@ -88,6 +92,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> PluginBuild:
+    """The plugin, compiled once for sm_86; skips where a tool is missing, or the headers and the
+    network. Tests must not change it."""
+
+    def make(folder: Path) -> None:
+        if find_nvcc() is not None and find_headers() is None:
+            root = Path(__file__).resolve().parents[1]
+            command = [sys.executable, str(root / "tools" / "fetch_trt_headers.py")]
+            subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(root)})
+        build = build_plugin(folder, (86,), warnings_are_errors=True)
+        if build.path is None and build.reason.startswith("no plugin:"):
+            pytest.skip(build.reason)
+        assert build.path is not None, build.reason
+        (folder / "build.json").write_text(json.dumps(asdict(build), default=str))
+
+    folder = made_once(tmp_path_factory, "plugin", make)
+    made = json.loads((folder / "build.json").read_text())
+    made |= {"path": Path(made["path"]), "architectures": tuple(made["architectures"])}
+    return PluginBuild(**made)
 
 
 @pytest.fixture(scope="session")
