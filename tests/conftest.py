@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ import pytest
 
 from iq_export.engine.plugin import PluginBuild, build_plugin, find_headers, find_nvcc
 from tests import planted
+from tests.host import build
 from tests.shared import made_once
 
 # A shell that starts us in the background, or nohup, has us and all our children ignore these; what
@@ -117,6 +120,15 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> PluginBuild:
 
 
 @pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels' arithmetic on the CPU; needs CUDA's headers, but neither TensorRT nor a GPU."""
+    folder = made_once(
+        tmp_path_factory, "host", lambda folder: build(folder, "iq_host_test", {"IQ_TESTS": "ON"})
+    )
+    return ctypes.CDLL(str(folder / "libiq_host_test.so"))
+
+
+@pytest.fixture(scope="session")
 def spiky(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
     """A tiny model whose position 0 spikes, observed and with sinks inserted. Do not change it."""
     return planted.observe(planted.Decoder(), tmp_path_factory.mktemp("spiky"))
@@ -140,11 +152,17 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
     return planted.observe(planted.NO_SPIKES, tmp_path_factory.mktemp("calm"))
 
 
+# Of two processes neither should be left alone with the last of them.
+_LONGEST = ("smollm2", "tests/model", "tests/cli", "tests/runtime", "tests", "tests/tools",
+            "tests/passes", "tests/plugins", "tests/engine")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, with the reason, where there is no GPU. SmolLM2 takes longest: first."""
+    """Skip GPU tests, with the reason, where there is no GPU. What takes longest comes first."""
     from iq_export.engine.trt import device_compute_capability
 
-    items.sort(key=lambda item: not _reads_smollm2(str(item.path)))
+    places = {scope: place for place, scope in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(_scope(item.config, item.nodeid), len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and device_compute_capability() is None:
         for item in marked:
@@ -160,12 +178,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     class ByFolder(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.split("::", maxsplit=1)[0]
-            return (
-                "smollm2" if _reads_smollm2(str(config.rootpath / path)) else str(Path(path).parent)
-            )
+            return _scope(config, nodeid)
 
     return ByFolder(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _scope(config: pytest.Config, nodeid: str) -> str:
+    path = nodeid.split("::", maxsplit=1)[0]
+    return "smollm2" if _reads_smollm2(str(config.rootpath / path)) else str(Path(path).parent)
 
 
 @cache

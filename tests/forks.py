@@ -4,6 +4,7 @@ of a process that has imported everything, computed nothing and started no threa
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -62,6 +63,7 @@ def _serve(number: int) -> None:
     from tests.faults.run import warm_up
 
     warm_up()
+    gc.freeze()  # else the first collection in each child copies all of this
     requests = socket.socket(fileno=number)
     while True:
         argv, streams, _, _ = socket.recv_fds(requests, _LONGEST, 1)

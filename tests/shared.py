@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 
-def made_once(
-    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
-) -> Path:
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that `make` has filled; the first process that asks does, and others wait for it.
 
     Tests must not write in it. What `make` raises (also a skip) is raised; the next one to ask

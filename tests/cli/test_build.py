@@ -205,9 +205,7 @@ def test_recipe_for_study_has_no_engine(
     assert f"recipe '{recipe}' is for study" in capsys.readouterr().err
 
 
-def test_plugin_form(
-    built: Path, plugin: PluginBuild, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plugin_form(built: Path, plugin: PluginBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the plugin that other tests have compiled."""
     pytest.importorskip("tensorrt_rtx")
 
