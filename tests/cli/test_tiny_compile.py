@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,12 +33,18 @@ EVAL = ("--windows", "4", "--length", "64", "--quiet")
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(
+    tiny_model: Path,
+    export_once: Callable[..., int | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A W8A8 bundle of the tiny model with its work folder beside it."""
     folder = tmp_path_factory.mktemp("compiled")
     work = str(folder / "work")
     argv = ["compile", str(tiny_model), str(folder / "bundle"), *SMALL, *SHAPES]
-    assert main([*argv, "--work", work, "--keep-work"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iq_export.model.trace._export", export_once)
+        assert main([*argv, "--work", work, "--keep-work"]) == 0
     return folder / "bundle"
 
 
@@ -224,8 +230,8 @@ def test_same_input_same_files(compiled: Path, tiny_model: Path, tmp_path: Path)
 
 
 def test_a_full_disk_behind_the_bundle_keeps_it(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path, tmp_path: Path, export_once: Callable[..., int | None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Only the graph that was to be kept is lost, and that is said."""
 
@@ -233,6 +239,7 @@ def test_a_full_disk_behind_the_bundle_keeps_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Work, "keep_trace", full)
+    monkeypatch.setattr("iq_export.model.trace._export", export_once)
     argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--recipe", "fp16", "--target",
             "h100", "--samples", "1", "--length", "32", "--insertion", "norm",
             "--keep-work"]  # fmt: skip
@@ -271,8 +278,10 @@ def test_dry_run_writes_nothing(
 
 
 def test_calibration_shorter_than_one_window(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_model: Path, tmp_path: Path, export_once: Callable[..., int | None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("iq_export.model.trace._export", export_once)
     text = tmp_path / "short.txt"
     text.write_text("A few words only.")
     argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--calibration", str(text), *SMALL]
