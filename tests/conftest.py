@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from iq_export.engine.plugin import PluginBuild, build_plugin, find_headers, find_nvcc
 from tests import planted
+from tests.host import build
+from tests.shared import made_once
 
 # A shell that starts us in the background, or nohup, has us and all our children ignore these; what
 # is tested answers to them.
@@ -91,6 +98,37 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> PluginBuild:
+    """The plugin, compiled once for sm_86; skips where a tool is missing, or the headers and the
+    network. Tests must not change it."""
+
+    def make(folder: Path) -> None:
+        if find_nvcc() is not None and find_headers() is None:
+            root = Path(__file__).resolve().parents[1]
+            command = [sys.executable, str(root / "tools" / "fetch_trt_headers.py")]
+            subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(root)})
+        build = build_plugin(folder, (86,), warnings_are_errors=True)
+        if build.path is None and build.reason.startswith("no plugin:"):
+            pytest.skip(build.reason)
+        assert build.path is not None, build.reason
+        (folder / "build.json").write_text(json.dumps(asdict(build), default=str))
+
+    folder = made_once(tmp_path_factory, "plugin", make)
+    made = json.loads((folder / "build.json").read_text())
+    made |= {"path": Path(made["path"]), "architectures": tuple(made["architectures"])}
+    return PluginBuild(**made)
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels' arithmetic on the CPU; needs CUDA's headers, but neither TensorRT nor a GPU."""
+    folder = made_once(
+        tmp_path_factory, "host", lambda folder: build(folder, "iq_host_test", {"IQ_TESTS": "ON"})
+    )
+    return ctypes.CDLL(str(folder / "libiq_host_test.so"))
+
+
+@pytest.fixture(scope="session")
 def spiky(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
     """A tiny model whose position 0 spikes, observed and with sinks inserted. Do not change it."""
     return planted.observe(planted.Decoder(), tmp_path_factory.mktemp("spiky"))
@@ -114,11 +152,17 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> planted.Planted:
     return planted.observe(planted.NO_SPIKES, tmp_path_factory.mktemp("calm"))
 
 
+# Of two processes neither should be left alone with the last of them.
+_LONGEST = ("smollm2", "tests/model", "tests/cli", "tests/runtime", "tests", "tests/tools",
+            "tests/passes", "tests/plugins", "tests/engine")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, with the reason, where there is no GPU. SmolLM2 takes longest: first."""
+    """Skip GPU tests, with the reason, where there is no GPU. What takes longest comes first."""
     from iq_export.engine.trt import device_compute_capability
 
-    items.sort(key=lambda item: not _reads_smollm2(str(item.path)))
+    places = {scope: place for place, scope in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(_scope(item.config, item.nodeid), len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and device_compute_capability() is None:
         for item in marked:
@@ -134,12 +178,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     class ByFolder(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.split("::", maxsplit=1)[0]
-            return (
-                "smollm2" if _reads_smollm2(str(config.rootpath / path)) else str(Path(path).parent)
-            )
+            return _scope(config, nodeid)
 
     return ByFolder(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _scope(config: pytest.Config, nodeid: str) -> str:
+    path = nodeid.split("::", maxsplit=1)[0]
+    return "smollm2" if _reads_smollm2(str(config.rootpath / path)) else str(Path(path).parent)
 
 
 @cache

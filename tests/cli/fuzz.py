@@ -473,8 +473,8 @@ def warm_up() -> None:
 
 
 def fuzz(numbers: Sequence[int], seed: int, base: Base, jobs: int, stream: Any) -> list[Result]:
-    """Run calls in `jobs` processes. Failing ones run again with -v, to know where they fail."""
-    warm_up()
+    """Run calls in `jobs` processes, after `warm_up`. Failing ones run again with -v, to know
+    where they fail."""
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="iq-fuzz-") as scratch:
         workers = []
@@ -531,6 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     line.add_argument("--results", type=Path, help="write every call there, as JSON lines")
     args = line.parse_args(argv)
     numbers = args.only or list(range(args.first, args.first + args.calls))
+    warm_up()  # for the maker as well
     with contextlib.ExitStack() as stack:
         folder = args.base or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(exist_ok=True, parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from iq_export.bundle.manifest import Manifest, record_files
 from iq_export.bundle.package import Bundle, atomic_folder
 from iq_export.cli import main
 from iq_export.engine import plugin as plugin_module
+from iq_export.engine.plugin import PluginBuild
 from iq_export.errors import EngineError
 from iq_export.recipe import load_recipe
 from tests.tiny_bundle import REQUIRED, fill
@@ -203,10 +205,16 @@ def test_recipe_for_study_has_no_engine(
     assert f"recipe '{recipe}' is for study" in capsys.readouterr().err
 
 
-def test_plugin_form(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_form(built: Path, plugin: PluginBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the plugin that other tests have compiled."""
     pytest.importorskip("tensorrt_rtx")
-    if plugin_module.find_nvcc() is None or plugin_module.find_headers() is None:
-        pytest.skip("nvcc or TensorRT's headers are missing: no plugin can be compiled")
+
+    def build_plugin(out: Path, architectures: list[int], *, whole: bool) -> PluginBuild:
+        assert plugin.path is not None and tuple(architectures) == plugin.architectures and whole
+        out.mkdir(parents=True, exist_ok=True)
+        return replace(plugin, path=Path(shutil.copy(plugin.path, out)))
+
+    monkeypatch.setattr(plugin_module, "build_plugin", build_plugin)
     assert main(["build", str(built), "--target", "rtx-ampere", "--plugin", "on", *SHAPES]) == 0
     manifest = _manifest(built)
     assert manifest.graph.engines["rtx-ampere"]["form"] == "plugin"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,9 @@ def test_without_the_hub_a_dry_run_says_what_it_does_not_know(
 
 @pytest.fixture(scope="module")
 def without_engine(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path,
+    export_once: Callable[..., int | None],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A bundle for two targets of which one was refused at the end, and what `--json` printed."""
     if "tensorrt_rtx" not in trt.available():
@@ -241,6 +243,7 @@ def without_engine(
     stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "build_engine", refuse)
+        patch.setattr("iq_export.model.trace._export", export_once)
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             assert main(argv) == 6
     error = stderr.getvalue().splitlines()[-1]

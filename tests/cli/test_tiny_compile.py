@@ -12,9 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -25,6 +25,7 @@ from iq_export.cli import main
 from iq_export.errors import BundleError, GraphError
 from iq_export.recipe import load_recipe
 from iq_export.work import Work
+from tests.forks import Forks
 
 SMALL = ("--samples", "4", "--length", "64", "--quiet")
 SHAPES = ("--maxShapes", "batch:2,seq:64,past:64", "--optShapes", "seq:32,past:32")
@@ -32,12 +33,18 @@ EVAL = ("--windows", "4", "--length", "64", "--quiet")
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(
+    tiny_model: Path,
+    export_once: Callable[..., int | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A W8A8 bundle of the tiny model with its work folder beside it."""
     folder = tmp_path_factory.mktemp("compiled")
     work = str(folder / "work")
     argv = ["compile", str(tiny_model), str(folder / "bundle"), *SMALL, *SHAPES]
-    assert main([*argv, "--work", work, "--keep-work"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iq_export.model.trace._export", export_once)
+        assert main([*argv, "--work", work, "--keep-work"]) == 0
     return folder / "bundle"
 
 
@@ -223,8 +230,8 @@ def test_same_input_same_files(compiled: Path, tiny_model: Path, tmp_path: Path)
 
 
 def test_a_full_disk_behind_the_bundle_keeps_it(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path, tmp_path: Path, export_once: Callable[..., int | None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Only the graph that was to be kept is lost, and that is said."""
 
@@ -232,6 +239,7 @@ def test_a_full_disk_behind_the_bundle_keeps_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Work, "keep_trace", full)
+    monkeypatch.setattr("iq_export.model.trace._export", export_once)
     argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--recipe", "fp16", "--target",
             "h100", "--samples", "1", "--length", "32", "--insertion", "norm",
             "--keep-work"]  # fmt: skip
@@ -270,8 +278,10 @@ def test_dry_run_writes_nothing(
 
 
 def test_calibration_shorter_than_one_window(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_model: Path, tmp_path: Path, export_once: Callable[..., int | None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("iq_export.model.trace._export", export_once)
     text = tmp_path / "short.txt"
     text.write_text("A few words only.")
     argv = ["compile", str(tiny_model), str(tmp_path / "out"), "--calibration", str(text), *SMALL]
@@ -303,33 +313,61 @@ def heeding_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def interrupted(stderr: TextIO, process: int, step: int) -> str:
+    """What it says after a Ctrl-C as soon as the step's line appears; "" if it never does."""
+    seen = ""
+    while f"[{step}/" not in seen:
+        character = stderr.read(1)
+        if not character:
+            return ""
+        seen += character
+    os.kill(process, signal.SIGINT)
+    return stderr.read()
+
+
+def left_nothing(code: int, said: str, folder: Path) -> None:
+    assert code == 130, said
+    assert {path.name for path in folder.iterdir()} <= {"work"}
+    assert "Traceback" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("heeding_interrupts")
-@pytest.mark.parametrize("step", range(1, 12))
-def test_interrupt_leaves_nothing(
-    compiled: Path, tiny_model: Path, tmp_path: Path, step: int
-) -> None:
-    """Ctrl-C as soon as the step's line appears on stderr."""
+def test_interrupt_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "iq_export.cli", "compile", str(tiny_model),
                str(tmp_path / "out"), *SMALL[:4], *SHAPES]  # fmt: skip
-    if step > 1:
-        # The traced graph is found there, which saves most of the time.
-        shutil.copytree(compiled.parent / "work", tmp_path / "work")
-        command += ["--work", str(tmp_path / "work")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        seen = ""
-        while f"[{step}/" not in seen:
-            character = process.stderr.read(1)
-            if not character:
-                assert process.wait() == 0, seen
-                pytest.skip(f"this compile has fewer than {step} steps")
-            seen += character
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-    assert process.returncode == 130, rest
-    assert {path.name for path in tmp_path.iterdir()} <= {"work"}
-    assert "Traceback" not in rest
+        said = interrupted(process.stderr, process.pid, 1)
+    left_nothing(process.returncode, said, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as `heeding_interrupts`
+    with Forks() as forks:
+        signal.signal(signal.SIGINT, before)
+        yield forks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(2, 12))
+def test_interrupt_of_a_later_step_leaves_nothing(
+    compiled: Path, tiny_model: Path, tmp_path: Path, forks: Forks, step: int
+) -> None:
+    # The traced graph is found there, which saves most of the time.
+    shutil.copytree(compiled.parent / "work", tmp_path / "work")
+    process, stderr = forks.start(
+        ["compile", str(tiny_model), str(tmp_path / "out"), *SMALL[:4], *SHAPES,
+         "--work", str(tmp_path / "work")]
+    )  # fmt: skip
+    with stderr:
+        said = interrupted(stderr, process, step)
+    code = forks.code()
+    if not said:
+        assert code == 0
+        pytest.skip(f"this compile has fewer than {step} steps")
+    left_nothing(code, said, tmp_path)
 
 
 IMAGE = "<image_soft_token>"

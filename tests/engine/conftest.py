@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-from iq_export.engine.plugin import PluginBuild, build_plugin, find_headers, find_nvcc
 
 HIDDEN = 8
 TEMPLATES = np.linspace(-90.0, 110.0, 2 * HIDDEN, dtype=np.float32).reshape(2, HIDDEN)
@@ -21,20 +16,6 @@ MakeModel = Callable[..., Path]
 @pytest.fixture
 def rtx() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-
-
-@pytest.fixture(scope="session")
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> PluginBuild:
-    """The plugin, compiled once; skips where a tool is missing, or the headers and the network."""
-    if find_nvcc() is not None and find_headers() is None:
-        root = Path(__file__).resolve().parents[2]
-        command = [sys.executable, str(root / "tools" / "fetch_trt_headers.py")]
-        subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(root)})
-    build = build_plugin(tmp_path_factory.mktemp("plugin"), (86,), warnings_are_errors=True)
-    if build.path is None and build.reason.startswith("no plugin:"):
-        pytest.skip(build.reason)
-    assert build.path is not None, build.reason
-    return build
 
 
 @pytest.fixture

@@ -101,14 +101,18 @@ def config(name: str) -> Any:
         "smollm3": lambda: hf.SmolLM3Config(**_SIZES, no_rope_layer_interval=2),
         "stablelm": lambda: hf.StableLmConfig(**_SIZES),
         "starcoder2": lambda: hf.Starcoder2Config(**_SIZES, sliding_window=WINDOW),
-        # Not traced, each for a reason of its own.
+        # Not traced, each for a reason of its own, which one block has.
         "bloom": lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
-        "falcon": lambda: hf.FalconConfig(**_ONE_KIND, multi_query=True, alibi=False),
-        "gpt_neo": lambda: hf.GPTNeoConfig(
-            vocab_size=VOCAB, hidden_size=64, num_layers=2, num_heads=4,
-            max_position_embeddings=256, attention_types=[[["global", "local"], 1]],
+        "falcon": lambda: hf.FalconConfig(
+            **(_ONE_KIND | {"num_hidden_layers": 1}), multi_query=True, alibi=False
         ),
-        "mixtral": lambda: hf.MixtralConfig(**_SIZES, num_local_experts=4),
+        "gpt_neo": lambda: hf.GPTNeoConfig(
+            vocab_size=VOCAB, hidden_size=64, num_layers=1, num_heads=4,
+            max_position_embeddings=256, attention_types=[[["local"], 1]],
+        ),
+        "mixtral": lambda: hf.MixtralConfig(
+            **(_SIZES | {"num_hidden_layers": 1}), num_local_experts=4
+        ),
         "mpt": lambda: hf.MptConfig(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4),
     }  # fmt: skip
     return makers[kind]()

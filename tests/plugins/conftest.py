@@ -7,39 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.engine.plugin import (
-    HEADERS_VARIABLE,
-    cmake_build,
-    find_cmake,
-    find_headers,
-    find_nvcc,
-    find_sources,
-)
-
-
-def _build(folder: Path, target: str, options: dict[str, str]) -> None:
-    nvcc, sources = find_nvcc(), find_sources()
-    if nvcc is None or sources is None or find_cmake() is None:
-        pytest.skip("nvcc or cmake is missing: the plugin's sources cannot be compiled")
-    # PTX of the lowest architecture, so that any GPU at hand can run the kernels.
-    options = {"IQ_PLUGIN": "OFF", "IQ_WERROR": "ON", **options}
-    reason = cmake_build(sources, folder, nvcc, [80], target, options)
-    assert not reason, reason
+from iq_export.engine.plugin import HEADERS_VARIABLE, find_headers
+from tests.host import build
 
 
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels' arithmetic on the CPU; needs CUDA's headers, but neither TensorRT nor a GPU."""
-    folder = tmp_path_factory.mktemp("rows")
-    _build(folder, "iq_host_test", {"IQ_TESTS": "ON"})
-    return ctypes.CDLL(str(folder / "libiq_host_test.so"))
+def rows(host: ctypes.CDLL) -> ctypes.CDLL:
+    """The kernels' arithmetic on the CPU."""
+    return host
 
 
 @pytest.fixture(scope="session")
 def gpu_rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The same functions through the kernels."""
     folder = tmp_path_factory.mktemp("gpu-rows")
-    _build(folder, "iq_gpu_test", {"IQ_GPU_TESTS": "ON"})
+    build(folder, "iq_gpu_test", {"IQ_GPU_TESTS": "ON"})
     library = ctypes.CDLL(str(folder / "libiq_gpu_test.so"))
     if not library.iq_gpu_count():
         pytest.skip("no usable GPU")
@@ -55,5 +37,5 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sanitized")
     options = {"IQ_TESTS": "ON", "IQ_SANITIZE": "ON", HEADERS_VARIABLE: str(headers)}
     # Little time goes into optimizing what runs for seconds.
-    _build(folder, "all", {**options, "CMAKE_BUILD_TYPE": "Debug"})
+    build(folder, "all", {**options, "CMAKE_BUILD_TYPE": "Debug"})
     return folder

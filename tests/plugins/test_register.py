@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from iq_export.engine.plugin import build_plugin, find_headers, find_nvcc
+from iq_export.engine.plugin import PluginBuild, find_headers, find_nvcc
 from iq_export.sinks.ops import FUSED_OPS, OPS
 
 STAND_IN = Path(__file__).parents[2] / "plugins" / "test" / "registry_test.cpp"
@@ -26,12 +26,10 @@ assert registry.get_creator("SinkDetect", "1", "iq") is not None
 """
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = build_plugin(tmp_path_factory.mktemp("plugin"), [86])
-    if built.path is None:
-        pytest.skip(built.reason)
-    return built.path
+@pytest.fixture
+def library(plugin: PluginBuild) -> Path:
+    assert plugin.path is not None
+    return plugin.path
 
 
 def stand_in(folder: Path, major: int | None = None) -> Path:

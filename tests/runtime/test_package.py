@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,17 +32,26 @@ def test_the_example_builds_against_the_installed_package(
     assert installed.code == 0 and "--check" in installed.out
 
 
-def test_the_session_compiles_without_a_warning(tools: None, bundle: Path, tmp_path: Path) -> None:
-    """With nvcc and TensorRT's own headers; then it also says why it cannot run here."""
+@pytest.fixture
+def with_session(built: Path) -> Iterator[Path]:
+    """The build folder with sessions while the test lasts: nothing else is compiled anew."""
     nvcc, headers = find_nvcc(), find_headers()
     if nvcc is None or headers is None:
         pytest.skip("nvcc or TensorRT's headers are missing: the session cannot be compiled")
     definitions = {
-        "IQ_SESSION": "ON", "IQ_WERROR": "ON", "CMAKE_BUILD_TYPE": "Debug",
+        "IQ_SESSION": "ON",
         "CMAKE_CUDA_COMPILER": str(nvcc), "TENSORRT_INCLUDE_DIR": str(headers),
         "CMAKE_CUDA_ARCHITECTURES": "86",  # one of those that it is for by default
     }  # fmt: skip
-    folder = compile_(SOURCES, tmp_path / "build", definitions)
+    try:
+        yield compile_(SOURCES, built, definitions, "iq_run")
+    finally:
+        compile_(SOURCES, built, {"IQ_SESSION": "OFF"})
+
+
+def test_the_session_compiles_without_a_warning(with_session: Path, bundle: Path) -> None:
+    """With nvcc and TensorRT's own headers; then it also says why it cannot run here."""
+    folder = with_session
     environment = {"LD_LIBRARY_PATH": "", "PATH": os.environ["PATH"]}
     done = execute(
         [folder / "iq_run", bundle, "--ids", "1", "--engine", "rtx-ampere"], **environment

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iq_export.engine.plugin import PluginBuild, cmake_build, find_cmake, find_nvcc, find_sources
+from iq_export.engine.plugin import PluginBuild
 from iq_export.engine.targets import RTX
 from iq_export.engine.trt import TensorRT
 from iq_export.errors import BundleError, UsageError
@@ -367,17 +367,6 @@ def test_a_pack_of_kernels_needs_no_bundle(tmp_path: Path, monkeypatch: pytest.M
 
 
 # --- kernels, bandwidth ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    nvcc, sources = find_nvcc(), find_sources()
-    if nvcc is None or sources is None or find_cmake() is None:
-        pytest.skip("nvcc or cmake is missing: the plugin's sources cannot be compiled")
-    folder = tmp_path_factory.mktemp("host")
-    options = {"IQ_PLUGIN": "OFF", "IQ_TESTS": "ON", "IQ_WERROR": "ON"}
-    assert cmake_build(sources, folder, nvcc, [80], "iq_host_test", options) == ""
-    return ctypes.CDLL(str(folder / "libiq_host_test.so"))
 
 
 def test_the_same_kernels_miss_no_bar(host: ctypes.CDLL) -> None:
