@@ -189,7 +189,7 @@ def named(graph: Graph) -> str:
 
 class Piece:
     """A piece of a graph (see `cut`) loaded in ONNX Runtime until the block ends; `label` names
-    the graph in errors."""
+    the graph in errors. `part` is used up: its constants are gone."""
 
     def __init__(
         self,
@@ -202,6 +202,9 @@ class Piece:
     ) -> None:
         self.names, self._label = list(outputs), label
         self._session = model_session(part, providers, label, round_half=round_half)
+        # Nodes and values hold each other, so `part` is freed late: its weights are not.
+        for value in part.graph.initializers.values():
+            value.const_value = None
 
     def __enter__(self) -> Piece:
         return self

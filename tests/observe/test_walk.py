@@ -125,6 +125,28 @@ def test_one_piece_has_its_weights_in_memory(
     assert most <= 5
 
 
+def test_weights_of_a_piece_go_with_it(spiky: Planted) -> None:
+    """Not with the next collection of garbage, which may come a hundred pieces later."""
+    model, weight = spiky.load(), spiky.sites.blocks[0].mlp.output.weight
+    value = model.graph.initializers[weight]
+    stored, array = value.const_value, value.const_value.numpy().copy()
+    alive = weakref.ref(array)
+    gc.disable()
+    try:
+        value.const_value = ir.Tensor(array, name=weight)
+        part = walking.cut(model, [], ["logits"])
+        value.const_value = stored
+        del array
+        assert alive() is not None
+        with walking.Piece(part, ["logits"], walking.CPU, "the graph") as piece:
+            assert alive() is not None
+            piece.run(spiky.windows[0], {})
+        del part
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux' /proc")
 def test_a_value_that_is_kept_holds_no_more_than_itself() -> None:
     """The index of a sink is carried to the end of the graph: not with it all that its piece
