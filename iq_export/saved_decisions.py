@@ -205,6 +205,14 @@ def _positive(value: Any) -> bool:
     return bool((np.isfinite(value) & (np.asarray(value) > 0)).all())
 
 
+def _check_there(tensor: ir.TensorProtocol) -> None:
+    """ValueError if its file ends before it does: it is read later."""
+    if isinstance(tensor, ir.ExternalTensor):
+        there, end = Path(tensor.path).stat().st_size, (tensor.offset or 0) + tensor.nbytes
+        if end > there:
+            raise ValueError(f"{Path(tensor.path).name} ends before {tensor.name!r} does")
+
+
 class _ShippedCodes(Mapping[str, StoredCodes]):
     """By weight name, in the graph that ships."""
 
@@ -219,6 +227,7 @@ class _ShippedCodes(Mapping[str, StoredCodes]):
                 codes, scales = (v.const_value for v in producer.inputs[:2] if v is not None)
                 size = (linear.in_features, linear.out_features)
                 if codes is not None and scales is not None and codes.shape == size:
+                    _check_there(codes)
                     self._found[linear.weight] = codes, scales
 
     def __getitem__(self, name: str) -> StoredCodes:

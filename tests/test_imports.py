@@ -23,12 +23,19 @@ MODULES = {
 
 def imported(path: Path) -> set[str]:
     """The modules of the package that a file imports, anywhere in it."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iq_export."):
+        if isinstance(node, ast.Import):
+            found |= {
+                a.name.partition(".")[2] for a in node.names if a.name.startswith("iq_export.")
+            }
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").partition(".")[0] == "iq_export"
+        ):
             name = str(node.module).partition(".")[2]
-            inside = {f"{name}.{alias.name}" for alias in node.names}
-            found |= inside & set(MODULES) or {name}
+            inside = {f"{name}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= inside & set(MODULES) or {name} - {""}
     return found
 
 

@@ -40,6 +40,7 @@ from iq_export.sinks.templates import SinkTemplates
 # write the spikes: what is clipped in front of them costs more than its squared error says. Without
 # a rotation a spike is one channel's, and clipping it hurts no other.
 _ATTENTION_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.5
+_TAKEN = "taken from the run that was interrupted: {} of {} blocks"
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _taken(
     goes_on = (n for n in range(1, count + 1) if n == every or _behind(n) in kept)
     count = max(goes_on, default=0)
     if count:
-        progress.note(f"taken from the run that was interrupted: {count} of {every} blocks")
+        progress.note(_TAKEN.format(count, every))
     found: dict[str, Quantizer] = {}
     for number in range(count):
         finished = kept.get(_block(number), _Finished)
@@ -273,6 +274,9 @@ def round_weights(
         weight = nodes[linear.node].inputs[1].const_value.numpy()
         return format_.round(weight, power[linear.input])
 
+    there = sum(_block(block.index) in kept for block in job.sites.blocks)
+    if there:
+        progress.note(_TAKEN.format(there, len(job.sites.blocks)))
     for block in job.sites.blocks:
         name = _block(block.index)
         linears = [*block.attention.linears, *block.mlp.linears]

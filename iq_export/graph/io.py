@@ -54,7 +54,13 @@ class _Unmapped(ir.ExternalTensor):
             self.location, self.offset, self.length, self.dtype, shape=self.shape, name=self.name,
             base_dir=self.base_dir,
         )  # fmt: skip
-        found = np.array(mapped.numpy())
+        try:
+            found = np.array(mapped.numpy())
+        except (ValueError, FileNotFoundError) as error:
+            raise GraphError(
+                f"{self.path} does not hold the weight {self.name!r}: it was cut, removed or "
+                f"replaced ({error})"
+            ) from error
         mapped.release()
         return found
 

@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +129,10 @@ def without_tokens(header: GgufHeader, where: Path) -> Iterator[Path]:
     names of `header` but no vocabulary, and a hole instead of weights: what `gguf.GGUFReader` reads
     at once."""
     kept = [span for name, span in header.spans.items() if name not in _TOKENS]
-    with tempfile.TemporaryDirectory(dir=where) as folder, header.path.open("rb") as whole:
+    with (
+        tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True) as folder,
+        header.path.open("rb") as whole,
+    ):
         path = Path(folder) / header.path.name
         with path.open("wb") as file:
             file.write(whole.read(8))  # magic and version
@@ -163,24 +166,37 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     spans: dict[str, tuple[int, int]] = {}
     for _ in range(key_count):
         first = position
-        name, position = _string(data, position)
+        name, position = _name(path, data, position, "the key", keys)
         (kind,) = struct.unpack_from("<I", data, position)
         keys[name], position = _value(data, position + 4, kind)
         spans[name] = first, position
-    found, first = [], position
+    found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    first = position
     for _ in range(tensor_count):
-        name, position = _string(data, position)
+        name, position = _name(path, data, position, "the tensor", found)
         (rank,) = struct.unpack_from("<I", data, position)
         shape = struct.unpack_from(f"<{rank}Q", data, position + 4)
         kind, offset = struct.unpack_from("<IQ", data, position + 4 + 8 * rank)
         position += 16 + 8 * rank
-        found.append((name, tuple(reversed(shape)), kind, offset))
+        found[name] = tuple(reversed(shape)), kind, offset
     alignment = keys.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise struct.error("no alignment")
     begin = -(-position // alignment) * alignment
-    tensors = {n: GgufTensor(s, k, begin + o) for n, s, k, o in found}
+    tensors = {n: GgufTensor(s, k, begin + o) for n, (s, k, o) in found.items()}
     return GgufHeader(path, keys, tensors, spans, (first, position))
+
+
+def _name(
+    path: Path, data: mmap.mmap, position: int, what: str, known: Container[str]
+) -> tuple[str, int]:
+    """Of a key or tensor. Raises ModelError for one that is there already, or is no UTF-8."""
+    name, position = _string(data, position)
+    if name in known:
+        raise ModelError(f"{path} is damaged: {what} {name!r} stands in it twice.")
+    if not name.isprintable():  # escaped bytes are not
+        raise ModelError(f"{path} is damaged: {what} {name!r} is no text.")
+    return name, position
 
 
 def _value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -193,14 +193,16 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
         header = read_header(source.path) if gguf else None
         if header is not None:
             check_kind(header)
-            with without_tokens(header, folder) as outline:
-                config = transformers.AutoConfig.from_pretrained(
-                    outline.parent, gguf_file=outline.name, **options
-                )
+    keys = nullcontext(source.path) if header is None else without_tokens(header, folder)
+    with keys as outline, quiet(), readable(source, outline):
+        if header is None:
+            config = transformers.AutoConfig.from_pretrained(home, **options)
+        else:
+            config = transformers.AutoConfig.from_pretrained(
+                outline.parent, gguf_file=outline.name, **options
+            )
             config._name_or_path = str(home)
             apply_keys(header, config)
-        else:
-            config = transformers.AutoConfig.from_pretrained(home, **options)
         remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
         check_config(config, source.name, remote_code=remote)
     notes: list[str] = []
@@ -525,8 +527,9 @@ def _license_note(folder: Path) -> str:
 
 
 @contextmanager
-def readable(source: ModelSource) -> Iterator[None]:
-    """Turn what a bad model makes a library raise into one ModelError.
+def readable(source: ModelSource, stand_in: Path | None = None) -> Iterator[None]:
+    """Turn what a bad model makes a library raise into one ModelError; a file that stood in for the
+    source's is not named.
 
     That may be anything: the classes of transformers trip over a configuration in every way that
     Python has, torch raises RuntimeError, safetensors an error of its own, tokenizers a bare
@@ -541,6 +544,7 @@ def readable(source: ModelSource) -> Iterator[None]:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
+        reason = reason.replace(str(stand_in), str(source.path)) if stand_in else reason
         raise ModelError(
             f"{source.name} cannot be loaded from {source.path}: {reason.rstrip('.')}. The file "
             "may be damaged or of an unsupported architecture."

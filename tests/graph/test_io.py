@@ -90,6 +90,17 @@ def test_truncated_file(path: Path) -> None:
         io.load(path)
 
 
+@pytest.mark.parametrize("harm", ["cut", "removed"])
+def test_weights_that_go_after_the_graph_was_opened(path: Path, harm: str) -> None:
+    model, data = io.load(path), Path(f"{path}.data")
+    if harm == "cut":
+        data.write_bytes(data.read_bytes()[:100])
+    else:
+        data.unlink()
+    with pytest.raises(GraphError, match="does not hold the weight"):
+        model.graph.initializers[DOWN].const_value.numpy()
+
+
 def test_skeleton_refers_to_the_same_weights(path: Path) -> None:
     model = io.load(path)
     skeleton = path.with_name("skeleton.onnx")

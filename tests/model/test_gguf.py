@@ -200,6 +200,35 @@ def test_transformers_needs_no_token_to_read_the_keys(case: str, tmp_path: Path)
     assert config.to_dict() == whole.to_dict()
 
 
+@pytest.mark.parametrize("what", ["key", "tensor"])
+def test_what_stands_in_a_file_twice_is_refused(what: str, tmp_path: Path) -> None:
+    """transformers reads a copy of the keys: it would not notice."""
+    reference = make("Llama", rope_parameters=ROPE)
+    path = write_gguf(tmp_path / "m.gguf", "llama", reference, rope_keys())
+    header, data = read_header(path), bytearray(path.read_bytes())
+    begin, end = header.spans["llama.rope.freq_base"]
+    if what == "tensor":
+        begin, _ = header.listed
+        end = begin + 8 + len(next(iter(header.tensors))) + 4 + 2 * 8 + 12  # of two axes
+    data[end:end] = data[begin:end]
+    count = slice(8, 16) if what == "tensor" else slice(16, 24)
+    data[count] = (int.from_bytes(data[count], "little") + 1).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=f"the {what} .* stands in it twice"):
+        read_header(path)
+
+
+def test_a_file_that_stands_in_is_not_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama", make("Llama", rope_parameters=ROPE))
+    path.write_bytes(
+        path.read_bytes().replace(b"\x04\0\0\0\0\0\0\0tiny", b"\x04\0\0\0\0\0\0\0t\xffny")
+    )
+    with pytest.raises(ModelError) as caught:
+        load_model(resolve(str(path)))
+    assert str(path) in str(caught.value) and str(caught.value).count(".gguf") == 2
+    assert "tmp" not in str(caught.value).replace(str(tmp_path), "")
+
+
 def test_scaling_matters_at_these_sizes(tmp_path: Path) -> None:
     """What the test above would see if a file's scaling were dropped."""
     reference = make("Llama", rope_parameters=LLAMA3)
