@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from iq_export.decide.job import Calibration
 from iq_export.errors import ModelError
 from iq_export.observe.walk import Piece
 from iq_export.pipeline import Rewrite, rewrite
+from iq_export.plan import lifecycle_records, plan_record
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.saved_decisions import record, save_arrays
@@ -49,10 +52,40 @@ def run(folder: Path, recipe: str, kept: Checkpoint | None = None) -> Rewrite:
     )
 
 
-def shipped(done: Rewrite, folder: Path) -> list[object]:
+class Decoder:
+    def decode(self, ids: list[int]) -> str:
+        return str(ids)
+
+
+def shipped(done: Rewrite, folder: Path) -> list[Any]:
     save_arrays(done.chosen, folder / "sinks.safetensors")
     names = ("work/model.onnx", "work/model.onnx.data", "sinks.safetensors")
-    return [record(done.chosen), done.check, *((folder / name).read_bytes() for name in names)]
+    said = [lifecycle_records(done, Decoder()), plan_record(done, Decoder())]
+    return [
+        *said,
+        record(done.chosen),
+        done.check,
+        *((folder / name).read_bytes() for name in names),
+    ]
+
+
+def test_killed_before_the_end(tmp_path: Path) -> None:
+    """All that was found comes from records then, and what is said of it is the same."""
+    whole = shipped(run(tmp_path / "whole", "w8a8"), tmp_path / "whole")
+    assert any(life["replaced"] for life in whole[0])
+
+    class Last(Checkpoint):
+        def put(self, values: Mapping[str, object], **more: Any) -> None:
+            super().put(values, **more)
+            if "check" in values:
+                raise Killed
+
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    with pytest.raises(Killed):
+        run(folder, "w8a8", Last(folder / "unfinished", "key"))
+    done = run(folder, "w8a8", Checkpoint(folder / "unfinished", "key"))
+    assert shipped(done, folder) == whole
 
 
 @pytest.mark.heavy

@@ -86,6 +86,11 @@ class Lifecycle:
     early: tuple[EarlySite, ...] = ()
     separable: bool = True
 
+    def same(self, other: Lifecycle) -> bool:
+        """Whether it is that lifecycle, of the same tokens: one may have been read from a file."""
+        mine, its = (self.birth, self.end, self.channel), (other.birth, other.end, other.channel)
+        return mine == its and np.array_equal(self.members, other.members)
+
     @property
     def insert_blocks(self) -> range:
         """Blocks whose norms read a residual that carries the spike of all members."""
