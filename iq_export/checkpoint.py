@@ -60,12 +60,16 @@ class Checkpoint:
         It is of the type that `make` is annotated to return.
         """
         if name in self._records:
-            self._say(f"taken from the run that was interrupted: {name}")
+            self.say_taken(name)
             found: T = self.get(name, get_type_hints(make)["return"])
             return found
         value = make(*args, **kwargs)
         self.put({name: value})
         return value
+
+    def say_taken(self, what: str) -> None:
+        """Tell people that `what` is not made again."""
+        self._say(f"taken from the run that was interrupted: {what}")
 
     def __contains__(self, name: object) -> bool:
         return name in self._records

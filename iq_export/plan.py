@@ -105,8 +105,10 @@ def mixed_record(done: Rewrite) -> dict[str, Any] | None:
 
 def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
     life, fitted = decision.lifecycle, decision.templates
-    pairs = zip(done.sinks, done.insertions, strict=True)
-    insertion = next((how for sinks, how in pairs if sinks.lifecycle.same(life)), None)
+    pairs = enumerate(zip(done.sinks, done.insertions, strict=True))
+    number, insertion = next(
+        ((n, how) for n, (sinks, how) in pairs if sinks.lifecycle.same(life)), (-1, None)
+    )
     inserted = insertion is not None
     reason = decision.reason
     if decision.replaced and not inserted:
@@ -152,7 +154,6 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
     if insertion is not None:
         record["insertion"] = _insertion_record(insertion)
     if inserted and done.matching:
-        number = [sinks.lifecycle.same(life) for sinks in done.sinks].index(True)
         record["held_out"] = _matching(done.matching[number])
     return record
 

@@ -40,7 +40,6 @@ from iq_export.sinks.templates import SinkTemplates
 # write the spikes: what is clipped in front of them costs more than its squared error says. Without
 # a rotation a spike is one channel's, and clipping it hurts no other.
 _ATTENTION_CLIP, _UNROTATED_DOWN_CLIP = 1.0, 0.5
-_TAKEN = "taken from the run that was interrupted: {} of {} blocks"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def calibrate_blocks(
         for name, scope in index_scopes(number, templates, sites).items()
     }
     walk = BlockWalk(model, sites, windows, list(scopes), providers)
-    found = _taken(kept, walk, codes, progress)
+    found = _taken(kept, walk, codes)
     for block in sites.blocks[walk.block :]:
         inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
         names = [name for name, linears in readers.items() if linears[0].node in inside]
@@ -153,7 +152,9 @@ def calibrate_blocks(
             codes=codes,
         )
         walk.advance(partial(quantize, plan=plan))
-        _keep(kept, walk, codes, plan, {name: found[name] for name in names if name in found})
+        its = {name: found[name] for name in names if name in found}
+        carried = walk.carried if walk.block < len(sites.blocks) else None
+        _keep(kept, codes, block.index, here, its, carried)
         progress.update(block.index + 1, len(sites.blocks))
     return found
 
@@ -179,9 +180,7 @@ def _computed(
             value.const_value = tensor
 
 
-def _taken(
-    kept: Checkpoint, walk: BlockWalk, codes: CodeStore, progress: Progress
-) -> dict[str, Quantizer]:
+def _taken(kept: Checkpoint, walk: BlockWalk, codes: CodeStore) -> dict[str, Quantizer]:
     """The quantizers of the blocks that an interrupted run finished; the walk is behind them."""
     count = 0
     while _block(count) in kept:
@@ -190,7 +189,7 @@ def _taken(
     goes_on = (n for n in range(1, count + 1) if n == every or _behind(n) in kept)
     count = max(goes_on, default=0)
     if count:
-        progress.note(_TAKEN.format(count, every))
+        kept.say_taken(f"{count} of {every} blocks")
     found: dict[str, Quantizer] = {}
     for number in range(count):
         finished = kept.get(_block(number), _Finished)
@@ -204,21 +203,22 @@ def _taken(
 
 def _keep(
     kept: Checkpoint,
-    walk: BlockWalk,
     codes: CodeStore,
-    plan: QuantizePlan,
+    number: int,
+    linears: Sequence[Linear],
     quantizers: dict[str, Quantizer],
+    carried: list[Carried] | None = None,
 ) -> None:
-    """Keep the block behind which the walk is, and what goes on to the next one: no other's."""
-    written = codes.files(linear.weight for linear in plan.linears)
+    """Keep what block `number` gave, and what is `carried` on behind it: no other's."""
+    written = codes.files(linear.weight for linear in linears)
     values: dict[str, object] = {}
-    if walk.block < len(walk.sites.blocks):
-        values[_behind(walk.block)] = walk.carried
-    values[_block(walk.block - 1)] = _Finished(quantizers, written)
+    if carried is not None:
+        values[_behind(number + 1)] = carried
+    values[_block(number)] = _Finished(quantizers, written)
     kept.put(
         values,
         files=[codes.folder / file.name for file in written.values()],
-        drop=_behind(walk.block - 1),
+        drop=_behind(number),
     )
 
 
@@ -261,7 +261,7 @@ def _quantizer(
     )
 
 
-def round_weights(
+def _round_weights(
     job: Job, chosen: Decisions, power: Mapping[str, np.ndarray], codes: CodeStore
 ) -> None:
     """To the nearest, into `codes`; `power`: the mean square of every channel of a product's input,
@@ -276,18 +276,15 @@ def round_weights(
 
     there = sum(_block(block.index) in kept for block in job.sites.blocks)
     if there:
-        progress.note(_TAKEN.format(there, len(job.sites.blocks)))
+        kept.say_taken(f"{there} of {len(job.sites.blocks)} blocks")
     for block in job.sites.blocks:
-        name = _block(block.index)
         linears = [*block.attention.linears, *block.mlp.linears]
-        if name in kept:
-            codes.take(kept.get(name, _Finished).codes)
+        if _block(block.index) in kept:
+            codes.take(kept.get(_block(block.index), _Finished).codes)
         else:
             for linear, its in zip(linears, parallel.each(rounded, linears), strict=True):
                 codes.add(linear.weight, *its)
-            written = codes.files(linear.weight for linear in linears)
-            files = [codes.folder / file.name for file in written.values()]
-            kept.put({name: _Finished({}, written)}, files=files)
+            _keep(kept, codes, block.index, linears, {})
         progress.update(block.index + 1, len(job.sites.blocks))
 
 
@@ -304,7 +301,7 @@ def calibrate_quantizers(
         return chosen, {}
     if not recipe.calibrates:
         with options["progress"].step("Round weights"):
-            round_weights(job, chosen, power, store)
+            _round_weights(job, chosen, power, store)
         return replace(chosen, codes=store), {}
     with options["progress"].step("Calibrate quantizers"):
         quantizers = calibrate_blocks(
