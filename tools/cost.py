@@ -5,7 +5,8 @@
 
 Writes a Llama-shaped model of random bfloat16 weights in sharded safetensors, a block in memory per
 core, with one spike planted (the first token's, born in block 1), and compiles it up to and with
-`model.onnx`. Memory is that of the whole process tree, sampled ten times a second from /proc.
+`model.onnx`. Memory is that of the whole process tree, sampled ten times a second from /proc;
+disk is what lies beyond the source, sampled every two seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +33,7 @@ import ml_dtypes
 import numpy as np
 
 SAMPLES, LENGTH = 4, 128
+_LOOKS_PER_SIZE = 20
 _CHANNEL, _MARK, _NEURON = 5, 3, 11  # of the spike, of the first token, of the MLP that writes it
 
 
@@ -156,18 +159,38 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 
-def measured(command: list[str]) -> dict[str, Any]:
-    """Run `command`; its seconds, the peak memory of its process tree in bytes, and by step."""
-    begin, peak = time.perf_counter(), 0
+def measured(command: list[str], *folders: Path) -> dict[str, Any]:
+    """Run `command`; its seconds, those of the processors, the peak memory of its process tree and
+    the most that it had in `folders`, in bytes."""
+    begin, memory, disk, looks = time.perf_counter(), 0, 0, 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command) as process:
         while process.poll() is None:
-            peak = max(peak, sum(_resident(pid) for pid in _tree(process.pid)))
+            memory = max(memory, sum(_resident(pid) for pid in _tree(process.pid)))
+            if looks % _LOOKS_PER_SIZE == 0:
+                disk = max(disk, sum(_size(folder) for folder in folders))
+            looks += 1
             time.sleep(0.1)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "exit_code": process.returncode,
         "seconds": round(time.perf_counter() - begin, 1),
-        "peak_rss_bytes": peak,
+        "cpu_seconds": round(
+            after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, 1
+        ),
+        "peak_rss_bytes": memory,
+        "peak_disk_bytes": disk,
     }
+
+
+def _size(folder: Path) -> int:
+    """What the files below `folder` take, in bytes."""
+    total = 0
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # one that goes meanwhile
+                total += os.lstat(os.path.join(here, name)).st_blocks * 512
+    return total
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -190,13 +213,15 @@ def _resident(pid: int) -> int:
 
 def _row(folder: Path, shape: Shape, blocks: int, args: argparse.Namespace) -> dict[str, Any]:
     size = write_model(folder / "model", shape, blocks)
-    bundle = folder / "bundle"
+    bundle, work = folder / "out" / "bundle", folder / "work"
     command = [
         sys.executable, "-m", "iq_export.cli", "compile", str(folder / "model"), str(bundle),
         "--recipe", args.recipe, "--target", "orin", "--insertion", "norm",
-        "--samples", str(SAMPLES), "--length", str(LENGTH),
+        "--samples", str(SAMPLES), "--length", str(LENGTH), "--work", str(work),
     ]  # fmt: skip
-    row = {"blocks": blocks, "weight_bytes": size, **measured(command)}
+    row = {
+        "blocks": blocks, "weight_bytes": size, **measured(command, bundle.parent, work),
+    }  # fmt: skip
     if row["exit_code"] == 0:
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         row["steps"] = manifest["timings"]

@@ -205,8 +205,12 @@ def read_whole(
 
 
 def _generation(folder: Path) -> tuple[Any, ...]:
-    """What changes whenever the bundle at `folder` is replaced or updated."""
-    found: list[Any] = []
+    """What changes whenever the bundle at `folder` is replaced or updated.
+
+    The switch is looked for first: an update that ends between two looks shows in the second, the
+    manifest that it moved last.
+    """
+    found: list[Any] = [(folder / STATE / "update").exists()]
     for path in (folder, folder / MANIFEST_NAME, folder / CHECKSUM_NAME):
         try:
             there = path.stat()
@@ -215,7 +219,7 @@ def _generation(folder: Path) -> tuple[Any, ...]:
                 found.append(there.st_ctime_ns)
         except OSError:
             found.append(None)
-    return (*found, (folder / STATE / "update").exists())
+    return tuple(found)
 
 
 def _root(folder: Path, ahead: Path | None, name: str) -> Path:

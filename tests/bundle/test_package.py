@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from iq_export.bundle import lock, package
+from iq_export.bundle import lock, package, update
 from iq_export.bundle.manifest import CHECKSUM_NAME, MANIFEST_NAME, Manifest, record_files
 from iq_export.bundle.package import (
     Bundle,
@@ -332,3 +333,31 @@ def test_a_new_manifest_with_the_number_of_the_old_one_is_new(bundle: Path) -> N
     path.write_bytes(path.read_bytes())
     assert path.stat().st_ino == number
     assert package._generation(bundle) != before
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_an_update_that_ends_while_it_is_looked_for_is_seen(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Whichever look it ends before: a reader once took a half moved update for damage."""
+    before = package._generation(bundle)
+    finish, stat, looks = update._finish, Path.stat, itertools.count(1)
+    seen: list[tuple[Any, ...]] = []
+
+    def look(path: Path, **options: Any) -> os.stat_result:
+        if next(looks) == at:
+            finish(bundle)
+        return stat(path, **options)
+
+    def moving(folder: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", look)
+            seen.append(package._generation(folder))
+        if next(looks) <= at:
+            finish(folder)
+
+    monkeypatch.setattr(update, "_finish", moving)
+    update_manifest(Bundle.open(bundle), notes=["newer"])
+    assert seen[0] != before
+    assert package._generation(bundle) not in (before, None)
+    assert Bundle.open(bundle).manifest.notes == ["newer"]
