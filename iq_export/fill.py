@@ -135,7 +135,7 @@ def make_manifest(
         check=done.check.to_dict(),
         mixed=records.mixed,
         timings=timings,
-        peak_rss_bytes=_peak_rss(),
+        peak_rss_bytes=peak_rss(),
         notes=notes,
     )
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     """High-water mark of this process or its largest child, bytes (Linux counts in KiB)."""
     unit = 1 if sys.platform == "darwin" else 1024
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

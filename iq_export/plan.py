@@ -13,6 +13,7 @@ from iq_export.decide.matching import MatchQuality, order_of_appearance
 from iq_export.decide.quantizers import Quantizer
 from iq_export.decide.sinks import Decision
 from iq_export.graph import io
+from iq_export.observe.token_stats import TokenStats
 from iq_export.passes.fuse import fuse
 from iq_export.pipeline import Rewrite
 from iq_export.saved_decisions import record
@@ -104,27 +105,37 @@ def mixed_record(done: Rewrite) -> dict[str, Any] | None:
 
 
 def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
-    life, fitted = decision.lifecycle, decision.templates
+    life = decision.lifecycle
     pairs = enumerate(zip(done.sinks, done.insertions, strict=True))
     number, insertion = next(
         ((n, how) for n, (sinks, how) in pairs if sinks.lifecycle.same(life)), (-1, None)
     )
-    inserted = insertion is not None
-    reason = decision.reason
-    if decision.replaced and not inserted:
-        reason += "; half precision holds the spike, so this recipe leaves it"
+    record = found_record(decision, done.stats, tokenizer)
+    if insertion is None:
+        if decision.replaced:
+            record["reason"] += "; half precision holds the spike, so this recipe leaves it"
+        return record | {"replaced": False}
+    record["insertion"] = _insertion_record(insertion)
+    if done.matching:
+        record["held_out"] = _matching(done.matching[number])
+    return record
+
+
+def found_record(decision: Decision, stats: TokenStats, tokenizer: _Decoder) -> dict[str, Any]:
+    """A lifecycle as it was found and fitted on the traced graph; `replaced`: whether it can be."""
+    life, fitted = decision.lifecycle, decision.templates
     record: dict[str, Any] = {
         "birth": life.birth,
         "death": life.death,
         "end": life.end,
         "channel": life.channel,
-        "replaced": inserted,
-        "reason": reason,
+        "replaced": decision.replaced,
+        "reason": decision.reason,
         "tokens": len(life.members),
-        "at_position_0": float((done.stats.position[life.members] == 0).mean()),
+        "at_position_0": float((stats.position[life.members] == 0).mean()),
         "common_tokens": [
             {"token": tokenizer.decode([token]), "first": first, "later": later}
-            for token, first, later in life.common_tokens(done.stats)
+            for token, first, later in life.common_tokens(stats)
         ],
         "down_proj_peak": life.down_peak,
         "down_proj_median": life.down_median,
@@ -142,7 +153,7 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
             "template_spread": fitted.template_spread,
             "thin_templates": [k + 1 for k in fitted.thin],
             "match_agreement": fitted.agreement,
-            "order_of_appearance": _order(fitted, done),
+            "order_of_appearance": _order(fitted, stats),
             "deviation_per_norm": fitted.deviation,
             "deviation_max_per_norm": fitted.deviation_max,
         }
@@ -151,10 +162,6 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
                 "deviation_per_key_value": fitted.key_values.deviation,
                 "deviation_max_per_key_value": fitted.key_values.deviation_max,
             }
-    if insertion is not None:
-        record["insertion"] = _insertion_record(insertion)
-    if inserted and done.matching:
-        record["held_out"] = _matching(done.matching[number])
     return record
 
 
@@ -164,11 +171,11 @@ def _insertion_record(insertion: Insertion) -> dict[str, Any]:
     return {"form": insertion.form, "loss": losses, "reason": insertion.reason}
 
 
-def _order(fitted: SinkTemplates, done: Rewrite) -> dict[str, int]:
+def _order(fitted: SinkTemplates, stats: TokenStats) -> dict[str, int]:
     """How often, in calibration, the paper's rule would give another template than the nearest."""
-    index = np.zeros(done.stats.token.size, np.int64)
+    index = np.zeros(stats.token.size, np.int64)
     index[fitted.lifecycle.members] = fitted.assignment + 1
-    windows, differs = order_of_appearance(fitted.count, index, done.stats)
+    windows, differs = order_of_appearance(fitted.count, index, stats)
     return {"windows": windows, "differs": differs}
 
 

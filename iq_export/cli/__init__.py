@@ -30,7 +30,7 @@ _COMPILE_PACKAGES = frozenset(
 )  # fmt: skip
 
 # In the order of a user's first day.
-_COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "sign", "package",
+_COMMANDS = ("analyze", "compile", "inspect", "eval", "run", "build", "verify", "sign", "package",
              "doctor")  # fmt: skip
 
 # Arguments that are text; `run` checks them.

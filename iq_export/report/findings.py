@@ -1,0 +1,231 @@
+"""What an analysis means, in sentences: each finding has its numbers, and what they mean for INT8,
+FP8 and half precision. Everything comes from the record of `iq_export.analyze`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+HALF_MAX = 65504.0
+# FP8 E4M3: 448 is its largest number, 2^-6 its smallest normal one; below it bits are lost.
+_E4M3_SPAN = 448 / 2**-6
+_COMMON_TOKENS = 3
+
+Record = Mapping[str, Any]
+
+
+def findings(record: Record) -> list[dict[str, str]]:
+    """In reading order: `text` says what was found; `int8`, `fp8` and `half` what it means there,
+    empty where it means nothing."""
+    found = []
+    for number, life in enumerate(record["lifecycles"], start=1):
+        found += [_spike(record, number, life), _constancy(record, number, life)]
+        found += _mechanism(record, number)
+    if not record["lifecycles"]:
+        found.append(_calm(record))
+    found += [_ranges(record), _half(record)]
+    return found
+
+
+def _finding(kind: str, text: str, int8: str = "", fp8: str = "", half: str = "") -> dict[str, str]:
+    return {"kind": kind, "text": text, "int8": int8, "fp8": fp8, "half": half}
+
+
+def _spike(record: Record, number: int, life: Record) -> dict[str, str]:
+    births = [site["block"] for site in life["sites"]]
+    blocks, typical = record["per_block"], 0.0
+    typical = max(blocks["residual_median"][births[0] : life["end"] + 1])
+    ends = (
+        f"block {life['death']} takes it out again" if life["death"] is not None
+        else "no block takes it out"
+    )  # fmt: skip
+    text = (
+        f"Lifecycle {number}: {life['tokens']:,} of {record['tokens']:,} tokens"
+        f" ({life['at_position_0']:.0%} of them at position 0{_common(life)}) leave all others at "
+        f"block {' and '.join(map(str, births))}, on residual channel {life['channel']}. The "
+        f"residual stream carries up to {large(life['residual_peak'])} there, where the median "
+        f"token has at most {large(typical)}; {ends}."
+    )
+    inside = [p for p in record["products"] if number in p["lifecycles"]]
+    if not inside:
+        return _finding("spike", text, "It stretches no product's range.", "", _holds(life))
+    before, after = (_median(inside, key) for key in ("int8_error", "int8_error_without"))
+    worst = max(inside, key=_loss)
+    int8 = (
+        f"A static range must hold it at the inputs of {len(inside)} products or groups of them. "
+        f"Rounding takes {before:.1%} of a typical value there (median), without it {after:.1%}. "
+        f"Most is lost at {_where(worst)}: {worst['int8_error']:.0%} instead of "
+        f"{worst['int8_error_without']:.1%}."
+    )
+    widest = max(inside, key=_span)
+    span = _span(widest)
+    fits = (
+        "so typical values keep their bits" if span <= _E4M3_SPAN
+        else "so typical values fall among the numbers that have fewer bits"
+    )  # fmt: skip
+    fp8 = (
+        f"The widest of these ranges, at {_where(widest)}, is {large(span)} times a typical value; "
+        f"E4M3 has full precision over {_E4M3_SPAN:,.0f}, {fits}."
+    )
+    return _finding("spike", text, int8, fp8, _holds(life))
+
+
+def _constancy(record: Record, number: int, life: Record) -> dict[str, str]:
+    limit = record["options"]["max_relative_deviation"]
+    if life.get("templates") is None:
+        return _finding("constancy", f"Lifecycle {number} has no templates: {life['reason']}.")
+    plural = "s" if life["templates"] > 1 else ""
+    text = (
+        f"Behind the norms, lifecycle {number} is {life['templates']} vector{plural}: held-out "
+        f"tokens differ from {'them' if plural else 'it'} by {life['deviation']:.1%} on average "
+        f"at the worst norm (limit {limit:.0%})."
+    )
+    if life["replaced"]:
+        int8 = (
+            f"It can be clamped away and inserted again behind the norms: a threshold of "
+            f"{life['threshold']:.3g} at the down-projection of block {life['birth']} finds it."
+        )
+    elif life["deviation"] > limit:
+        int8 = "It varies too much to be replaced by constants: compile leaves it in all ranges."
+    else:
+        int8 = "It is constant, but no threshold finds it: compile leaves it in all ranges."
+    return _finding("constancy", text, int8)
+
+
+def _mechanism(record: Record, number: int) -> list[dict[str, str]]:
+    found = next((a for a in record["attention"] if a["lifecycle"] == number), None)
+    blocks = found["blocks"] if found else []
+    if not blocks:
+        return []
+    mass, aligned, ratio = (
+        np.concatenate([block[key] for block in blocks])
+        for key in ("mass", "aligned", "value_ratio")
+    )
+    alike = [block["keys_alike"] for block in blocks if block["keys_alike"] is not None]
+    keys = (
+        f"their keys have a cosine of {np.median(np.concatenate(alike)):.2f} with each other, "
+        if alike else ""
+    )  # fmt: skip
+    text = (
+        f"In blocks {blocks[0]['block']} to {blocks[-1]['block']} the other tokens behind a sink of"
+        f" lifecycle {number} give {np.median(mass):.0%} of their attention to its sinks (median "
+        f"head; the most is {mass.max():.0%}): {keys}{np.median(aligned):.0%} of the queries point "
+        f"their way, and their values are {np.median(ratio):.2g} times as long as others'."
+    )
+    share = float((mass > 0.5).mean())
+    int8 = (
+        f"{share:.0%} of the heads give more than half of their attention to sinks, so an error in "
+        "a sink's key or value reaches every token: its rows are inserted, not rounded."
+        if share else "No head gives most of its attention to sinks."
+    )  # fmt: skip
+    return [_finding("mechanism", text, int8)]
+
+
+def _calm(record: Record) -> dict[str, str]:
+    blocks = record["per_block"]
+    ratios = [
+        most / max(median, 1e-30)
+        for most, median in zip(blocks["residual_max"], blocks["residual_median"], strict=True)
+    ]
+    block = int(np.argmax(ratios))
+    return _finding(
+        "calm",
+        f"No token spikes among {record['tokens']:,}: in no block does a group of them leave the "
+        f"others. The largest residual is {ratios[block]:.1f} times that of the median token, at "
+        f"block {block}.",
+        "There is nothing to insert: rounding alone decides what int8 loses.",
+    )
+
+
+def _ranges(record: Record) -> dict[str, str]:
+    products = record["products"]
+    before, after = (_median(products, key) for key in ("int8_error", "int8_error_without"))
+    worst = max(products, key=lambda p: p["int8_error_without"])
+    count = len(products)
+    spiking = sum(bool(p["lifecycles"]) for p in products)
+    text = (
+        f"Of {count} inputs that products read, {spiking} carry a spike. The widest range without "
+        f"spikes, for its typical value, is at {_where(worst)}: {large(worst['absmax_without'])} "
+        f"against {worst['typical']:.3g}."
+    )
+    int8 = f"Rounding takes {before:.1%} of a typical value with all tokens (median of all inputs)"
+    int8 += f", {after:.1%} without those that spike." if spiking else "."
+    most = max(map(_span, products))
+    fp8 = (
+        f"The widest range of all is {large(most)} times a typical value, of {_E4M3_SPAN:,.0f} that"
+        " E4M3 has in full precision; its own error is 2.6 % of any value."
+    )
+    return _finding("ranges", text, int8, fp8)
+
+
+def _half(record: Record) -> dict[str, str]:
+    blocks = record["per_block"]
+    residual, down = max(blocks["residual_max"]), max(blocks["down_max"])
+    scores = record["scores"]
+    product, score = (max((s[key] for s in scores), default=0.0) for key in ("product", "score"))
+    text = (
+        f"The residual stream reaches {large(residual)}, what down-projections read "
+        f"{large(down)}, and products of a query and a key at most {large(product)}, "
+        f"{large(score)} behind their scale."
+    )
+    beyond = [
+        name
+        for name, value in (
+            ("the residual stream", residual),
+            ("a down-projection's input", down),
+            ("scores of attention", score),
+        )
+        if value > HALF_MAX
+    ]
+    if beyond:
+        half = (
+            f"{' and '.join(beyond)} exceed 65,504: plain half precision gives infinity. compile "
+            "takes out constant spikes and scales the rest of the stream."
+        )
+        half = half[0].upper() + half[1:]
+    else:
+        share = max(residual, down, score) / HALF_MAX
+        half = f"All stay below 65,504, the largest at {share:.0%} of it: half precision holds it."
+    return _finding("half", text, half=half)
+
+
+def _holds(life: Record) -> str:
+    peak = max(life["residual_peak"], life["down_proj_peak"])
+    if peak > HALF_MAX:
+        return f"{large(peak)} is beyond half's largest number, 65,504."
+    return f"{large(peak)} is {peak / HALF_MAX:.0%} of half's largest number."
+
+
+def _common(life: Record) -> str:
+    tokens = [repr(entry["token"]) if entry["token"] else "a special token"
+              for entry in life["common_tokens"][:_COMMON_TOKENS]]  # fmt: skip
+    return f"; most often {', '.join(tokens)}" if tokens else ""
+
+
+def _where(product: Record) -> str:
+    kinds = {
+        "attention in": "what queries, keys and values read",
+        "attention out": "what attention's output product reads",
+        "mlp in": "what the MLP reads",
+        "mlp out": "what the down-projection reads",
+    }
+    return f"{kinds[product['place']]} in block {product['block']}"
+
+
+def _span(product: Record) -> float:
+    return float(product["absmax"] / max(product["typical"], 1e-30))
+
+
+def _loss(product: Record) -> float:
+    return float(product["int8_error"] - product["int8_error_without"])
+
+
+def _median(products: Sequence[Record], key: str) -> float:
+    return float(np.median([product[key] for product in products]))
+
+
+def large(value: float) -> str:
+    """A magnitude for people: no digits that nobody reads."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
