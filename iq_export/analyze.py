@@ -24,6 +24,7 @@ from iq_export.compile import PROBE_LENGTH, PROBES, trace_model
 from iq_export.decide.job import FORM_WINDOWS, Run
 from iq_export.decide.sinks import everyone_warning, fit_sinks
 from iq_export.disk import trouble_is_bundle_error
+from iq_export.engine.profile import Profile, Range
 from iq_export.errors import BundleError, UsageError
 from iq_export.fill import peak_rss, versions
 from iq_export.graph.attention import attentions
@@ -54,6 +55,7 @@ FORMAT = 1
 _STEPS = ("Trace", "Observe tokens", "Fit sinks", "Look at attention")
 # Half precision and no rounding: what a model must be to be looked at, and no more.
 _RECIPE = "fp16"
+_NO_ENGINE = Profile(Range(1, 1, 1), Range(1, 1, 1), Range(0, 0, 0))
 # Attention is looked at in the first windows, in some short ones, whose first tokens differ, and in
 # one for each lifecycle that none of these shows.
 _LONG, _SHORT = FORM_WINDOWS, 16
@@ -92,7 +94,8 @@ def analyze(options: CompileOptions, progress: Progress | None = None) -> Analys
     data = page.with_suffix(".json")
     _check_output(page, data)
     check_work(page, options.work)
-    checked = check(replace(options, recipe=_RECIPE, targets=(), out=page))
+    asked = replace(options, recipe=_RECIPE, targets=(), profile=_NO_ENGINE, out=page)
+    checked = check(asked)
     for note in checked.notes:
         progress.note(note)
     progress.total = progress.total or len(_STEPS)

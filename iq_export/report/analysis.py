@@ -10,18 +10,13 @@ from typing import Any
 import numpy as np
 
 from iq_export.report.chart import Series, line_chart
-from iq_export.report.findings import large
+from iq_export.report.findings import PLACES, large
 from iq_export.report.heatmap import LEVELS, heatmap
 from iq_export.report.html import html_table, number
+from iq_export.report.lifecycles import spelled
 
 Record = Mapping[str, Any]
 
-_PLACES = {
-    "attention in": "what queries, keys and values read",
-    "attention out": "what attention's output product reads",
-    "mlp in": "what the MLP reads",
-    "mlp out": "what the down-projection reads",
-}
 # Rows shown before the fold: inputs that lose most to spikes.
 _SHOWN = 12
 
@@ -45,7 +40,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 table { border-collapse: collapse; font-size: .88rem; display: block; overflow-x: auto; }
 th, td { text-align: right; padding: .2rem .7rem; border-bottom: 1px solid var(--rule); }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .words th:last-child, .words td:last-child { text-align: left; }
 code, .sub { color: var(--sub); }
 .finding { background: var(--box); border-left: 3px solid var(--after); padding: .5rem .9rem;
            margin: .7rem 0; break-inside: avoid; }
@@ -54,7 +49,8 @@ code, .sub { color: var(--sub); }
 .finding dt { font-weight: 600; font-size: .85rem; } .finding dd { margin: 0; font-size: .9rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr)); gap: 0 1rem; }
 svg { width: 100%; height: auto; break-inside: avoid; } .grid { stroke: var(--rule); }
-.tick { font-size: 11px; fill: var(--sub); } .map .tick { font-size: 9px; }
+.tick { font-size: 11px; fill: var(--sub); } .charts .tick { font-size: 16px; }
+.map .tick { font-size: 9px; }
 .map .marked { fill: var(--before); font-weight: 700; }
 polyline { fill: none; stroke-width: 1.8; }
 polyline.before { stroke: var(--before); } polyline.after { stroke: var(--after); }
@@ -187,7 +183,7 @@ def _lifecycles(record: Record) -> str:
     for n, life in enumerate(record["lifecycles"], start=1):
         births = ", ".join(str(site["block"]) for site in life["sites"])
         tokens = ", ".join(
-            f"{entry['token']!r} ({entry['first']} first, {entry['later']} later)"
+            f"{spelled(entry['token'])} ({entry['first']} first, {entry['later']} later)"
             for entry in life["common_tokens"]
         )
         rows.append([
@@ -201,7 +197,7 @@ def _lifecycles(record: Record) -> str:
     header = ["lifecycle", "birth", "persists in", "death", "channel", "tokens", "at position 0",
               "down-projection input up to", "its median", "residual up to",
               "most often"]  # fmt: skip
-    return html_table(header, rows)
+    return _words(header, rows)
 
 
 def _templates(lifecycles: Sequence[Record]) -> str:
@@ -225,13 +221,13 @@ def _templates(lifecycles: Sequence[Record]) -> str:
     )
     header = ["lifecycle", "templates", "tokens", "spread", "mean deviation", "largest",
               "so it"]  # fmt: skip
-    return lead + html_table(header, rows)
+    return lead + _words(header, rows)
 
 
 def _ranges(record: Record) -> str:
     products = record["products"]
     charts = []
-    for place, title in _PLACES.items():
+    for place, title in PLACES.items():
         here = [p for p in products if p["place"] == place]
         chart = line_chart(
             [
@@ -338,7 +334,12 @@ def _in_float(left: Sequence[Record]) -> str:
         "Norms, softmax, the residual stream and the embedding are no products and stay in half "
         "precision in every recipe. Of the products these stay:"
     )
-    return lead + html_table(["node", "why"], rows)
+    return lead + _words(["node", "why"], rows)
+
+
+def _words(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose last column is text."""
+    return f'<div class="words">{html_table(header, rows)}</div>'
 
 
 def _made(record: Record) -> str:

@@ -8,10 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from iq_export.report.lifecycles import spelled
+
 HALF_MAX = 65504.0
 # FP8 E4M3: 448 is its largest number, 2^-6 its smallest normal one; below it bits are lost.
 _E4M3_SPAN = 448 / 2**-6
 _COMMON_TOKENS = 3
+PLACES = {
+    "attention in": "what queries, keys and values read",
+    "attention out": "what attention's output product reads",
+    "mlp in": "what the MLP reads",
+    "mlp out": "what the down-projection reads",
+}
 
 Record = Mapping[str, Any]
 
@@ -35,8 +43,7 @@ def _finding(kind: str, text: str, int8: str = "", fp8: str = "", half: str = ""
 
 def _spike(record: Record, number: int, life: Record) -> dict[str, str]:
     births = [site["block"] for site in life["sites"]]
-    blocks, typical = record["per_block"], 0.0
-    typical = max(blocks["residual_median"][births[0] : life["end"] + 1])
+    typical = max(record["per_block"]["residual_median"][births[0] : life["end"] + 1])
     ends = (
         f"block {life['death']} takes it out again" if life["death"] is not None
         else "no block takes it out"
@@ -51,12 +58,11 @@ def _spike(record: Record, number: int, life: Record) -> dict[str, str]:
     inside = [p for p in record["products"] if number in p["lifecycles"]]
     if not inside:
         return _finding("spike", text, "It stretches no product's range.", "", _holds(life))
-    before, after = (_median(inside, key) for key in ("int8_error", "int8_error_without"))
     worst = max(inside, key=_loss)
     int8 = (
-        f"A static range must hold it at the inputs of {len(inside)} products or groups of them. "
-        f"Rounding takes {before:.1%} of a typical value there (median), without it {after:.1%}. "
-        f"Most is lost at {_where(worst)}: {worst['int8_error']:.0%} instead of "
+        f"It at least doubles the rounding error at {_doubled(inside)} of the {len(inside)} inputs "
+        f"of products that carry it. Most is lost at {_where(worst)}: a static range with it "
+        f"takes {worst['int8_error']:.1%} of a typical value, without it "
         f"{worst['int8_error_without']:.1%}."
     )
     widest = max(inside, key=_span)
@@ -114,10 +120,12 @@ def _mechanism(record: Record, number: int) -> list[dict[str, str]]:
         f"head; the most is {mass.max():.0%}): {keys}{np.median(aligned):.0%} of the queries point "
         f"their way, and their values are {np.median(ratio):.2g} times as long as others'."
     )
+    life = record["lifecycles"][number - 1]
     share = float((mass > 0.5).mean())
     int8 = (
         f"{share:.0%} of the heads give more than half of their attention to sinks, so an error in "
-        "a sink's key or value reaches every token: its rows are inserted, not rounded."
+        "a sink's key or value reaches every token"
+        f"{': insertion gives them unrounded' if life['replaced'] else ', and they are rounded'}."
         if share else "No head gives most of its attention to sinks."
     )  # fmt: skip
     return [_finding("mechanism", text, int8)]
@@ -150,14 +158,20 @@ def _ranges(record: Record) -> dict[str, str]:
         f"spikes, for its typical value, is at {_where(worst)}: {large(worst['absmax_without'])} "
         f"against {worst['typical']:.3g}."
     )
-    int8 = f"Rounding takes {before:.1%} of a typical value with all tokens (median of all inputs)"
-    int8 += f", {after:.1%} without those that spike." if spiking else "."
+    int8 = (
+        f"Rounding to a static range takes {before:.1%} of a typical value (median of all inputs)"
+    )
+    if spiking:
+        int8 += (
+            f", {after:.1%} without those that spike; {_doubled(products)} of {count} inputs lose "
+            "twice as much for them"
+        )
     most = max(map(_span, products))
     fp8 = (
         f"The widest range of all is {large(most)} times a typical value, of {_E4M3_SPAN:,.0f} that"
         " E4M3 has in full precision; its own error is 2.6 % of any value."
     )
-    return _finding("ranges", text, int8, fp8)
+    return _finding("ranges", text, f"{int8}.", fp8)
 
 
 def _half(record: Record) -> dict[str, str]:
@@ -199,19 +213,12 @@ def _holds(life: Record) -> str:
 
 
 def _common(life: Record) -> str:
-    tokens = [repr(entry["token"]) if entry["token"] else "a special token"
-              for entry in life["common_tokens"][:_COMMON_TOKENS]]  # fmt: skip
+    tokens = [spelled(entry["token"]) for entry in life["common_tokens"][:_COMMON_TOKENS]]
     return f"; most often {', '.join(tokens)}" if tokens else ""
 
 
 def _where(product: Record) -> str:
-    kinds = {
-        "attention in": "what queries, keys and values read",
-        "attention out": "what attention's output product reads",
-        "mlp in": "what the MLP reads",
-        "mlp out": "what the down-projection reads",
-    }
-    return f"{kinds[product['place']]} in block {product['block']}"
+    return f"{PLACES[product['place']]} in block {product['block']}"
 
 
 def _span(product: Record) -> float:
@@ -220,6 +227,10 @@ def _span(product: Record) -> float:
 
 def _loss(product: Record) -> float:
     return float(product["int8_error"] - product["int8_error_without"])
+
+
+def _doubled(products: Sequence[Record]) -> int:
+    return sum(p["int8_error"] >= 2 * p["int8_error_without"] for p in products)
 
 
 def _median(products: Sequence[Record], key: str) -> float:

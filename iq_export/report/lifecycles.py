@@ -85,12 +85,12 @@ def _peaks(record: Mapping[str, Any]) -> str:
 def _tokens(record: Mapping[str, Any]) -> str:
     common = record.get("common_tokens") or []
     shown = ", ".join(
-        f"{_spelled(entry['token'])} ({entry['first']} first, {entry['later']} later)"
+        f"{spelled(entry['token'])} ({entry['first']} first, {entry['later']} later)"
         for entry in common[:_COMMON_TOKENS]
     )
     return f"most often {shown}" if shown else ""
 
 
-def _spelled(token: str) -> str:
-    # BOS and its kin decode to nothing.
+def spelled(token: str) -> str:
+    """A token's text for people: BOS and its kin decode to nothing."""
     return repr(token) if token else "a special token"
