@@ -213,7 +213,9 @@ def _attention(
         columns = np.flatnonzero(stats.window == number)
         sinks.append(np.array([np.isin(columns, life.members) for life in lives]))
     its = [every[number] for number in chosen]
-    observer = AttentionObserver(base.model, base.sites, lives, its, sinks)
+    observer = AttentionObserver(
+        base.model, base.sites, [life.insert_blocks for life in lives], its, sinks
+    )
     if observer.names:
         observe(base.model, [observer], its, **run)
     known = {heads.block for heads in observer.heads}

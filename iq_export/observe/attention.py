@@ -19,7 +19,6 @@ from iq_export.graph.attention import Attended, attentions
 from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Branch, Sites
 from iq_export.observe.samples import Window
 from iq_export.observe.walk import CPU, Observer, Piece, Values, cut, named
-from iq_export.sinks.lifecycle import Lifecycle
 
 # Attention of longer windows would cost the square of their length.
 _MOST_TOKENS = 512
@@ -90,41 +89,40 @@ def heads_of(model: ir.Model, sites: Sites) -> list[Heads]:
     """The attention of every block that is a single op with fixed sizes."""
     known = {each.node: each for each in attentions(model)}
     nodes = {str(node.name): node for node in model.graph if node.op_type == "Attention"}
+    made = {value.name: value for node in model.graph for value in node.outputs}
     found = []
     for block in sites.blocks:
         site = block.attention.attention
         if site is None or site.node not in known:
             continue
-        node, values = nodes[site.node], {str(v.name): v for v in _values(nodes[site.node])}
+        node = nodes[site.node]
         mask = node.inputs[3] if len(node.inputs) > 3 else None
-        value = values.get(site.value) or _behind_cache(node.inputs[2])
-        key = values.get(site.key) or _behind_cache(node.inputs[1])
         found.append(
             Heads(
-                block.index, known[site.node], block.attention.norm_output, _unrotated(key),
-                str(value.name), None if mask is None else str(mask.name),
+                block.index, known[site.node], block.attention.norm_output,
+                _unrotated(made[site.key]), site.value, None if mask is None else str(mask.name),
                 _attribute(node, "is_causal") > 0, _attribute(node, "softcap"),
-                _weight_of(value, block.attention, site.value_features),
+                _weight_of(made[site.value], block.attention, site.value_features),
             )
         )  # fmt: skip
     return found
 
 
 class AttentionObserver(Observer):
-    """`mechanisms()` of every lifecycle on `windows`; `sinks[i]` is bool `[lifecycles, seq]`, who
-    of window i belongs to each. The rows of a lifecycle count in the blocks that it passes."""
+    """`mechanisms()` of every lifecycle on `windows`, in the blocks `passed` whose norms read its
+    spike; `sinks[i]` is bool `[lifecycles, seq]`, who of window i belongs to each."""
 
     def __init__(
         self,
         model: ir.Model,
         sites: Sites,
-        lifecycles: Sequence[Lifecycle],
+        passed: Sequence[range],
         windows: Sequence[Window],
         sinks: Sequence[np.ndarray],
     ) -> None:
         self._model, self._windows, self._sinks = model, windows, sinks
-        passed = {block for life in lifecycles for block in life.insert_blocks}
-        self.heads = [heads for heads in heads_of(model, sites) if heads.block in passed]
+        blocks = {block for its in passed for block in its}
+        self.heads = [heads for heads in heads_of(model, sites) if heads.block in blocks]
         self.names = list(
             dict.fromkeys(
                 name
@@ -134,12 +132,12 @@ class AttentionObserver(Observer):
             )
         )  # fmt: skip
         self.of = range(len(windows))
-        self._lives = lifecycles
+        self._count = len(passed)
         self._sums = {
             (number, heads.block): _Sums()
-            for number, life in enumerate(lifecycles)
+            for number, its in enumerate(passed)
             for heads in self.heads
-            if heads.block in life.insert_blocks
+            if heads.block in its
         }
         self._first: set[tuple[int, int, int]] = set()  # sinks at position 0 that were kept
         self._masks = lru_cache(maxsize=4)(self._masks_of)
@@ -196,7 +194,7 @@ class AttentionObserver(Observer):
 
     def mechanisms(self) -> list[list[Mechanism]]:
         """Per lifecycle, by block; blocks in which none of its tokens was seen are left out."""
-        found: list[list[Mechanism]] = [[] for _ in self._lives]
+        found: list[list[Mechanism]] = [[] for _ in range(self._count)]
         by_block = {heads.block: heads for heads in self.heads}
         for (number, block), sums in self._sums.items():
             if sums.tokens:
@@ -309,21 +307,6 @@ class _Looked:
         return mass, positive, cosines, int(sight[0, queries].sum())
 
 
-def _values(node: ir.Node) -> list[ir.Value]:
-    return [value for value in node.inputs if value is not None]
-
-
-def _behind_cache(value: ir.Value | None) -> ir.Value:
-    """This step's part of keys or values that a Concat appends to the cache."""
-    assert value is not None
-    node = value.producer()
-    if node is not None and node.op_type == "Concat" and len(node.inputs) == 2:
-        past, new = node.inputs
-        if past is not None and new is not None and past.is_graph_input():
-            return new
-    return value
-
-
 def _unrotated(key: ir.Value) -> str:
     node = key.producer()
     while node is not None and node.op_type in LAYOUT_OPS and node.inputs[0] is not None:
@@ -338,7 +321,7 @@ def _weight_of(value: ir.Value, branch: Branch, features: int) -> str | None:
     made = {linear.node: linear for linear in branch.inputs if linear.out_features == features}
     node = value.producer()
     while node is not None and str(node.name) not in made:
-        computed = [v for v in _values(node) if not v.is_initializer()]
+        computed = [v for v in node.inputs if v is not None and not v.is_initializer()]
         if node.op_type not in LAYOUT_OPS | NORM_OPS | {"Add"} or not computed:
             return None
         node = computed[0].producer()

@@ -47,8 +47,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LEFT = re.compile(r"\.partial$|\.old$|^\.build-|^tmp|\.work$|^\.[^.].*\.[a-z0-9_]{8}$")
 # What `eval` and `build` write into a bundle.
 _REWRITTEN = ("manifest.json", "manifest.json.sha256", "report.html", "engines", "plugins")
-_COMMANDS = {"compile": 40, "inspect": 11, "eval": 10, "run": 11, "build": 7, "verify": 8,
-             "package": 8, "doctor": 2, "": 3}  # fmt: skip
+_COMMANDS = {"compile": 40, "analyze": 8, "inspect": 11, "eval": 10, "run": 11, "build": 7,
+             "verify": 8, "package": 8, "doctor": 2, "": 3}  # fmt: skip
 _TARGETS = ("h100", "orin", "rtx-ampere", "rtx-turing", "a100", "thor-jetpack7.0", "rtx-all", "x")
 _RECIPES = ("fp16",) * 12 + ("w8a8", "w4a16", "w8a8kv8", "w4a4", "w8a8-h512", "../fp16")
 
@@ -186,6 +186,26 @@ class Maker:
         if self.base.light or not whole:
             argv.append("--dry-run")
         return [model, str(self._out()), *argv]
+
+    def analyze(self) -> list[str]:
+        """An ONNX file, mostly damaged: a trace takes seconds."""
+        rng, folder = self.rng, inputs.copy(self.base.folder / "onnx", self.box.folder / "in/onnx")
+        if rng.random() < 0.8:
+            inputs.damage_file(rng, rng.choice([*sorted(folder.iterdir()), folder / "model.onnx"]))
+        out = self._out() if rng.random() < 0.2 else f"{self.box.folder / 'out' / 'page'}.html"
+        argv = [
+            "--tokenizer",
+            str(self._tokenizer()),
+            "--samples",
+            "1",
+            "--length",
+            "32",
+            "-o",
+            out,
+        ]
+        if rng.random() < 0.3:
+            argv += ["--calibration", str(self._text())]
+        return [str(folder / "model.onnx"), *argv]
 
     def inspect(self) -> list[str]:
         """A bundle."""

@@ -14,7 +14,7 @@ import pytest
 from iq_export import cli
 from iq_export.errors import BundleError, DataError, EngineError, GraphError, IqError, ModelError
 
-COMMANDS = ("compile", "inspect", "eval", "run", "build", "verify", "package", "doctor")
+COMMANDS = ("analyze", "compile", "inspect", "eval", "run", "build", "verify", "package", "doctor")
 # What `pip install iq-export` does not bring; the parser must not even need ONNX Runtime.
 EXTRAS = (
     "torch",

@@ -30,7 +30,9 @@ def looked_at(path: Path, data: list[planted.Window]) -> tuple[Mechanism, list[n
     stats = observe_tokens(model, sites, data, **options)
     (life,) = discover(stats)
     sinks = [np.isin(np.flatnonzero(stats.window == n), life.members) for n in range(len(data))]
-    observer = AttentionObserver(model, sites, [life], data, [mask[None] for mask in sinks])
+    observer = AttentionObserver(
+        model, sites, [life.insert_blocks], data, [mask[None] for mask in sinks]
+    )
     observe(model, [observer], data, **options)
     (found,) = observer.mechanisms()
     return next(each for each in found if each.block == BLOCK), sinks
