@@ -41,6 +41,8 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 table { border-collapse: collapse; font-size: .88rem; display: block; overflow-x: auto; }
 th, td { text-align: right; padding: .2rem .7rem; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child, .words th:last-child, .words td:last-child { text-align: left; }
+@media print { table { font-size: .7rem; } th, td { padding: .1rem .35rem; }
+               body { max-width: none; margin: 0; } }
 code, .sub { color: var(--sub); }
 .finding { background: var(--box); border-left: 3px solid var(--after); padding: .5rem .9rem;
            margin: .7rem 0; break-inside: avoid; }
@@ -49,11 +51,11 @@ code, .sub { color: var(--sub); }
 .finding dt { font-weight: 600; font-size: .85rem; } .finding dd { margin: 0; font-size: .9rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr)); gap: 0 1rem; }
 svg { width: 100%; height: auto; break-inside: avoid; } .grid { stroke: var(--rule); }
-.tick { font-size: 11px; fill: var(--sub); } .charts .tick { font-size: 16px; }
+.tick { font-size: 11px; fill: var(--sub); } .charts .tick { font-size: 13px; }
 .map .tick { font-size: 9px; }
 .map .marked { fill: var(--before); font-weight: 700; }
 polyline { fill: none; stroke-width: 1.8; }
-polyline.before { stroke: var(--before); } polyline.after { stroke: var(--after); }
+polyline.before { stroke: var(--before); stroke-width: 4; } polyline.after { stroke: var(--after); }
 circle.before { fill: var(--before); } circle.after { fill: var(--after); }
 .key { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem;
        print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -183,7 +185,7 @@ def _lifecycles(record: Record) -> str:
     for n, life in enumerate(record["lifecycles"], start=1):
         births = ", ".join(str(site["block"]) for site in life["sites"])
         tokens = ", ".join(
-            f"{spelled(entry['token'])} ({entry['first']} first, {entry['later']} later)"
+            f"{spelled(entry['token'])} ({entry['first'] + entry['later']})"
             for entry in life["common_tokens"]
         )
         rows.append([
@@ -309,7 +311,7 @@ def _heads(blocks: Sequence[Record]) -> str:
             _beside(None if keys is None else float(np.median(keys)),
                     None if others is None else float(np.median(others)), ".2f"),
             _spread(block["value_ratio"], ".2g"),
-            _beside(upper.get("sinks"), upper.get("others"), ".0%"),
+            _beside(upper.get("sinks"), upper.get("others"), ".1%"),
         ])  # fmt: skip
     header = ["block", "attention on sinks", "queries towards", "cosine", "rows alike",
               "keys alike", "values' length", "energy"]  # fmt: skip
@@ -317,9 +319,10 @@ def _heads(blocks: Sequence[Record]) -> str:
 
 
 def _spread(values: Sequence[float], spec: str) -> str:
-    if len(values) == 1:
-        return format(values[0], spec)
-    return f"{np.median(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})"
+    middle, low, high = (
+        format(value, spec) for value in (float(np.median(values)), min(values), max(values))
+    )
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _beside(value: float | None, other: float | None, spec: str) -> str:

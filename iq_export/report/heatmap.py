@@ -10,6 +10,8 @@ import math
 from collections.abc import Collection, Sequence
 from html import escape
 
+from iq_export.report.findings import large
+
 LEVELS = 10
 _CELL = 12
 _LEFT, _TOP, _RIGHT = 44, 8, 10
@@ -82,7 +84,7 @@ def _bar(scale: _Scale, top: int, title: str) -> list[str]:
         anchor = {0.0: "start", 0.5: "middle", 1.0: "end"}[share]
         parts.append(
             f'<text class="tick" x="{place:.0f}" y="{top + 33}" text-anchor="{anchor}">'
-            f"{scale.value(share):.3g}</text>"
+            f"{large(scale.value(share))}</text>"
         )
     return parts
 
