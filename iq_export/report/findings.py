@@ -154,7 +154,7 @@ def _ranges(record: Record) -> dict[str, str]:
     count = len(products)
     spiking = sum(bool(p["lifecycles"]) for p in products)
     text = (
-        f"Of {count} inputs that products read, {spiking} carry a spike. The widest range without "
+        f"{spiking} of {count} inputs of products have a spike. The widest range without "
         f"spikes, for its typical value, is at {_where(worst)}: {large(worst['absmax_without'])} "
         f"against {worst['typical']:.3g}."
     )
@@ -163,8 +163,8 @@ def _ranges(record: Record) -> dict[str, str]:
     )
     if spiking:
         int8 += (
-            f", {after:.1%} without those that spike; {_doubled(products)} of {count} inputs lose "
-            "twice as much for them"
+            f", {after:.1%} without those that spike; at {_doubled(products)} of {count} inputs "
+            "it takes twice as much for them"
         )
     most = max(map(_span, products))
     fp8 = (
@@ -185,23 +185,23 @@ def _half(record: Record) -> dict[str, str]:
         f"{large(score)} behind their scale."
     )
     beyond = [
-        name
-        for name, value in (
-            ("the residual stream", residual),
-            ("a down-projection's input", down),
-            ("scores of attention", score),
+        sentence
+        for value, sentence in (
+            (
+                residual,
+                "The residual stream is: compile takes constant spikes out of it and scales "
+                "the rest.",
+            ),
+            (down, "A down-projection's input is: compile takes out constant spikes."),
+            (score, "Scores of attention are: compile refuses to make half precision of them."),
         )
         if value > HALF_MAX
     ]
     if beyond:
-        half = (
-            f"{' and '.join(beyond)} exceed 65,504: plain half precision gives infinity. compile "
-            "takes out constant spikes and scales the rest of the stream."
-        )
-        half = half[0].upper() + half[1:]
+        half = f"Beyond 65,504 plain half precision gives infinity. {' '.join(beyond)}"
     else:
         share = max(residual, down, score) / HALF_MAX
-        half = f"All stay below 65,504, the largest at {share:.0%} of it: half precision holds it."
+        half = f"All stay below 65,504, the largest at {share:.1%} of it: half precision holds it."
     return _finding("half", text, half=half)
 
 
@@ -209,7 +209,7 @@ def _holds(life: Record) -> str:
     peak = max(life["residual_peak"], life["down_proj_peak"])
     if peak > HALF_MAX:
         return f"{large(peak)} is beyond half's largest number, 65,504."
-    return f"{large(peak)} is {peak / HALF_MAX:.0%} of half's largest number."
+    return f"{large(peak)} is {peak / HALF_MAX:.1%} of half's largest number."
 
 
 def _common(life: Record) -> str:

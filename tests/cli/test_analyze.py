@@ -179,7 +179,7 @@ def test_no_spikes_says_so(tmp_path: Path, tokenizer: Path, text: Path) -> None:
     assert record["lifecycles"] == record["attention"] == []
     calm, ranges, _ = record["findings"]
     assert calm["kind"] == "calm" and "No token spikes" in calm["text"]
-    assert "0 carry a spike" in ranges["text"] and "without" not in ranges["int8"]
+    assert "0 of 16 inputs" in ranges["text"] and "without" not in ranges["int8"]
     assert "None: no token leaves the others." in page.read_text(encoding="utf-8")
 
 

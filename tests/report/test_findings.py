@@ -53,7 +53,7 @@ def test_a_spike_that_can_be_replaced() -> None:
     assert "1,000 there, where the median token has at most 4" in spike["text"]
     assert "at 1 of the 1 inputs" in spike["int8"] and "100.0%" in spike["int8"]
     assert "is 1,000 times a typical value" in spike["fp8"] and "keep their bits" in spike["fp8"]
-    assert spike["half"] == "1,000 is 2% of half's largest number."
+    assert spike["half"] == "1,000 is 1.5% of half's largest number."
     assert "differ from it by 2.0%" in found["constancy"]["text"]
     assert "a threshold of 40 at the down-projection of block 1" in found["constancy"]["int8"]
     assert "give 50% of their attention" in found["mechanism"]["text"]
@@ -91,8 +91,8 @@ def test_the_span_of_e4m3(typical: float, says: str) -> None:
     ("residual", "score", "says"),
     [
         (65504.0, 10.0, "half precision holds it"),
-        (65600.0, 10.0, "The residual stream exceed 65,504"),
-        (10.0, 70000.0, "Scores of attention exceed 65,504"),
+        (65600.0, 10.0, "gives infinity. The residual stream is"),
+        (10.0, 70000.0, "gives infinity. Scores of attention are"),
     ],
 )
 def test_what_half_holds(residual: float, score: float, says: str) -> None:
