@@ -414,6 +414,10 @@ def _check_external_data(model: ir.Model, path: Path, data: Mapping[str, str]) -
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
+        if tensor.dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING):
+            raise ModelError(
+                f"The weight '{name}' of {path} has no type of number: export the model again."
+            )
         end = (tensor.offset or 0) + tensor.nbytes
         size = os.stat(tensor.path).st_size
         if size < end:

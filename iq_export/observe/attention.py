@@ -34,7 +34,7 @@ class Heads:
 
     block: int
     attended: Attended
-    norm_output: str
+    read: str
     plain_key: str
     value: str
     mask: str | None
@@ -99,7 +99,7 @@ def heads_of(model: ir.Model, sites: Sites) -> list[Heads]:
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         found.append(
             Heads(
-                block.index, known[site.node], block.attention.norm_output,
+                block.index, known[site.node], block.attention.inputs[0].input,
                 _unrotated(made[site.key]), site.value, None if mask is None else str(mask.name),
                 _attribute(node, "is_causal") > 0, _attribute(node, "softcap"),
                 _weight_of(made[site.value], block.attention, site.value_features),
@@ -128,7 +128,7 @@ class AttentionObserver(Observer):
                 name
                 for heads in self.heads
                 for name in (heads.attended.query, heads.attended.key, heads.plain_key,
-                             heads.value, heads.norm_output)
+                             heads.value, heads.read)
             )
         )  # fmt: skip
         self.of = range(len(windows))
@@ -260,7 +260,7 @@ class _Looked:
         query, key = (_by_head(values[n], size) for n in (attended.query, attended.key))
         self.plain_keys = _by_head(values[heads.plain_key], size)
         self.values = _by_head(values[heads.value], values[heads.value].shape[1] // key.shape[0])
-        self.rows = values[heads.norm_output]
+        self.rows = values[heads.read]
         self._heads, self._query = heads, query
         self._key = np.repeat(key, query.shape[0] // key.shape[0], axis=0)
         length = query.shape[1]

@@ -117,6 +117,18 @@ def test_an_unknown_weight_type(tmp_path: Path, tokenizer_folder: Path) -> None:
         io.load(path)
 
 
+def test_a_weight_outside_of_the_file_without_a_type(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    path = planted.save(DECODER, tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    weight.data_type = onnx.TensorProto.UNDEFINED
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=rf"weight '{weight.name}' of .* has no type of number"):
+        trace(resolve(str(path), tokenizer=tokenizer_folder), tmp_path / "traced")
+
+
 def test_shapes_that_contradict_each_other_are_a_note(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
