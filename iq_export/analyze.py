@@ -172,7 +172,9 @@ def _record(checked: Checked, traced: Any, progress: Progress) -> dict[str, Any]
         "source_sha256": traced.source_sha256,
         "versions": versions(),
         "options": {
-            "calibration": options.calibration, "calibration_sha256": checked.calibration_sha256,
+            # A page travels: it names the file, not a folder of this machine.
+            "calibration": Path(options.calibration).name,
+            "calibration_sha256": checked.calibration_sha256,
             "samples": options.samples, "length": options.length, "seed": options.seed,
             "max_relative_deviation": options.max_relative_deviation,
         },

@@ -28,9 +28,9 @@ _ROWS = 48
 
 @dataclass(frozen=True)
 class Heads:
-    """An `Attention` node of a block, its values by name. `plain_key` is the key before its rotary
-    embedding, `value_weight` the weight `[hidden, heads * size]` that makes the values, None where
-    that is no product of its own."""
+    """An `Attention` node of a block, its values by name. `read` is what the products in front of
+    it read, `plain_key` the key before its rotary embedding, `value_weight` the weight `[hidden,
+    heads * size]` that makes the values, None where that is no product of its own."""
 
     block: int
     attended: Attended

@@ -193,16 +193,8 @@ class Maker:
         if rng.random() < 0.8:
             inputs.damage_file(rng, rng.choice([*sorted(folder.iterdir()), folder / "model.onnx"]))
         out = self._out() if rng.random() < 0.2 else f"{self.box.folder / 'out' / 'page'}.html"
-        argv = [
-            "--tokenizer",
-            str(self._tokenizer()),
-            "--samples",
-            "1",
-            "--length",
-            "32",
-            "-o",
-            out,
-        ]
+        argv = ["--samples", "1", "--length", "32", "-o", out]
+        argv += ["--tokenizer", str(self._tokenizer())]
         if rng.random() < 0.3:
             argv += ["--calibration", str(self._text())]
         return [str(folder / "model.onnx"), *argv]
