@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -150,6 +151,10 @@ def test_the_page_is_self_contained(page: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY,
+    reason="a browser reserves more addresses than ulimit -v may leave",
+)
 def test_a_browser_shows_it_without_a_request(page: Path, tmp_path: Path) -> None:
     assert shown(page, tmp_path / "page") == ([], 0)
     broken = tmp_path / "broken.html"
