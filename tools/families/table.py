@@ -19,7 +19,7 @@ RECURRENT = frozenset((
     "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
 ))  # fmt: skip
 _LEAST_SHARE = 0.95
-_PREFIX = re.compile(r"^\S+ has architecture '[^']*', (?:which is not supported: |whose )?")
+_PREFIX = re.compile(r"^\S+ has architecture '[^']*', (?:which is not supported: )?")
 
 
 def tables(record: Record) -> str:
@@ -41,11 +41,11 @@ def tables(record: Record) -> str:
         f"| compiles with {_LEAST_SHARE:.0%} of its block products in int8 | "
         f"{sum(_is_quantized(row) for row in done.values())} | |",
         "",
-        "| compiles | block products in int8 | off by | in multiples of float32's own error |",
-        "|---|---|---|---|",
+        "| compiles | block products in int8 | off by | in multiples of float32's own error | |",
+        "|---|---|---|---|---|",
         *(
             f"| {kind} | {row['int8']} of {row['products']} | {row['parity']:.1e} | "
-            f"{row['noise_ratio']:.1f} |"
+            f"{row['noise_ratio']:.1f} | {row['engine']} |"
             for kind, row in done.items()
         ),
     ]
@@ -84,4 +84,5 @@ def _when(row: Row) -> str:
 
 def _why(row: Row) -> str:
     reason = _PREFIX.sub("", row.get("reason", "")).replace("|", "\\|").replace("\n", " ")
+    reason = re.sub("^whose ", "its ", reason)
     return reason[:1].lower() + reason[1:]
