@@ -12,8 +12,8 @@ import resource
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,11 @@ class _Steps(Progress):
         super().__init__(quiet=True)
         self.begun = CONFIGURATION
 
-    def step(self, name: str) -> AbstractContextManager[Progress]:
+    @contextmanager
+    def step(self, name: str) -> Iterator[Progress]:
         self.begun = name
-        return super().step(name)
+        with super().step(name) as progress:
+            yield progress
 
 
 def _compiled(kind: str, folder: Path, progress: Progress) -> Row:

@@ -156,4 +156,4 @@ def _of_class(made: Any, more: Mapping[str, Any]) -> Any:
         inner = getattr(default, part, None)
         if inner is not None:
             values[part] = _of_class(type(inner), {})
-    return made(**values | more)
+    return made(**{**values, **more})
