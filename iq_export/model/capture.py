@@ -128,6 +128,7 @@ def flat_module(model: Any) -> torch.nn.Module:
     AttentionInterface.register(ATTENTION, onnx_attention)
     model.set_attn_implementation(ATTENTION)
     plan = mask_plan(model.config)
+    added = not model.is_backend_compatible() and not _hands_over(model)
 
     class FlatCausalLM(torch.nn.Module):
         def __init__(self) -> None:
@@ -147,6 +148,9 @@ def flat_module(model: Any) -> torch.nn.Module:
             for layer in range(len(past) // 2):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
             masks = build_masks(attention_mask, past[0].shape[2], input_ids.shape[1], plan)
+            if added:
+                lowest = torch.finfo(past[0].dtype).min
+                masks = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
             mask = next(iter(masks.values())) if len(masks) == 1 else masks
             out = self.model(
                 input_ids=input_ids,
@@ -159,6 +163,27 @@ def flat_module(model: Any) -> torch.nn.Module:
             return (out.logits, *flat)
 
     return FlatCausalLM().eval()
+
+
+def _hands_over(model: Any) -> bool:
+    """Whether attention is left to the implementation that is set. What models write out themselves
+    adds its mask to the scores."""
+    import torch
+    from transformers import AttentionInterface
+
+    called = []
+
+    def seen(*args: Any, **others: Any) -> tuple[torch.Tensor, None]:
+        called.append(True)
+        return onnx_attention(*args, **others)
+
+    AttentionInterface.register(ATTENTION, seen)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    finally:
+        AttentionInterface.register(ATTENTION, onnx_attention)
+    return bool(called)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ not in it passes: tracing and the graph have the last word.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -61,7 +63,10 @@ _TYPES: dict[str, _Kind] = {
     **dict.fromkeys(("exaone4", "olmo2", "olmo3", "openai-gpt"), _Kind(_POST_NORM)),
     **dict.fromkeys(("gpt2", "gpt-sw3", "opt"), _Kind(_RESHAPED)),
     **dict.fromkeys(("cpmant", "gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
-    **dict.fromkeys(("doge", "helium", "moshi"), _Kind(_UNRECOGNISED)),
+    **dict.fromkeys(
+        ("beam", "cohere_compass_text", "doge", "helium", "hrm_text", "moshi", "nanochat"),
+        _Kind(_UNRECOGNISED),
+    ),
     "bloom": _Kind(_ALIBI),
     "gemma3n_text": _Kind("its layers share keys and values"),
     "granite_swa": _Kind(_SINKS),
@@ -135,6 +140,7 @@ def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
     _check_sizes(config, name)
     if not remote_code:
         _check_functions(config, name)
+        _check_class(config, name)
 
 
 def _structure(config: Any) -> str | None:
@@ -167,6 +173,10 @@ def _structure(config: Any) -> str | None:
     keys = _get(config, "qk_head_dim") or _get(config, "head_dim")
     if size and keys and size != keys:
         return f"its keys and values have different sizes ({keys} and {size})"
+    if _get(config, "kv_lora_rank"):
+        return "it keeps keys and values in a compressed form ('kv_lora_rank')"
+    if _get(config, "is_heterogeneous"):
+        return "its layers have different sizes ('per_layer_config')"
     return None
 
 
@@ -232,6 +242,41 @@ def _check_functions(config: Any, name: str) -> None:
                 f"config.json of {name} is impossible: '{key}' is {value!r}, which this version "
                 "of transformers does not know."
             )
+
+
+def _check_class(config: Any, name: str) -> None:
+    """What the traced graph is given must have a place in the model's code."""
+    taken = _arguments(type(config))
+    for argument, otherwise in (
+        ("past_key_values", "its code takes no cache of keys and values"),
+        ("position_ids", "its code counts positions by itself and takes no 'position_ids'"),
+    ):
+        if taken and argument not in taken:
+            raise ModelError(
+                f"{name} has architecture '{config.model_type}', which is not supported: "
+                f"{otherwise}."
+            )
+
+
+def _arguments(config_class: Any) -> set[str]:
+    """What the forward methods of the models beside a configuration's causal LM take, which hands
+    down what it does not name itself; none if its code cannot be imported here."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with quiet():
+            found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    except (KeyError, ImportError):  # a library that only this model's code needs
+        return set()
+    return {
+        argument
+        for other in vars(sys.modules[found.__module__]).values()
+        if isinstance(other, type)
+        and issubclass(other, PreTrainedModel)
+        and other.__module__ == found.__module__
+        for argument in inspect.signature(other.forward).parameters
+    }
 
 
 def _check_numbers(raw: Mapping[str, Any], keys: Mapping[str, str], name: str) -> None:

@@ -31,6 +31,7 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
 
     `module_prefix` is what all module names begin with and readers need not see ("model.model").
     """
+    _settle_types(model)
     _fold_parameter_vectors(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _share_constants(model.graph)
@@ -99,6 +100,19 @@ def _read_sizes_from_inputs(graph: ir.Graph) -> None:
         node.replace_input_with(0, value)
         node.attributes["start"] = ir.AttrInt64("start", axis)
         node.attributes["end"] = ir.AttrInt64("end", axis + 1)
+
+
+def _settle_types(model: ir.Model) -> None:
+    """Make a Cast of each CastLike, which nothing folds: what it casts is a constant as a rule."""
+    alike = [node for node in model.graph if node.op_type == "CastLike"]
+    if any(node.inputs[1].dtype is None for node in alike):
+        common.ShapeInferencePass()(model)
+    for node in alike:
+        kind = node.inputs[1].dtype
+        if kind is not None:
+            node.op_type = "Cast"
+            node.attributes["to"] = ir.AttrInt64("to", kind)
+            node.resize_inputs(1)
 
 
 def _fold_parameter_vectors(model: ir.Model) -> None:

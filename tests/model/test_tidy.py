@@ -191,6 +191,26 @@ def test_module_scope() -> None:
     assert module_scope(outside) == ""
 
 
+def test_a_constant_that_is_cast_like_an_activation_is_one() -> None:
+    """It would be a scalar that is computed in every run, and no type of its own tells which."""
+    model = raw_model()
+    total = next(n for n in model.graph if n.op_type == "MatMul").outputs[0]
+    untyped = node("Exp", [total])
+    one = model.graph.initializers["val_4"]  # int64
+    alike = node("CastLike", [one, untyped.outputs[0]])
+    less = node("Sub", [untyped.outputs[0], alike.outputs[0]])
+    total.replace_all_uses_with(less.outputs[0])
+    untyped.replace_input_with(0, total)
+    model.graph.insert_after(total.producer(), [untyped, alike, less])
+    settle_axes(model.graph)
+    tidy(model, module_prefix="model.base")
+    found = next(n for n in model.graph if n.op_type == "Sub")
+    constant = found.inputs[1]
+    assert constant is not None and constant.const_value is not None
+    assert constant.const_value.dtype == ir.DataType.FLOAT and constant.const_value.numpy() == 1
+    assert not any(n.op_type in ("Cast", "CastLike") for n in found.inputs[0].consumers())
+
+
 @pytest.mark.parametrize(
     ("before", "after", "sizes"),
     (

@@ -1,0 +1,50 @@
+"""Which products of a traced graph have weights and belong to its blocks."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from iq_export.graph.sites import LAYOUT_OPS
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
+
+
+def block_products(model: ir.Model) -> set[str]:
+    """Names of the nodes that multiply by a matrix of weights, but for those behind all others,
+    which make the logits.
+
+    Whether the block they stand in is understood does not matter: these are what a share is of.
+    """
+    found = {node.name for node in model.graph if _is_weighted(node)}
+    return {name for name in found if name is not None} - _heads(model)
+
+
+def _is_weighted(node: ir.Node) -> bool:
+    return node.op_type in _PRODUCTS and any(_is_matrix(value) for value in node.inputs)
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    """Whether it is a constant of two axes or more, or one that is only laid out anew."""
+    if value is None:
+        return False
+    node = value.producer()
+    if node is not None:
+        return node.op_type in LAYOUT_OPS and _is_matrix(node.inputs[0])
+    return value.is_initializer() and len(value.shape or ()) > 1
+
+
+def _heads(model: ir.Model) -> set[str]:
+    """The weighted products from which the logits are reached with no other on the way."""
+    heads, seen = set(), set()
+    waiting = [model.graph.outputs[0]]
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if node is None or value in seen:
+            continue
+        seen.add(value)
+        if _is_weighted(node):
+            heads.add(str(node.name))
+        else:
+            waiting += [operand for operand in node.inputs if operand is not None]
+    return heads
