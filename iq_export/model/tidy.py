@@ -32,11 +32,11 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
     `module_prefix` is what all module names begin with and readers need not see ("model.model").
     """
     _settle_types(model)
-    _fold_parameter_vectors(model)
+    fold_parameter_vectors(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _share_constants(model.graph)
-    _store_weights_transposed(model.graph)
-    _settle_reshapes(model.graph)
+    store_weights_transposed(model.graph)
+    settle_reshapes(model.graph)
     common.CommonSubexpressionEliminationPass(size_limit=_CSE_LIMIT)(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
@@ -115,8 +115,8 @@ def _settle_types(model: ir.Model) -> None:
             node.resize_inputs(1)
 
 
-def _fold_parameter_vectors(model: ir.Model) -> None:
-    """Evaluate constant expressions, but leave transposes: `_store_weights_transposed` has them."""
+def fold_parameter_vectors(model: ir.Model) -> None:
+    """Evaluate constant expressions, but leave transposes: `store_weights_transposed` has them."""
     import onnxscript.optimizer
 
     def vectors_only(node: ir.Node) -> bool | None:
@@ -150,7 +150,7 @@ def _share_constants(graph: ir.Graph) -> None:
             del graph.initializers[value.name]
 
 
-def _store_weights_transposed(graph: ir.Graph) -> None:
+def store_weights_transposed(graph: ir.Graph) -> None:
     """Turn MatMul(x, Transpose(weight)) into MatMul(x, weight'), if nothing else uses the weight.
 
     The transposed tensor is made only while it is written: no weight is in memory twice.
@@ -177,7 +177,7 @@ def _store_weights_transposed(graph: ir.Graph) -> None:
         graph.initializers.add(stored)
 
 
-def _settle_reshapes(graph: ir.Graph) -> None:
+def settle_reshapes(graph: ir.Graph) -> None:
     """Give a Reshape constant sizes (0 = as the input) where each axis is fixed or kept.
 
     A size of -1 leaves TensorRT to work out the number of heads, which it cannot behind an op with

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from iq_export.checksum import sha256_file, sha256_stream
 from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
+from iq_export.graph.edit import copied
 from iq_export.graph.external import external_tensors, place
 from iq_export.graph.interface import Interface, Role, input_names
 from iq_export.graph.proto import read
@@ -45,6 +46,13 @@ from iq_export.model.load import (
     readable,
 )
 from iq_export.model.quiet import quiet
+from iq_export.model.recompose import (
+    LOWEST_OPSET,
+    OPSET,
+    check_same,
+    is_written_out,
+    recompose,
+)
 from iq_export.model.verify import Parity, Reference, compare, refer
 from iq_export.model.weights import DATA_FILE, Weights, refer_to_files
 from iq_export.model.weights_check import check_finite_graph
@@ -57,16 +65,15 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 ASSETS = "assets"
 RECORD = "trace.json"
-OPSET = 23
 
 _FORMAT = 3
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
-    "arithmetic.py", "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
-    "limits.py", "load.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
-    "../graph/interface.py",
-    "weights.py", "../graph/stored.py",
+    "arithmetic.py", "capture.py", "copied_sizes.py", "export.py", "fuse_activations.py",
+    "fuse_attention.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py", "limits.py", "load.py",
+    "recompose.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "verify.py",
+    "weights.py", "written_out.py", "../graph/interface.py", "../graph/stored.py",
 )  # fmt: skip
 
 
@@ -331,6 +338,11 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
         _check_external_data(graph, source.path, data)
         _check_types(graph, source.path)
         check_finite_graph(graph, source.path.name)
+        original = None
+        if is_written_out(graph):
+            original = copied(graph)
+            with _heard():
+                recompose(graph, str(source.path))
         # Later passes find nodes by name, constants among the initializers, types at the values.
         with _heard() as said:
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
@@ -341,6 +353,9 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
         except ir.serde.SerdeError as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise ModelError(f"{source.path} is no valid graph: {reason}") from error
+        if original is not None:
+            with _heard():
+                check_same(original, folder / MODEL_FILE, str(source.path))
     for name in ("config.json", "generation_config.json"):
         if (source.tokenizer / name).is_file():
             copy_belonging(source.tokenizer, name, folder / ASSETS / name, ModelError)
@@ -428,14 +443,14 @@ def _check_external_data(model: ir.Model, path: Path, data: Mapping[str, str]) -
 
 
 def _check_types(model: ir.Model, path: Path) -> None:
-    """The passes start from a float32 graph of the one supported opset."""
+    """The passes start from a float32 graph, of opsets that can be lifted to theirs."""
     import onnx_ir as ir
 
     opset = model.opset_imports.get("")
-    if opset != OPSET:
+    if opset not in range(LOWEST_OPSET, OPSET + 1):
         raise GraphError(
-            f"{path} has opset {opset}; only opset {OPSET} is supported, whose single Attention "
-            "and RMSNormalization ops are recognised. Export it again with opset_version=23."
+            f"{path} has opset {opset}; supported are opsets {LOWEST_OPSET} to {OPSET}. Export it "
+            f"again with opset_version={OPSET}."
         )
     for node in model.graph:
         if node.op_type == "Attention" and any(node.inputs[4:6]):

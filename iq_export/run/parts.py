@@ -53,7 +53,14 @@ def logits_in_parts(
     No optimizer is on. Raises GraphError if ONNX Runtime cannot load or run the graph, or it is
     none of a causal LM, ModelError if a weight cannot be read.
     """
-    model = io.load(path)
+    return logits_of(io.load(path), path.name, calls, part_bytes=part_bytes)
+
+
+def logits_of(
+    model: ir.Model, where: str, calls: Sequence[Call], *, part_bytes: int = PART_BYTES
+) -> list[list[NDArray[np.float32]]]:
+    """`logits_in_parts` of a graph in memory, called `where` in messages; the types of its values
+    must be known where it is cut."""
     parts = _parts(model, part_bytes)
     caches = [v for v in model.graph.inputs if str(v.name).startswith("past_key_values.")]
     kept: list[list[Arrays]] = []
@@ -63,7 +70,7 @@ def logits_in_parts(
     for number, part in enumerate(parts):
         later = {value for other in parts[number + 1 :] for value in other.inputs}
         needed = {str(value.name) for value in later} | {"logits"}
-        session = literal_session(_proto(model, part, kept[0][0]), path.name)
+        session = literal_session(_proto(model, part, kept[0][0]), where)
         weights = {str(v.name): v.const_value.numpy() for v in part.weights if v.const_value}
         wanted = [str(value.name) for value in part.outputs]
         read = [value for value in part.inputs if value in caches]
@@ -72,7 +79,7 @@ def logits_in_parts(
             past = {str(v.name): _past(v, caches.index(v), call, batch) for v in read}
             for values in chunks:
                 crossing = {str(v.name): values[str(v.name)] for v in part.inputs if v not in read}
-                found = run_session(session, wanted, weights | crossing | past, path.name)
+                found = run_session(session, wanted, weights | crossing | past, where)
                 past = {name: found[name.replace("past_key_values", "present")] for name in past}
                 values |= {name: array for name, array in found.items() if name in needed}
         del session, weights

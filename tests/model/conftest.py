@@ -36,6 +36,7 @@ def tiny_config(family: str) -> Any:
         "qwen2": lambda: hf.Qwen2Config(**_SIZES),
         "qwen3": lambda: hf.Qwen3Config(**_SIZES, head_dim=8),
         "mistral": lambda: hf.MistralConfig(**_SIZES, sliding_window=WINDOW),
+        "starcoder2": lambda: hf.Starcoder2Config(**_SIZES),
         "phi3": lambda: hf.Phi3Config(**_SIZES),
         "gemma3": lambda: hf.Gemma3TextConfig(
             **_SIZES,

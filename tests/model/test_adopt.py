@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,16 +15,21 @@ from onnxruntime import InferenceSession
 from iq_export.decide.job import Calibration
 from iq_export.errors import GraphError, ModelError
 from iq_export.graph import io
+from iq_export.graph.sites import find_sites
 from iq_export.model.load import resolve
 from iq_export.model.trace import trace
+from iq_export.model.written_out import made_by
+from iq_export.observe.samples import Window
 from iq_export.pipeline import rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.run.ort import CausalLM
 from tests import planted
+from tests.model.whole import whole_graph
 from tests.planted import CPU, logits
 
 DECODER = planted.Decoder()
+SINGLE_OPS = {"Attention", "Gelu", "LayerNormalization", "RMSNormalization", "RotaryEmbedding"}
 
 
 def plain_file(folder: Path) -> Path:
@@ -84,12 +92,13 @@ def test_half_file_is_refused_by_its_input(tmp_path: Path, tokenizer_folder: Pat
         trace(source, tmp_path / "traced")
 
 
-def test_other_opset_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+@pytest.mark.parametrize("opset", [12, 24])
+def test_other_opset_is_refused(opset: int, tmp_path: Path, tokenizer_folder: Path) -> None:
     model = planted.proto(DECODER)
-    model.opset_import[0].version = 21
-    onnx.save(model, tmp_path / "old.onnx")
-    source = resolve(str(tmp_path / "old.onnx"), tokenizer=tokenizer_folder)
-    with pytest.raises(GraphError, match="has opset 21; only opset 23"):
+    model.opset_import[0].version = opset
+    onnx.save(model, tmp_path / "other.onnx")
+    source = resolve(str(tmp_path / "other.onnx"), tokenizer=tokenizer_folder)
+    with pytest.raises(GraphError, match=f"has opset {opset}; supported are opsets 13 to 23"):
         trace(source, tmp_path / "traced")
 
 
@@ -156,3 +165,71 @@ def test_a_cache_inside_of_attention_is_refused(tmp_path: Path, tokenizer_folder
         GraphError, match=rf"'{node.name}' \(Attention\).*takes the KV cache itself"
     ):
         trace(source, tmp_path / "traced")
+
+
+def primitive_file(folder: Path, path: Path, opset: int) -> Path:
+    """A transformers model as torch's older exporter writes it: every op is a primitive one."""
+    import torch
+    import transformers
+
+    from iq_export.graph.interface import input_names, output_names
+    from iq_export.model.capture import cache_shape, flat_module
+    from iq_export.model.export import example_inputs
+    from iq_export.model.quiet import quiet
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    module, cache = flat_module(model), cache_shape(model)
+    model.set_attn_implementation("sdpa")
+    inputs, outputs = input_names(cache.num_layers), output_names(cache.num_layers)
+    axes = {name: {0: "batch", 1: "seq"} for name in ("input_ids", "position_ids", "logits")}
+    axes["attention_mask"] = {0: "batch", 1: "total"}
+    axes |= {name: {0: "batch", 2: "past"} for name in inputs[3:]}
+    axes |= {name: {0: "batch", 2: "total"} for name in outputs[1:]}
+    with quiet():
+        torch.onnx.export(
+            module, example_inputs(cache, model.config.vocab_size), path, dynamo=False,
+            opset_version=opset, input_names=inputs, output_names=outputs, dynamic_axes=axes,
+        )  # fmt: skip
+    return path
+
+
+def parts(path: Path) -> tuple[Counter[str], list[tuple[Any, ...]]]:
+    """The single ops of a graph, and of each of its blocks what later steps go by."""
+    model = io.load(path)
+    sites = find_sites(model)
+    assert not sites.refused
+    return Counter(node.op_type for node in model.graph if node.op_type in SINGLE_OPS), [
+        (
+            [(linear.in_features, linear.out_features) for linear in branch.linears],
+            branch.linear_path,
+            branch.attention and (branch.attention.heads, branch.attention.key_features),
+        )
+        for block in sites.blocks
+        for branch in (block.attention, block.mlp)
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+def test_a_file_of_primitive_ops(
+    family: str, folders: Callable[[str], Path], traces: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """It becomes what the same model is when it is traced, and compiles."""
+    path = primitive_file(folders(family), tmp_path / "primitive.onnx", 14)
+    before = {node.op_type for node in onnx.load(path).graph.node}
+    assert "Softmax" in before and not before & SINGLE_OPS
+    adopted = trace(resolve(str(path), tokenizer=folders(family)), tmp_path / "traced")
+    assert parts(adopted.model) == parts(traces(family).model)
+    rows = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    exact, found = (logits(CausalLM(whole_graph(m)), rows) for m in (traces(family), adopted))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.ptp(exact))
+    rng = np.random.default_rng(0)
+    windows = [Window(rng.integers(3, 90, 24).tolist(), bos=False) for _ in range(4)]
+    (tmp_path / "work").mkdir()
+    done = rewrite(
+        adopted.model, tmp_path / "work", load_recipe("w8a8"), "fp16",
+        Calibration(windows[:2], windows[2:], 0.1, 0, CPU), Progress(quiet=True),
+    )  # fmt: skip
+    products = [node for node in io.load(done.quantized).graph if node.op_type == "MatMul"]
+    codes = [node for node in products if made_by(node.inputs[1], "DequantizeLinear")]
+    assert len(codes) == len(find_sites(io.load(adopted.model)).linears)
+    InferenceSession(str(done.quantized))

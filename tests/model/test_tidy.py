@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.model.tidy import SCOPES, _settle_reshapes, module_scope, settle_axes, tidy
+from iq_export.model.tidy import SCOPES, module_scope, settle_axes, settle_reshapes, tidy
 from iq_export.run.ort import CausalLM, left_pad
 
 VOCAB, HIDDEN = 11, 4
@@ -233,7 +233,7 @@ def test_reshapes_get_constant_sizes(
     graph = ir.Graph(
         [x, computed], reshape.outputs, nodes=[reshape], opset_imports={"": 23}, name="main"
     )
-    _settle_reshapes(graph)
+    settle_reshapes(graph)
     if sizes is None:
         assert reshape.inputs[1] is computed
     else:

@@ -1,0 +1,316 @@
+"""A graph of another exporter -> the single ops that the rest of the compiler knows.
+
+Files of opset 13 to 22 write norms, GELU, SiLU, rotary embeddings and attention as primitive ops,
+and products as Gemm, with tokens flattened, or with weights behind a Transpose. `recompose` lifts
+such a graph to opset 23 and makes LayerNormalization, RMSNormalization, Gelu, RotaryEmbedding,
+Attention and MatMul of them, by onnxscript's rules where it has them. What it does not recognise
+stays as it is. `check_same` then compares what both graphs compute.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from iq_export.errors import GraphError
+from iq_export.graph.edit import shared_constant
+from iq_export.graph.interface import Interface
+from iq_export.graph.vocabulary import read_vocabulary
+from iq_export.model.copied_sizes import copy_sizes
+from iq_export.model.fuse_activations import fuse_activations
+from iq_export.model.fuse_attention import fuse_attention
+from iq_export.model.tidy import fold_parameter_vectors, settle_reshapes, store_weights_transposed
+from iq_export.model.written_out import constant_of, insert, made_by, replace, scalar
+
+OPSET = 23
+LOWEST_OPSET = 13
+# Ops of written out forms, which a graph of single ops lacks.
+_WRITTEN_OUT = frozenset({"Softmax", "ReduceMean", "Erf", "Tanh", "Exp", "Gemm"})
+_OLDEST_FORMAT = 11  # of ONNX files with opset 23
+_SMALL = 64  # elements up to which equal constants are one
+# Of what `check_same` runs: tokens of a row, those of the first step, what is padded of the second
+# row; and the largest error, as a fraction of the range of logits.
+_TOKENS, _FIRST, _PADDING, _TOLERANCE = 8, 5, 2, 1e-4
+_ROUNDS = 2  # what one round of folding leaves is seen by the next
+# Ops of rank [..., features] that do the same to [tokens, features] and to [batch, seq, features].
+_PER_TOKEN = frozenset({
+    "Add", "Sub", "Mul", "Div", "Gelu", "Relu", "Sigmoid", "Tanh", "Erf", "Pow", "LeakyRelu", "Elu",
+    "HardSwish", "Softplus", "Identity", "MatMul",
+})  # fmt: skip
+
+
+def is_written_out(model: ir.Model) -> bool:
+    """Whether `model` has an older opset, or primitive ops where single ones may stand."""
+    opset = model.opset_imports.get("", 0)
+    return LOWEST_OPSET <= opset < OPSET or (
+        opset == OPSET and any(node.op_type in _WRITTEN_OUT for node in model.graph)
+    )
+
+
+def recompose(model: ir.Model, where: str) -> None:
+    """Change `model`, a graph of opset 13 to 23 called `where` in messages, in place.
+
+    Weights are not read, but for vectors. Raises GraphError if it cannot be lifted or understood.
+    """
+    try:
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _lift(model, where)
+        _rewrite(model)
+    except GraphError:
+        raise
+    except Exception as error:  # of the rules, which expect what exporters write
+        said = " ".join((str(error).splitlines() or [""])[0].split()).rstrip(".")[:200]
+        raise GraphError(
+            f"{where} cannot be rewritten in single ops ({type(error).__name__}: {said}); export "
+            f"it again with opset_version={OPSET}."
+        ) from error
+
+
+def check_same(original: ir.Model, made: Path, where: str) -> None:
+    """Compare the logits of the causal LM at `made` with those of `original`: two rows of random
+    tokens, one of them padded, in two steps.
+
+    Raises GraphError if they differ by more than float32 explains, or one does not run.
+    """
+    from iq_export.run.ort import left_pad
+    from iq_export.run.parts import Call, logits_in_parts, logits_of
+
+    for tensor in Interface.of_graph(original.graph).past:
+        tensor.empty(1)  # sizes that are not fixed are refused
+    rows = read_vocabulary(made).rows or 1
+    tokens = np.random.default_rng(0).integers(0, rows, (2, _TOKENS)).tolist()
+    ids, mask, positions = left_pad([tokens[0], tokens[1][_PADDING:]], 0)
+    bounds = ((0, _FIRST), (_FIRST, _TOKENS))
+    call = Call(tuple((ids[:, a:b], mask[:, :b], positions[:, a:b]) for a, b in bounds))
+    common.ShapeInferencePass()(original)
+    (expected,), (found,) = logits_of(original, where, [call]), logits_in_parts(made, [call])
+    seen = mask.astype(bool)
+    exact, same = (np.concatenate(logits, axis=1)[seen] for logits in (expected, found))
+    error = float(np.abs(exact - same).max() / max(np.ptp(exact), np.finfo(np.float32).tiny))
+    if not error <= _TOLERANCE:
+        raise GraphError(
+            f"{where} was not understood: written in single ops it gives other logits (by "
+            f"{error:.2g} of their range); export it again with opset_version={OPSET}."
+        )
+
+
+def _rewrite(model: ir.Model) -> None:
+    _simplify(model)
+    _products(model.graph)
+    store_weights_transposed(model.graph)
+    _norms(model)
+    fuse_activations(model.graph)
+    _unflatten(model.graph)
+    _simplify(model)
+    fuse_attention(model)
+    _rotations(model)
+    settle_reshapes(model.graph)
+    common.CommonSubexpressionEliminationPass(size_limit=_SMALL)(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.TopologicalSortPass()(model)
+
+
+def _lift(model: ir.Model, where: str) -> None:
+    from onnxscript.version_converter import ConvertVersionPass
+
+    opset = model.opset_imports.get("")
+    with _silent():  # onnxscript says which converter it takes, and why one fails
+        ConvertVersionPass(OPSET, fallback=True)(model)
+    if model.opset_imports.get("") != OPSET:
+        raise GraphError(
+            f"{where} has opset {opset} and an operator that cannot be lifted to opset {OPSET}; "
+            f"export it again with opset_version={OPSET}."
+        )
+    model.ir_version = max(model.ir_version, _OLDEST_FORMAT)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold what is computed of constants and of fixed sizes; drop what changes nothing."""
+    import onnxscript.rewriter
+
+    for _ in range(_ROUNDS):
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.ShapeInferencePass()(model)
+        fold_parameter_vectors(model)
+        with _silent():
+            onnxscript.rewriter.rewrite(model)
+        copy_sizes(model.graph)
+        common.IdentityEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.ShapeInferencePass()(model)
+
+
+def _products(graph: ir.Graph) -> None:
+    """Gemm -> MatMul and Add."""
+    for node in list(graph):
+        if node.op_type != "Gemm":
+            continue
+        given = {name: attribute.value for name, attribute in node.attributes.items()}
+        if given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0 or given.get("transA"):
+            continue
+        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        if given.get("transB"):
+            weight = insert(node, "Transpose", [weight], {"perm": [1, 0]})
+        out = insert(node, "MatMul", [node.inputs[0], weight])
+        if bias is not None:
+            out = insert(node, "Add", [out, bias])
+        replace(node, out)
+
+
+def _norms(model: ir.Model) -> None:
+    from onnxscript.rewriter.rules.fusion._layer_norm import fuse_layer_normalization
+    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+
+    _spell_norms(model.graph)
+    fuse_layer_normalization(model)
+    fuse_rms_normalization(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.ShapeInferencePass()(model)
+
+
+def _spell_norms(graph: ir.Graph) -> None:
+    """Write norms as onnxscript's rules do: stated defaults, the last axis as -1, x ** 2,
+    x * (1 / sqrt(v)), constants behind what is computed."""
+    for node in list(graph):
+        if node.op_type == "ReduceMean":
+            node.attributes.setdefault("keepdims", ir.AttrInt64("keepdims", 1))
+            node.attributes.setdefault(
+                "noop_with_empty_axes", ir.AttrInt64("noop_with_empty_axes", 0)
+            )
+            axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+            rank = len(node.inputs[0].shape) if node.inputs[0].shape is not None else 0
+            if axes is not None and axes.tolist() == [rank - 1]:
+                last = shared_constant(graph, "last_axis", np.array([-1]))
+                node.replace_input_with(1, last)
+            square = node.inputs[0].producer()
+            if (
+                square is not None
+                and square.op_type == "Mul"
+                and square.inputs[0] is square.inputs[1]
+            ):
+                two = shared_constant(graph, "two", np.array(2.0, np.float32))
+                replace(square, insert(square, "Pow", [square.inputs[0], two]))
+        elif node.op_type == "Pow" and scalar(node.inputs[1]) == -0.5 and _of_mean(node.inputs[0]):
+            root = insert(node, "Sqrt", [node.inputs[0]])
+            replace(node, insert(node, "Reciprocal", [root]))
+        elif node.op_type == "Div" and _is_deviation(node.inputs[1]):
+            inverse = insert(node, "Reciprocal", [node.inputs[1]])
+            if scalar(node.inputs[0]) != 1:
+                inverse = insert(node, "Mul", [node.inputs[0], inverse])
+            replace(node, inverse)
+    for node in graph:
+        if node.op_type in ("Mul", "Add"):
+            first, second = node.inputs
+            if first.is_initializer() or made_by(first, "Reciprocal") is not None:
+                node.replace_input_with(0, second)
+                node.replace_input_with(1, first)
+
+
+def _is_deviation(value: ir.Value) -> bool:
+    """The root of a mean and an epsilon."""
+    root = value.producer()
+    return root is not None and root.op_type == "Sqrt" and _of_mean(root.inputs[0])
+
+
+def _of_mean(value: ir.Value) -> bool:
+    add = value.producer()
+    makers = [operand.producer() for operand in add.inputs] if add is not None else []
+    return any(maker is not None and maker.op_type == "ReduceMean" for maker in makers)
+
+
+def _rotations(model: ir.Model) -> None:
+    from onnxscript.rewriter.rules.fusion._rotary_embedding import (
+        fuse_partial_rotary_embedding,
+        fuse_rotary_embedding,
+    )
+
+    fuse_rotary_embedding(model)
+    fuse_partial_rotary_embedding(model)
+
+
+def _unflatten(graph: ir.Graph) -> None:
+    """Compute of `[batch, seq, features]` what is computed of its Reshape `[tokens, features]`, up
+    to the Reshape that takes it back."""
+    whole: dict[ir.Value, ir.Value] = {}  # what is flat, or was -> the same with all its axes
+    features: dict[ir.Value, int] = {}  # of what was flat
+    for node in list(graph):
+        if _flattens(node):
+            whole[node.outputs[0]] = node.inputs[0]
+        elif any(value in whole for value in node.inputs):
+            passes = _is_per_token(node, whole)
+            for position, value in enumerate(node.inputs):
+                if value not in whole:
+                    continue
+                if passes or _takes_any_axes(node):
+                    node.replace_input_with(position, whole[value])
+                elif whole[value] is value:  # it was made of all axes: flat again
+                    node.replace_input_with(position, _flat(node, value, features[value]))
+            if passes:
+                out = node.outputs[0]
+                assert out.shape is not None
+                features[out], out.shape = int(str(out.shape[1])), None
+                whole[out] = out
+
+
+def _flattens(node: ir.Node) -> bool:
+    if node.op_type != "Reshape":
+        return False
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    return (
+        before is not None
+        and after is not None
+        and len(before) == 3
+        and len(after) == 2
+        and isinstance(after[1], int)
+        and before[2] == after[1]
+    )
+
+
+def _is_per_token(node: ir.Node, whole: dict[ir.Value, ir.Value]) -> bool:
+    first, *others = (value for value in node.inputs if value is not None)
+    out = node.outputs[0]
+    if len(node.outputs) != 1 or out.is_graph_output():
+        return False
+    if out.shape is None or not isinstance(out.shape[-1], int):
+        return False
+    if node.op_type == "MatMul":
+        return first in whole and others[0].is_initializer() and len(others[0].shape or ()) == 2
+    if node.op_type.endswith("Normalization"):
+        axis = node.attributes.get("axis")
+        return first in whole and (axis is None or axis.as_int() == -1)
+    return node.op_type in _PER_TOKEN and all(
+        value in whole or (value.is_initializer() and len(value.shape or ()) <= 1)
+        for value in (first, *others)
+    )
+
+
+def _takes_any_axes(node: ir.Node) -> bool:
+    """A Reshape of whose sizes none is copied from the input."""
+    if node.op_type != "Reshape":
+        return False
+    sizes = constant_of(node.inputs[1])
+    return sizes is None or 0 not in sizes
+
+
+def _flat(place: ir.Node, value: ir.Value, features: int) -> ir.Value:
+    assert place.graph is not None
+    sizes = shared_constant(place.graph, f"flat_{features}", np.array([-1, features]))
+    return insert(place, "Reshape", [value, sizes])
