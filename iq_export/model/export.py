@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from iq_export.errors import ModelError
 from iq_export.graph.interface import BATCH, PAST, SEQ, input_names, output_names
 from iq_export.model.capture import CacheShape
 from iq_export.model.tidy import SCOPES
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
 
 # Example sizes: all different from each other and from 1, so that no axis is taken for another
@@ -65,6 +66,9 @@ def export_module(
             dynamic_shapes=shapes,
             input_names=input_names(cache.num_layers),
             output_names=output_names(cache.num_layers),
+            custom_translation_table={
+                torch.ops.aten.scaled_dot_product_attention.default: _attention,
+            },
             optimize=False,
             verbose=False,
         )
@@ -75,6 +79,24 @@ def export_module(
     model = program.model
     _lower(model)
     return model
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """torch's attention as one `Attention`, which repeats keys and values for all heads of queries:
+    the exporter has that only where it is asked for, and torch broadcasts a single head anyway."""
+    from onnxscript import opset23
+
+    found = opset23.Attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal)
+    return found[0]
 
 
 def _lower(model: ir.Model) -> None:
@@ -94,9 +116,34 @@ def _lower(model: ir.Model) -> None:
         onnxscript.optimizer.fold_constants_ir(model, should_fold=keeps_parameters)
         onnxscript.rewriter.rewrite(model)
     onnx_fusions.fuse(model)
+    onnxscript.rewriter.rewrite(model, pattern_rewrite_rules=_layer_norms())
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     _inherit_scopes(model.graph)
+
+
+def _layer_norms() -> Any:
+    """Rewrites a LayerNormalization without a bias that a model's code writes out."""
+    from onnxscript.rewriter import pattern
+
+    def written_out(op: Any, x: Any, weight: Any, epsilon: Any) -> Any:
+        away = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
+        variance = op.ReduceMean(op.Pow(away, 2), [-1], keepdims=1)
+        size = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+        return op.Mul(op.Mul(away, size), weight)
+
+    def single(op: Any, x: Any, weight: Any, epsilon: Any) -> Any:
+        return op.LayerNormalization(
+            x, weight, axis=-1, epsilon=float(epsilon.const_value.numpy().item())
+        )
+
+    def possible(context: Any, x: Any, weight: Any, epsilon: Any) -> bool:
+        constant = epsilon.const_value
+        one = constant is not None and constant.size == 1
+        return one and x.dtype == ir.DataType.FLOAT and len(weight.shape or ()) == 1
+
+    rule = pattern.RewriteRule(written_out, single, possible)
+    return pattern.RewriteRuleSet([rule], commute=True)
 
 
 def _inherit_scopes(graph: ir.Graph) -> None:
