@@ -74,6 +74,7 @@ class Decoder:
     rotary: bool = True
     post_norms: bool = False
     bare: bool = False  # goes with `post_norms`
+    heard: float = 1.0  # share of a spike that products which read the stream make something of
     parallel: str = ""
     spikes: tuple[Spike, ...] = (Spike(birth=1, death=3),)
     seed: int = 0
@@ -134,8 +135,10 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
                 f"{at}mlp.post_norm.weight": np.full(d, 0.5, np.float32),
             }
         for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):
-            if decoder.bare:  # no norm holds a spike down
-                found[f"{at}{name}_proj.weight"][decoder.special] *= 0.01
+            if decoder.bare:  # no norm holds them down
+                rows = found[f"{at}{name}_proj.weight"]
+                rows[decoder.special] *= 0.01
+                rows[[spike.channel for spike in decoder.spikes]] *= 100 * decoder.heard
         found[f"{at}self_attn.o_proj.weight"][:, decoder.special] *= decoder.quiet
         found[f"{at}mlp.down_proj.weight"][:, decoder.special] *= decoder.quiet
     found["norm.weight"] = np.ones(d, np.float32)
@@ -162,11 +165,19 @@ def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: S
     # A channel that dominates its row is sqrt(hidden) after the norm, whatever its size.
     product = _GAIN**2 * decoder.hidden
     written = spike.sign * (_BEFORE_NORM if decoder.post_norms else spike.size)
+    # All neurons are loud where they read the spike itself.
+    taken = spike.sign * 2e6 if decoder.bare else written
     erased = {} if decoder.post_norms else {spike.marker: -MARKER_VALUE}
     shared = decoder.parallel == "sum"
     for block, read, sign, writes, size in (
         (spike.birth, spike.marker, 1, {spike.channel: written, **erased}, MARKER_VALUE),
-        (spike.death, spike.channel, spike.sign, {spike.channel: -written}, spike.size),
+        (
+            spike.death,
+            spike.channel,
+            spike.sign,
+            {spike.channel: -spike.sign * abs(taken)},
+            spike.size,
+        ),
     ):
         if block is None:
             continue

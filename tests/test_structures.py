@@ -12,10 +12,11 @@ import pytest
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
 from iq_export.passes.fold_rotation import rotate_stream
+from iq_export.passes.insert_sinks import insert_sinks
 from iq_export.passes.scale_residual import scale_residual
 from iq_export.run.ort import CausalLM
 from tests import planted
-from tests.planted import Decoder, Spike
+from tests.planted import Decoder
 
 KINDS = {
     "sum": Decoder(parallel="sum"),
@@ -25,7 +26,9 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def data(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> planted.Planted:
     return planted.observe(KINDS[request.param], tmp_path_factory.mktemp(request.param))
 
 
@@ -65,8 +68,17 @@ def test_the_spike_is_found_and_taken_out(data: planted.Planted) -> None:
     spread = expected.max() - expected.min()
     for chunk in (None, 7):
         found = planted.logits(CausalLM(data.inserted), rows, chunk=chunk)
-        assert np.abs(found - expected).max() < 1e-2 * spread
-    assert np.abs(found[:, 1:] - expected[:, 1:]).max() < 2e-3 * spread
+        error = np.abs(found - expected) / spread
+        assert error.max() < 1e-2 and error[:, 1:].max() < 5e-3
+
+
+def test_a_token_of_which_products_read_more_than_its_spike_is_left_alone(tmp_path: Path) -> None:
+    """No norm makes the spike all that is read of a sink: weights that hardly hear it read the
+    token's own content, which no template has."""
+    made = planted.observe(replace(KINDS["bare"], heard=0.01), tmp_path)
+    (decision,) = made.decisions
+    assert (decision.lifecycle.birth, decision.replaced) == (1, False)
+    assert "above the limit" in decision.reason
 
 
 def test_no_product_reads_the_spike(data: planted.Planted) -> None:
@@ -103,18 +115,29 @@ def test_the_stream_is_rotated_where_norms_allow_it(data: planted.Planted) -> No
     assert _changed(data, model, "rotated.onnx") < 1e-5
 
 
-def test_two_lifecycles_pass_products_that_read_the_stream(tmp_path: Path) -> None:
-    """The second is born where the first one dies: what it inserts stands behind the restored."""
-    decoder = Decoder(
-        blocks=6, bare=True, post_norms=True,
-        spikes=(Spike(1, 3), Spike(3, 5, channel=9, marker=2, token=planted.DELIMITER)),
-    )  # fmt: skip
-    made = planted.observe(decoder, tmp_path)
-    assert len(made.sinks) == 2
-    rows = [window.ids for window in made.windows[:6]]
-    expected = planted.logits(CausalLM(made.path), rows)
-    found = planted.logits(CausalLM(made.inserted), rows)
-    assert np.abs(found - expected).max() < 1e-2 * (expected.max() - expected.min())
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_lifecycles_meet_where_products_read_the_stream(first: int, tmp_path: Path) -> None:
+    """Where one ends and the other lives, rows are inserted into what the first one restored."""
+    made = planted.observe(KINDS["bare"], tmp_path)
+    (lives,) = made.sinks
+    end = made.sites.blocks[2]
+    norms = {
+        n: rows
+        for n, rows in lives.norms.items()
+        if n not in (end.mlp.residual, "layers.3/Add/out")
+    }
+    ends = replace(lives, lifecycle=replace(lives.lifecycle, end=2), norms=norms)
+    model, both = made.load(), [lives, lives]
+    both[first] = ends
+    insert_sinks(model, made.sites, both)
+    nodes = {node.name: node for node in model.graph}
+    insert = nodes["layers.3/self_attn/q_proj"].inputs[0].producer()
+    restore = insert.inputs[0].producer()
+    assert (insert.op_type, restore.op_type) == ("SinkClampInsert", "SinkRestore")
+    assert restore.inputs[0].name == end.mlp.residual
+    assert restore.outputs[0] in nodes["layers.3/Add"].inputs
+    rows = [made.windows[0].ids]
+    assert np.isfinite(planted.logits(CausalLM(made.save_beside(model, "two.onnx")), rows)).all()
 
 
 def test_what_else_reads_the_sum_of_one_branch_keeps_it_from_being_parallel(

@@ -204,9 +204,10 @@ def _embedding(graph: ir.Graph) -> ir.Value:
             if value is not None and _residual_add(value) is not None:
                 return value
     for node in graph:
-        if _is_linear(node) and (add := _residual_add(node.inputs[0])) is not None:
-            if any(isinstance(found, Branch) for found in _branches(node.inputs[0], add)):
-                return node.inputs[0]
+        add = _residual_add(node.inputs[0]) if _is_linear(node) else None
+        found = _branches(node.inputs[0], add) if add is not None else []
+        if any(isinstance(branch, Branch) for branch in found):
+            return node.inputs[0]
     for node in graph:
         if node.op_type == "Gather" and _is_constant(node.inputs[0]):
             raise GraphError(
@@ -272,10 +273,11 @@ def _terms(
 ) -> list[tuple[ir.Value, tuple[ir.Node, ...]]]:
     """What is added, apart where it is a sum of what two products gave, each with its Adds."""
     node = value.producer()
-    if node is not None and node.op_type == "Add" and len(value.uses()) == 1:
-        if all(_producing_linear(operand) is not None for operand in node.inputs):
-            return [(operand, (node, *adds)) for operand in node.inputs]
-    return [(value, adds)]
+    if node is None or node.op_type != "Add" or len(value.uses()) > 1:
+        return [(value, adds)]
+    if any(_producing_linear(operand) is None for operand in node.inputs):
+        return [(value, adds)]
+    return [(operand, (node, *adds)) for operand in node.inputs]
 
 
 def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Branch | Refusal:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 from iq_export.errors import ModelError
 from iq_export.graph.interface import BATCH, PAST, SEQ, input_names, output_names
 from iq_export.model.capture import CacheShape
 from iq_export.model.tidy import SCOPES
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 # Example sizes: all different from each other and from 1, so that no axis is taken for another
@@ -116,34 +115,9 @@ def _lower(model: ir.Model) -> None:
         onnxscript.optimizer.fold_constants_ir(model, should_fold=keeps_parameters)
         onnxscript.rewriter.rewrite(model)
     onnx_fusions.fuse(model)
-    onnxscript.rewriter.rewrite(model, pattern_rewrite_rules=_layer_norms())
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     _inherit_scopes(model.graph)
-
-
-def _layer_norms() -> Any:
-    """Rewrites a LayerNormalization without a bias that a model's code writes out."""
-    from onnxscript.rewriter import pattern
-
-    def written_out(op: Any, x: Any, weight: Any, epsilon: Any) -> Any:
-        away = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
-        variance = op.ReduceMean(op.Pow(away, 2), [-1], keepdims=1)
-        size = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
-        return op.Mul(op.Mul(away, size), weight)
-
-    def single(op: Any, x: Any, weight: Any, epsilon: Any) -> Any:
-        return op.LayerNormalization(
-            x, weight, axis=-1, epsilon=float(epsilon.const_value.numpy().item())
-        )
-
-    def possible(context: Any, x: Any, weight: Any, epsilon: Any) -> bool:
-        constant = epsilon.const_value
-        one = constant is not None and constant.size == 1
-        return one and x.dtype == ir.DataType.FLOAT and len(weight.shape or ()) == 1
-
-    rule = pattern.RewriteRule(written_out, single, possible)
-    return pattern.RewriteRuleSet([rule], commute=True)
 
 
 def _inherit_scopes(graph: ir.Graph) -> None:

@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from iq_export.graph.interface import BATCH, PAST, SEQ, TOTAL, Role, axes_of, name_of
 from iq_export.graph.stored import StoredTensor
-from iq_export.model.join_attention import join_attention
+from iq_export.model.single_ops import join_attention, join_layer_norms
 from iq_export.model.unflatten import unflatten
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -37,12 +37,13 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
     _fold_parameter_vectors(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _share_constants(model.graph)
-    join_attention(model.graph)
     unflatten(model.graph)
     _store_weights_transposed(model.graph)
     _settle_reshapes(model.graph)
     common.CommonSubexpressionEliminationPass(size_limit=_CSE_LIMIT)(model)
     common.IdentityEliminationPass()(model)
+    join_layer_norms(model)
+    join_attention(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.TopologicalSortPass()(model)

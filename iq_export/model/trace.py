@@ -64,8 +64,8 @@ _FORMAT = 3
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "export.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
-    "join_attention.py", "limits.py", "load.py", "replicate.py", "tidy.py", "tokenizer.py",
-    "trace.py", "unflatten.py", "verify.py", "weights.py", "../graph/interface.py",
+    "limits.py", "load.py", "replicate.py", "single_ops.py", "tidy.py", "tokenizer.py", "trace.py",
+    "unflatten.py", "verify.py", "weights.py", "../graph/interface.py",
     "../graph/stored.py",
 )  # fmt: skip
 

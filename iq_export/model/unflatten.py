@@ -15,8 +15,8 @@ import onnx_ir as ir
 from iq_export.graph.sites import NORM_OPS
 
 _BY_ELEMENT = frozenset({
-    "Add", "Cast", "Clip", "Div", "Erf", "Gelu", "Identity", "LeakyRelu", "Max", "Min", "Mul", "Neg",
-    "Pow", "Relu", "Sigmoid", "Softplus", "Sub", "Tanh",
+    "Add", "Cast", "Clip", "Div", "Erf", "Gelu", "Identity", "LeakyRelu", "Max", "Min", "Mul",
+    "Neg", "Pow", "Relu", "Sigmoid", "Softplus", "Sub", "Tanh",
 })  # fmt: skip
 _PRODUCTS = frozenset({"Gemm", "MatMul"})
 
@@ -44,7 +44,7 @@ def unflatten(graph: ir.Graph) -> None:
         if node not in done and _flattens(node):
             region = _region(node)
             if region is not None:
-                done |= region.entries.keys()
+                done |= {*region.entries, *region.exits}
                 _widen(graph, region)
 
 
@@ -83,7 +83,7 @@ def _region(start: ir.Node) -> _Region | None:
         elif _by_row(node):
             found.inside[node] = None
             for value in node.inputs:
-                if value is not None and not value.is_initializer():
+                if value is not None and not _is_constant(value):
                     producer = value.producer()
                     if producer is None:
                         return None
@@ -105,19 +105,25 @@ def _axes(value: ir.Value) -> tuple[object, object] | None:
 
 
 def _by_row(node: ir.Node) -> bool:
-    """Whether it works on each row of a `[rows, features]` by itself, and as well with more axes."""
-    constants = [v for v in node.inputs[1:] if v is not None and v.is_initializer()]
+    """Whether it works on every row of `[rows, features]` alone, and as well with more axes."""
     if node.op_type in _PRODUCTS:
         kept = all(
             name not in node.attributes or node.attributes[name].value == default
             for name, default in (("transA", 0), ("alpha", 1.0), ("beta", 1.0))
         )
-        return kept and len(constants) == len(node.inputs) - 1
+        return kept and all(_is_constant(value) for value in node.inputs[1:] if value is not None)
     if node.op_type in NORM_OPS:
         axis = node.attributes.get("axis")
-        return (axis is None or axis.as_int() in (-1, 1)) and len(node.outputs[0].uses()) > 0
-    sizes = [v.shape for v in node.inputs if v is not None and v.is_initializer()]
-    return node.op_type in _BY_ELEMENT and all(s is not None and len(s) <= 1 for s in sizes)
+        return axis is None or axis.as_int() in (-1, 1)
+    constants = [v.shape for v in node.inputs if v is not None and v.is_initializer()]
+    return node.op_type in _BY_ELEMENT and all(s is not None and len(s) <= 1 for s in constants)
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """A stored weight, or one that is transposed as it is read."""
+    producer = value.producer()
+    turned = producer is not None and producer.op_type == "Transpose"
+    return value.is_initializer() or (turned and producer.inputs[0].is_initializer())
 
 
 def _widen(graph: ir.Graph, region: _Region) -> None:

@@ -7,8 +7,9 @@ rows. It is what half precision needs where tokens that must be computed exceed 
 a spike that is constant can be taken out by sink ops, one that varies from token to token cannot.
 
 Precondition: float32 graph, before quantization; every value of the stream is read by norms, by
-the next residual Add and by products of blocks only. Postcondition: equal outputs, to the bit unless a weight is subnormal;
-at most one node more (a Mul, where the embedding ends in no product with a constant).
+the next residual Add and by products of blocks only. Postcondition: equal outputs, to the bit
+unless a weight is subnormal; at most one node more (a Mul, where the embedding ends in no product
+with a constant).
 """
 
 from __future__ import annotations

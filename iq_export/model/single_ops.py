@@ -1,13 +1,37 @@
-"""Make one Attention of a product with keys, a softmax and a product with values.
+"""Make single ops of what a model's own code writes out: attention, and norms without a bias.
 
-Models that do not take part in transformers' choice of attention write it out in their own code,
-which adds the mask to the scores. The mask that a traced model is given is boolean, True where a
-token may be seen, and added it would count as 0 or 1: what such code means is the mask itself.
+Models that do not take part in transformers' choice of attention add the mask to the scores. The
+mask that a traced model is given is boolean, True where a token may be seen, and added it would
+count as 0 or 1: what such code means is the mask itself.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
+
+
+def join_layer_norms(model: ir.Model) -> None:
+    """Replace every `(x - mean) / sqrt(variance + epsilon) * weight` by a LayerNormalization."""
+    from onnxscript.rewriter import pattern
+
+    def written_out(op: Any, x: Any, weight: Any, epsilon: Any) -> Any:
+        away = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
+        variance = op.ReduceMean(op.Pow(away, 2), [-1], keepdims=1)
+        size = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+        return op.Mul(op.Mul(away, size), weight)
+
+    def single(op: Any, x: Any, weight: Any, epsilon: Any) -> Any:
+        value = float(epsilon.const_value.numpy().item())
+        return op.LayerNormalization(x, weight, axis=-1, epsilon=value)
+
+    def possible(context: Any, x: Any, weight: Any, epsilon: Any) -> bool:
+        vector = weight.is_initializer() and len(weight.shape) == 1
+        return vector and _number(epsilon) is not None and x.dtype == ir.DataType.FLOAT
+
+    rule = pattern.RewriteRule(written_out, single, possible)
+    pattern.RewriteRuleSet([rule], commute=True).apply_to_model(model)
 
 
 def join_attention(graph: ir.Graph) -> None:
