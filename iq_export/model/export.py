@@ -136,8 +136,6 @@ _REASONS = (
     (r"No ONNX function found for <?\S*grouped_mm", "it is a mixture of experts"),
     (r"No ONNX function found for <?(?:OpOverload\(op='|torch\.ops\.)?([\w.]+)",
      "ONNX has nothing for its operation '{0}'"),
-    (r"q_num_heads = kv_num_heads",
-     "its attention shares one head of keys and values in a form that ONNX's does not express"),
     (r"specified range satisfy the generated guard .*\[(\d+)\]\.size\(\)\[\d+\] (<=?) (\d+)",
      "its code works up to a fixed length only (tables of {2} positions)"),
     (r"is inconsistent", "its code makes masks or biases whose size torch cannot follow"),
