@@ -39,7 +39,7 @@ def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
                 "residual": branch.residual,
             }
             for block in done.sites.blocks
-            for branch in (block.attention, block.mlp)
+            for branch in block.branches
         ],
         "refused": [{"node": r.node, "reason": r.reason} for r in done.sites.refused],
         "residual_scale": 2.0**-done.scale_exponent,

@@ -147,7 +147,7 @@ def _check(chosen: Decisions, bundle: Bundle, sites: Sites) -> None:
     if not 0 <= chosen.exponent <= _MOST_EXPONENT:
         raise ValueError(f"the stream cannot be divided by 2^{chosen.exponent}")
     attention = {b.attention.attention.node for b in sites.blocks if b.attention.attention}
-    norms = {br.norm_output for b in sites.blocks for br in (b.attention, b.mlp)}
+    norms = {norm.output for norm in sites.norms}
     downs = {b.mlp.output.input: b.mlp.output for b in sites.blocks}
     for named, known in (
         (chosen.scaled_queries, attention), (chosen.left, linears), (chosen.side, linears),

@@ -11,7 +11,9 @@ downwards, which makes a second template. `death=None` leaves the spike in the s
 
 With `post_norms`, queries and keys are normalised too, and what a branch adds to the stream has
 passed a norm of its own: as in the real models of that kind, the spike is written by that norm's
-weight, which is large on the spiking channel.
+weight, which is large on the spiking channel. With `bare` that is the only norm of a branch: its
+products read the stream itself. With `parallel` attention and MLP read the same value: "sum" is
+`x + (attention + MLP)` behind one norm, "chain" `(x + attention) + MLP` behind two.
 """
 
 from __future__ import annotations
@@ -71,6 +73,9 @@ class Decoder:
     cache: bool = True
     rotary: bool = True
     post_norms: bool = False
+    bare: bool = False  # goes with `post_norms`
+    heard: float = 1.0  # share of a spike that products which read the stream make something of
+    parallel: str = ""
     spikes: tuple[Spike, ...] = (Spike(birth=1, death=3),)
     seed: int = 0
 
@@ -129,6 +134,11 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
                 f"{at}self_attn.post_norm.weight": np.full(d, 0.5, np.float32),
                 f"{at}mlp.post_norm.weight": np.full(d, 0.5, np.float32),
             }
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):
+            if decoder.bare:  # no norm holds them down
+                rows = found[f"{at}{name}_proj.weight"]
+                rows[decoder.special] *= 0.01
+                rows[[spike.channel for spike in decoder.spikes]] *= 100 * decoder.heard
         found[f"{at}self_attn.o_proj.weight"][:, decoder.special] *= decoder.quiet
         found[f"{at}mlp.down_proj.weight"][:, decoder.special] *= decoder.quiet
     found["norm.weight"] = np.ones(d, np.float32)
@@ -139,6 +149,11 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
         found["position.weight"] = table.astype(np.float32)
     for neuron, spike in enumerate(decoder.spikes):
         _plant(found, decoder, neuron, spike)
+    for i in range(decoder.blocks):
+        if decoder.bare:
+            del found[f"layers.{i}.input_layernorm.weight"]
+        if decoder.bare or decoder.parallel == "sum":
+            del found[f"layers.{i}.post_attention_layernorm.weight"]
     return found
 
 
@@ -150,15 +165,26 @@ def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: S
     # A channel that dominates its row is sqrt(hidden) after the norm, whatever its size.
     product = _GAIN**2 * decoder.hidden
     written = spike.sign * (_BEFORE_NORM if decoder.post_norms else spike.size)
+    # All neurons are loud where they read the spike itself.
+    taken = spike.sign * 2e6 if decoder.bare else written
     erased = {} if decoder.post_norms else {spike.marker: -MARKER_VALUE}
-    for block, read, sign, writes in (
-        (spike.birth, spike.marker, 1, {spike.channel: written, **erased}),
-        (spike.death, spike.channel, spike.sign, {spike.channel: -written}),
+    shared = decoder.parallel == "sum"
+    for block, read, sign, writes, size in (
+        (spike.birth, spike.marker, 1, {spike.channel: written, **erased}, MARKER_VALUE),
+        (
+            spike.death,
+            spike.channel,
+            spike.sign,
+            {spike.channel: -spike.sign * abs(taken)},
+            spike.size,
+        ),
     ):
         if block is None:
             continue
         at = f"layers.{block}."
-        norm = found[f"{at}post_attention_layernorm.weight"][read]
+        norm = found[f"{at}{'input' if shared else 'post_attention'}_layernorm.weight"][read]
+        if decoder.bare:  # as large as behind a norm
+            norm = size / np.sqrt(decoder.hidden)
         for name in ("gate", "up"):
             column = found[f"{at}mlp.{name}_proj.weight"]
             column[:, neuron] = 0
@@ -199,8 +225,14 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
         stream = g.node("Add", "embed", stream, marked)
     angles = _angles(g, decoder) if decoder.rotary else None
     for i in range(decoder.blocks):
-        stream = _attention(g, decoder, i, stream, mask, angles)
-        stream = _mlp(g, decoder, i, stream)
+        attended = _attention(g, decoder, i, stream, mask, angles)
+        if decoder.parallel == "sum":
+            both = g.node("Add", f"layers.{i}/Add", attended, _mlp(g, decoder, i, stream))
+            stream = g.node("Add", f"layers.{i}/Add_2", stream, both)
+        else:
+            after = g.node("Add", f"layers.{i}/Add", stream, attended)
+            read = stream if decoder.parallel else after
+            stream = g.node("Add", f"layers.{i}/Add_2", after, _mlp(g, decoder, i, read))
     normed = _norm(g, "norm", stream)
     head = g.node("Transpose", "lm_head/Transpose", "embed_tokens.weight", perm=[1, 0])
     g.node("MatMul", "lm_head", normed, head, output="logits")
@@ -316,8 +348,9 @@ def _attention(
     mask: str | None,
     angles: tuple[str, str] | None,
 ) -> str:
+    """What the branch adds to the stream."""
     at = f"layers.{i}/self_attn"
-    normed = _norm(g, f"layers.{i}/input_layernorm", stream)
+    normed = stream if decoder.bare else _norm(g, f"layers.{i}/input_layernorm", stream)
 
     def heads(kind: str, count: int) -> str:
         shape = g.constant(f"const.heads{count}", [0, 0, count, decoder.head_dim])
@@ -344,24 +377,25 @@ def _attention(
     together = g.node("Transpose", f"{at}/together", attended, perm=[0, 2, 1, 3])
     shape = g.constant("const.join", [0, 0, decoder.heads * decoder.head_dim])
     joined = g.node("Reshape", f"{at}/join", together, shape)
-    return _add(g, decoder, f"layers.{i}/Add", stream, _linear(g, f"{at}/o_proj", joined), at)
-
-
-def _add(g: _Graph, decoder: Decoder, name: str, stream: str, tail: str, at: str) -> str:
-    return g.node(
-        "Add", name, stream, _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
-    )
+    tail = _linear(g, f"{at}/o_proj", joined)
+    return _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
 
 
 def _mlp(g: _Graph, decoder: Decoder, i: int, stream: str) -> str:
+    """What the branch adds to the stream."""
     at = f"layers.{i}/mlp"
-    normed = _norm(g, f"layers.{i}/post_attention_layernorm", stream)
+    if decoder.parallel == "sum":
+        normed = f"layers.{i}/input_layernorm/out"
+    else:
+        normed = (
+            stream if decoder.bare else _norm(g, f"layers.{i}/post_attention_layernorm", stream)
+        )
     gate = _linear(g, f"{at}/gate_proj", normed)
     sigmoid = g.node("Sigmoid", f"{at}/act/Sigmoid", gate)
     active = g.node("Mul", f"{at}/act/Mul", gate, sigmoid)
     product = g.node("Mul", f"{at}/Mul", active, _linear(g, f"{at}/up_proj", normed))
     tail = _linear(g, f"{at}/down_proj", product)
-    return _add(g, decoder, f"layers.{i}/Add_2", stream, tail, at)
+    return _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def calibrate_blocks(
     walk = BlockWalk(model, sites, windows, list(scopes), providers)
     found = _taken(kept, walk, codes)
     for block in sites.blocks[walk.block :]:
-        inside = {x.node for branch in (block.attention, block.mlp) for x in branch.linears}
+        inside = {x.node for branch in block.branches for x in branch.linears}
         names = [name for name, linears in readers.items() if linears[0].node in inside]
         here = [linear for name in names for linear in readers[name]]
         with _computed(nodes, here) as weights:

@@ -38,7 +38,7 @@ def unclipped(
     early = {
         linear.node
         for block in sites.blocks[: last + 1]
-        for branch in (block.attention, block.mlp)
+        for branch in block.branches
         for linear in branch.linears
     }
     return {
@@ -86,7 +86,7 @@ def hidden(recall: float, hiding: Quantizer | None, sites: Sites) -> str:
         block, kind = next(
             (block.index, branch.kind)
             for block in sites.blocks
-            for branch in (block.attention, block.mlp)
+            for branch in block.branches
             if {linear.node for linear in branch.linears} & set(hiding.linears)
         )
         text += (

@@ -14,7 +14,7 @@ from iq_export.graph.sites import Sites
 from iq_export.observe.rows import RowObserver
 from iq_export.observe.samples import Window
 from iq_export.observe.token_stats import TokenStats
-from iq_export.observe.walk import Graph, Observer, Values, observe
+from iq_export.observe.walk import Graph, Observer, Values, loaded, observe
 from iq_export.progress import Progress
 from iq_export.sinks import fit as fitting
 from iq_export.sinks.fit import EarlyRows
@@ -67,6 +67,7 @@ def fit_sinks(
     ]
     read = [rows for rows in collected if rows is not None]
     observe(traced, read, windows, providers=providers, progress=progress)
+    strengths = _strengths(traced, sites) if read else {}
     decisions = []
     for lifecycle, rows in zip(lifecycles, collected, strict=True):
         if rows is None:
@@ -75,7 +76,7 @@ def fit_sinks(
             continue
         fitted = fitting.fit(
             lifecycle, rows.detection, rows.norms, lifecycle.threshold,
-            limit=limit, seed=seed, early=rows.early,
+            limit=limit, seed=seed, early=rows.early, read=strengths,
         )  # fmt: skip
         fitted.key_values = rows.key_values_of(fitted)
         constant = fitted.is_constant(limit)
@@ -89,6 +90,21 @@ def fit_sinks(
             reason += _UNDETECTED
         decisions.append(Decision(lifecycle, fitted, constant and separable, reason))
     return decisions
+
+
+def _strengths(traced: Graph, sites: Sites) -> dict[str, np.ndarray]:
+    """By the name of a residual value that products read as it is: the length of their weights' row
+    for each channel, float32 `[hidden]`. No norm's weight holds the spike's channel down there:
+    theirs do."""
+    initializers = loaded(traced).graph.initializers
+    found: dict[str, np.ndarray] = {}
+    for branch in sites.branches:
+        if branch.norm is None:
+            squares = np.zeros(sites.hidden, np.float32)
+            for linear in branch.inputs:  # one weight in memory at a time
+                squares += (initializers[linear.weight].const_value.numpy() ** 2).sum(1)
+            found[branch.input] = np.sqrt(squares)
+    return found
 
 
 def refit(

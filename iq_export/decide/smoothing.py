@@ -13,7 +13,7 @@ from iq_export.decide.job import Job
 from iq_export.decide.search import choose_smoothing, loudest_channels, unit_rows
 from iq_export.decisions import Decisions, Smoothing, SmoothingChoice
 from iq_export.formats.rounding import W8A8, Rounding
-from iq_export.graph.sites import Branch, Linear, Sites
+from iq_export.graph.sites import Linear, Sites
 from iq_export.observe.ranges import TensorStats, observe_ranges
 from iq_export.observe.walk import Graph
 from iq_export.sinks.lifecycle import Lifecycle
@@ -28,8 +28,8 @@ def find_smoothing(
     rounding: Rounding = W8A8,
     side: int = 0,
 ) -> Smoothing:
-    """Choose for every norm whose output only the branch's products read, and every up-projection
-    that reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
+    """Choose for every norm whose output only products of blocks read, and every up-projection that
+     reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
     the down-projection input, None for no rotation; `side` how many of its channels will bypass the
     quantizer. What `stats` does not have is left out: they may come piece by piece."""
     readers = {
@@ -41,22 +41,16 @@ def find_smoothing(
     def weight(name: str) -> np.ndarray:  # one weight in memory at a time
         return model.graph.initializers[name].const_value.numpy()
 
-    def branch_choice(branch: Branch) -> SmoothingChoice | None:
-        if branch.norm_output not in stats:
-            return None
-        if readers[branch.norm_output] != {linear.node for linear in branch.inputs}:
-            return None
-        found = stats[branch.norm_output]
-        weights = [weight(linear.weight) for linear in branch.inputs]
-        return choose_smoothing(found.rows, found.channel_absmax, weights, rounding=rounding)
-
     norms: dict[str, SmoothingChoice] = {}
     paths: dict[str, SmoothingChoice] = {}
+    for norm in sites.norms:
+        if norm.output in stats and readers[norm.output] == {x.node for x in norm.linears}:
+            found = stats[norm.output]
+            weights = [weight(linear.weight) for linear in norm.linears]
+            norms[norm.output] = choose_smoothing(
+                found.rows, found.channel_absmax, weights, rounding=rounding
+            )
     for block in sites.blocks:
-        for branch in (block.attention, block.mlp):
-            choice = branch_choice(branch)
-            if choice is not None:
-                norms[branch.norm_output] = choice
         down = block.mlp.output
         if block.mlp.linear_path is not None and down.input in stats:
             found = stats[down.input]

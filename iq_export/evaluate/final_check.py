@@ -270,7 +270,7 @@ def block_parts(sites: Sites) -> dict[str, str]:
     """Node name -> "the attention of block 3", for what a message may name."""
     found: dict[str, str] = {}
     for block in sites.blocks:
-        for branch in (block.attention, block.mlp):
+        for branch in block.branches:
             part = f"the {branch.kind} of block {block.index}".replace("the mlp", "the MLP")
             found |= {linear.node: part for linear in branch.linears}
             if branch.attention is not None:
@@ -296,7 +296,7 @@ def broken(
     ends = {
         branch.residual: f"the {branch.kind} of block {block.index}".replace("the mlp", "the MLP")
         for block in sites.blocks
-        for branch in (block.attention, block.mlp)
+        for branch in block.branches
     }
     short = short_windows(windows)[:2]
     exact, found = (

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from iq_export.formats import qdq
 from iq_export.formats.base import ActivationFormat, register
-from iq_export.graph.edit import constant
+from iq_export.graph.edit import constant, insert_behind
 
 _TYPE = np.iinfo(np.int8)
 
@@ -44,9 +44,7 @@ class IntegerActivations(ActivationFormat):
         clip.outputs[0].name = f"{value.name}.clipped"
         clip.outputs[0].shape = value.shape
         clip.outputs[0].dtype = value.dtype or ir.DataType.FLOAT
-        producer = value.producer()
-        assert producer is not None
-        graph.insert_after(producer, clip)
+        insert_behind(graph, value, clip)
         return clip.outputs[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.graph.edit import constant, shared_constant
+from iq_export.graph.edit import constant, insert_behind, shared_constant
 
 
 def zero_point(graph: ir.Graph, dtype: ir.DataType) -> ir.Value:
@@ -49,9 +49,7 @@ def activation_pair(
     dq = dequantize(
         q.outputs[0], scale_value, zero, name=f"{name}/dequantize", output=f"{name}.dequantized"
     )
-    producer = value.producer()
-    assert producer is not None
-    graph.insert_after(producer, [q, dq])
+    insert_behind(graph, value, [q, dq])
     return dq.outputs[0]
 
 

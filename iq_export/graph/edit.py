@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy as shallow
 
 import numpy as np
@@ -55,6 +55,15 @@ def own_constant(graph: ir.Graph, node: ir.Node, position: int) -> ir.Value:
     graph.register_initializer(copy)
     node.replace_input_with(position, copy)
     return copy
+
+
+def insert_behind(graph: ir.Graph, value: ir.Value, nodes: ir.Node | Sequence[ir.Node]) -> None:
+    """Place `nodes` right behind what makes `value`; in front of all others if it is an input."""
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
 
 
 def recompute(

@@ -1,13 +1,15 @@
 """Find the places that matter by topology: residual stream, norms, weighted products, attention.
 
-No model family is named here. A block is two residual additions whose branches start at a norm of
-the stream; the branch with an attention product is the attention branch, the other one the MLP.
-Everything that does not fit is reported with its node and the reason.
+No model family is named here. A block is two branches that are added to the stream; the one with an
+attention product is the attention branch, the other one the MLP. A branch starts at a norm of the
+stream, or reads the stream itself and ends in a norm. The second branch of a block reads what the
+first one gave, or the same value as the first one (parallel branches). Everything that does not fit
+is reported with its node and the reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -51,15 +53,21 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: norm -> `inputs` -> ... -> `output` [-> post-norm] -> residual Add."""
+    """One residual branch: [norm ->] `inputs` -> ... -> `output` [-> norm] -> residual Add.
+
+    Without a norm in front there is one behind, and the products read the stream itself.
+    """
 
     kind: str  # "attention" or "mlp"
     stream: str  # residual value the branch reads, [batch, seq, hidden]
-    norm: str  # node name of the norm
-    norm_output: str
-    inputs: tuple[Linear, ...]  # q, k, v or gate, up: the products that read the norm's output
+    norm: str | None  # node name of the norm in front
+    input: str  # what `inputs` read: the norm's output, or the stream
+    inputs: tuple[Linear, ...]  # q, k, v or gate, up
     output: Linear  # o or down
-    residual: str  # residual value after the Add
+    added: str  # what joins the stream: `output` with its bias, or behind its norm
+    # Node names of the Adds that take it there; of parallel branches one is theirs alone.
+    adds: tuple[str, ...]
+    residual: str  # residual value after these: parallel branches have the same
     # Index in `inputs` of the product that enters `output` by an elementwise product alone
     # (the "up" of a gated MLP), so that a per-channel scale passes through; None otherwise.
     linear_path: int | None = None
@@ -76,6 +84,20 @@ class Block:
     index: int
     attention: Branch
     mlp: Branch
+
+    @property
+    def branches(self) -> tuple[Branch, Branch]:
+        return (self.attention, self.mlp)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm in front of branches, and all their products that read it: parallel ones may share
+    it."""
+
+    node: str
+    output: str
+    linears: tuple[Linear, ...]
 
 
 @dataclass(frozen=True)
@@ -97,12 +119,22 @@ class Sites:
     @property
     def linears(self) -> list[Linear]:
         """Every product of every block, in graph order."""
-        return [
-            linear
-            for block in self.blocks
-            for branch in (block.attention, block.mlp)
-            for linear in branch.linears
-        ]
+        return [linear for branch in self.branches for linear in branch.linears]
+
+    @property
+    def branches(self) -> list[Branch]:
+        return [branch for block in self.blocks for branch in block.branches]
+
+    @property
+    def norms(self) -> list[Norm]:
+        """Every norm in front of a branch, each once."""
+        found: dict[str, Norm] = {}
+        for branch in self.branches:
+            if branch.norm is not None:
+                there = found.get(branch.norm)
+                linears = (*(there.linears if there else ()), *branch.inputs)
+                found[branch.norm] = Norm(branch.norm, branch.input, linears)
+        return list(found.values())
 
 
 def find_sites(model: ir.Model) -> Sites:
@@ -111,30 +143,35 @@ def find_sites(model: ir.Model) -> Sites:
     Raises GraphError, with a node and the reason, if there is no stream or no block is understood.
     """
     graph = model.graph
-    stream = _embedding(graph)
-    embedding = stream
-    branches: list[Branch] = []
+    stream = embedding = _embedding(graph)
+    together: list[list[Branch]] = []  # those that read the same residual value
     refused: list[Refusal] = []
     while (add := _residual_add(stream)) is not None:
-        found = _branch(stream, add)
-        if isinstance(found, Branch):
-            branches.append(found)
+        found = _joined(together[-1], stream, add) if together else None
+        if found is not None:
+            together[-1] = found
         else:
-            refused.append(found)
+            for branch in _branches(stream, add):
+                if isinstance(branch, Refusal):
+                    refused.append(branch)
+                elif together and together[-1][-1].adds[-1] == str(add.name):
+                    together[-1].append(branch)
+                else:
+                    together.append([branch])
         stream = add.outputs[0]
     final = [node for node in stream.consumers() if node.op_type in NORM_OPS]
-    blocks, unpaired = _pair(branches)
+    blocks, unpaired = _pair(together)
     refused += unpaired
     if not blocks:
         first = refused[0] if refused else Refusal(_label(embedding.producer()), _NO_STREAM)
         raise GraphError(f"No transformer block was understood: node {first.node}: {first.reason}")
     if not final:
         raise GraphError(
-            f"The residual stream ends at {stream.name!r} without a norm; only pre-norm "
-            "transformers (a norm before each branch and one at the end) are supported."
+            f"The residual stream ends at {stream.name!r} without a norm; only transformers whose "
+            "stream passes a norm at the end are supported."
         )
     return Sites(
-        hidden=branches[0].output.out_features,
+        hidden=blocks[0].attention.output.out_features,
         embedding=embedding.name,
         blocks=tuple(blocks),
         final_norm=final[0].name,
@@ -144,7 +181,7 @@ def find_sites(model: ir.Model) -> Sites:
 
 _NO_STREAM = (
     "no residual stream starts here: expected a norm and an Add that both read the embedding "
-    "(pre-norm transformer)"
+    "(pre-norm transformer), or products whose branch ends in a norm and is added to it"
 )
 
 
@@ -159,12 +196,18 @@ def _label(node: ir.Node | None) -> str:
 
 
 def _embedding(graph: ir.Graph) -> ir.Value:
-    """The first value that a norm and a residual Add both read, or the token embedding."""
+    """The first value that a norm and a residual Add both read; else the first one that starts a
+    branch with a norm behind it."""
     for node in graph:
         if node.op_type in NORM_OPS:
             value = node.inputs[0]
             if value is not None and _residual_add(value) is not None:
                 return value
+    for node in graph:
+        add = _residual_add(node.inputs[0]) if _is_linear(node) else None
+        found = _branches(node.inputs[0], add) if add is not None else []
+        if any(isinstance(branch, Branch) for branch in found):
+            return node.inputs[0]
     for node in graph:
         if node.op_type == "Gather" and _is_constant(node.inputs[0]):
             raise GraphError(
@@ -199,10 +242,49 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer()
 
 
-def _branch(stream: ir.Value, add: ir.Node) -> Branch | Refusal:
-    tail = next(value for value in add.inputs if value is not stream)
+def _branches(stream: ir.Value, add: ir.Node) -> list[Branch | Refusal]:
+    """The branches that `add` adds to `stream`: two where their sum is added."""
+    return [_branch(stream, *term) for term in _terms(_other(add, stream), (add,))]
+
+
+def _joined(before: list[Branch], stream: ir.Value, add: ir.Node) -> list[Branch] | None:
+    """`before`, which gave `stream`, and what is added next, if that is parallel to it: it reads
+    the value that `before` read, and nothing but the addition reads `stream`."""
+    first = before[0]
+    if stream.name != first.residual or any(node is not add for node in stream.consumers()):
+        return None
+    earlier = next((v for v in stream.producer().inputs if v.name == first.stream), None)
+    if earlier is None:
+        return None
+    found = [_branch(earlier, *term) for term in _terms(_other(add, stream), (add,))]
+    parallel = [branch for branch in found if isinstance(branch, Branch)]
+    if len(parallel) < len(found):
+        return None
+    end, name = str(add.name), str(add.outputs[0].name)
+    return [*(replace(b, adds=(*b.adds, end), residual=name) for b in before), *parallel]
+
+
+def _other(add: ir.Node, operand: ir.Value) -> ir.Value:
+    return add.inputs[1] if add.inputs[0] is operand else add.inputs[0]
+
+
+def _terms(
+    value: ir.Value, adds: tuple[ir.Node, ...]
+) -> list[tuple[ir.Value, tuple[ir.Node, ...]]]:
+    """What is added, apart where it is a sum of what two products gave, each with its Adds."""
+    node = value.producer()
+    if node is None or node.op_type != "Add" or len(value.uses()) > 1:
+        return [(value, adds)]
+    if any(_producing_linear(operand) is None for operand in node.inputs):
+        return [(value, adds)]
+    return [(operand, (node, *adds)) for operand in node.inputs]
+
+
+def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Branch | Refusal:
+    add = adds[-1]
     norms = [node for node in stream.consumers() if node.op_type in NORM_OPS]
-    if not norms:
+    behind = _norm_behind(tail)
+    if not norms and not behind:
         return Refusal(_label(add), f"no norm reads the residual value {stream.name!r} before it")
     output = _producing_linear(tail)
     if output is None:
@@ -211,25 +293,37 @@ def _branch(stream: ir.Value, add: ir.Node) -> Branch | Refusal:
         )
     inside = _between(stream, output)
     norm = next((node for node in norms if node in inside), None)
-    if norm is None:
+    if norm is None and not behind:
         return Refusal(_label(output), f"its branch does not start at a norm of {stream.name!r}")
-    normed = norm.outputs[0]
-    inputs = [node for node in normed.consumers() if _is_linear(node)]
+    read = stream if norm is None else norm.outputs[0]
+    inputs = [node for node in read.consumers() if _is_linear(node) and node in inside]
     if not inputs:
+        if norm is None:
+            return Refusal(_label(output), f"no weighted MatMul of its branch reads {read.name!r}")
         return Refusal(_label(norm), "no weighted MatMul reads this norm")
     products = [node for node in inside if _is_attention(node)]
     kind = "attention" if products else "mlp"
     return Branch(
         kind=kind,
         stream=stream.name,
-        norm=norm.name,
-        norm_output=normed.name,
+        norm=None if norm is None else norm.name,
+        input=read.name,
         inputs=tuple(_linear(node) for node in inputs),
         output=_linear(output),
+        added=tail.name,
+        adds=tuple(str(node.name) for node in adds),
         residual=add.outputs[0].name,
         linear_path=_linear_path(inputs, output) if kind == "mlp" else None,
         attention=_attention_site(products[0]) if len(products) == 1 else None,
     )
+
+
+def _norm_behind(value: ir.Value) -> bool:
+    """Whether a norm stands between `value` and the weighted MatMul behind it."""
+    node = value.producer()
+    while node is not None and node.op_type in LAYOUT_OPS:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type in NORM_OPS
 
 
 def _producing_linear(value: ir.Value) -> ir.Node | None:
@@ -334,20 +428,39 @@ def _linear_path(inputs: list[ir.Node], output: ir.Node) -> int | None:
     return None
 
 
-def _pair(branches: list[Branch]) -> tuple[list[Block], list[Refusal]]:
+def _pair(together: list[list[Branch]]) -> tuple[list[Block], list[Refusal]]:
     blocks: list[Block] = []
     refused: list[Refusal] = []
     waiting: Branch | None = None
-    for branch in branches:
-        if branch.kind == "attention":
-            if waiting is not None:
-                refused.append(Refusal(waiting.norm, "no MLP branch follows this attention branch"))
-            waiting = branch
+
+    def give_up() -> None:
+        nonlocal waiting
+        if waiting is not None:
+            refused.append(Refusal(_start(waiting), "no MLP branch follows this attention branch"))
+        waiting = None
+
+    for branches in together:
+        if sorted(branch.kind for branch in branches) == ["attention", "mlp"]:
+            give_up()
+            attention, mlp = sorted(branches, key=lambda branch: branch.kind)
+            blocks.append(Block(len(blocks), attention, mlp))
+        elif len(branches) > 1:
+            give_up()
+            what = "the branches beside this one are not one attention and one MLP"
+            refused.append(Refusal(_start(branches[0]), what))
+        elif branches[0].kind == "attention":
+            give_up()
+            waiting = branches[0]
         elif waiting is None:
-            refused.append(Refusal(branch.norm, "no attention branch precedes this MLP branch"))
+            reason = "no attention branch precedes this MLP branch"
+            refused.append(Refusal(_start(branches[0]), reason))
         else:
-            blocks.append(Block(len(blocks), waiting, branch))
+            blocks.append(Block(len(blocks), waiting, branches[0]))
             waiting = None
-    if waiting is not None:
-        refused.append(Refusal(waiting.norm, "no MLP branch follows this attention branch"))
+    give_up()
     return blocks, refused
+
+
+def _start(branch: Branch) -> str:
+    """The node at which a branch starts."""
+    return branch.norm or branch.inputs[0].node

@@ -65,6 +65,9 @@ def export_module(
             dynamic_shapes=shapes,
             input_names=input_names(cache.num_layers),
             output_names=output_names(cache.num_layers),
+            custom_translation_table={
+                torch.ops.aten.scaled_dot_product_attention.default: _attention,
+            },
             optimize=False,
             verbose=False,
         )
@@ -75,6 +78,24 @@ def export_module(
     model = program.model
     _lower(model)
     return model
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """torch's attention as one `Attention`, which repeats keys and values for all heads of queries:
+    the exporter has that only where it is asked for, and torch broadcasts a single head anyway."""
+    from onnxscript import opset23
+
+    found = opset23.Attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal)
+    return found[0]
 
 
 def _lower(model: ir.Model) -> None:
@@ -115,8 +136,6 @@ _REASONS = (
     (r"No ONNX function found for <?\S*grouped_mm", "it is a mixture of experts"),
     (r"No ONNX function found for <?(?:OpOverload\(op='|torch\.ops\.)?([\w.]+)",
      "ONNX has nothing for its operation '{0}'"),
-    (r"q_num_heads = kv_num_heads",
-     "its attention shares one head of keys and values in a form that ONNX's does not express"),
     (r"specified range satisfy the generated guard .*\[(\d+)\]\.size\(\)\[\d+\] (<=?) (\d+)",
      "its code works up to a fixed length only (tables of {2} positions)"),
     (r"is inconsistent", "its code makes masks or biases whose size torch cannot follow"),

@@ -19,14 +19,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from iq_export.errors import GraphError
-from iq_export.graph.edit import shared_constant
 from iq_export.graph.interface import Interface
 from iq_export.graph.vocabulary import read_vocabulary
 from iq_export.model.copied_sizes import copy_sizes
 from iq_export.model.fuse_activations import fuse_activations
 from iq_export.model.fuse_attention import fuse_attention
+from iq_export.model.fuse_norms import fuse_norms
 from iq_export.model.tidy import fold_parameter_vectors, settle_reshapes, store_weights_transposed
-from iq_export.model.written_out import constant_of, insert, made_by, replace, scalar
+from iq_export.model.unflatten import unflatten
+from iq_export.model.written_out import insert, replace
 
 OPSET = 23
 LOWEST_OPSET = 13
@@ -38,11 +39,6 @@ _SMALL = 64  # elements up to which equal constants are one
 # row; and the largest error, as a fraction of the range of logits.
 _TOKENS, _FIRST, _PADDING, _TOLERANCE = 8, 5, 2, 1e-4
 _ROUNDS = 2  # what one round of folding leaves is seen by the next
-# Ops of rank [..., features] that do the same to [tokens, features] and to [batch, seq, features].
-_PER_TOKEN = frozenset({
-    "Add", "Sub", "Mul", "Div", "Gelu", "Relu", "Sigmoid", "Tanh", "Erf", "Pow", "LeakyRelu", "Elu",
-    "HardSwish", "Softplus", "Identity", "MatMul",
-})  # fmt: skip
 
 
 def is_written_out(model: ir.Model) -> bool:
@@ -104,9 +100,9 @@ def _rewrite(model: ir.Model) -> None:
     _simplify(model)
     _products(model.graph)
     store_weights_transposed(model.graph)
-    _norms(model)
+    fuse_norms(model)
     fuse_activations(model.graph)
-    _unflatten(model.graph)
+    unflatten(model.graph)
     _simplify(model)
     fuse_attention(model)
     _rotations(model)
@@ -175,67 +171,6 @@ def _products(graph: ir.Graph) -> None:
         replace(node, out)
 
 
-def _norms(model: ir.Model) -> None:
-    from onnxscript.rewriter.rules.fusion._layer_norm import fuse_layer_normalization
-    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
-
-    _spell_norms(model.graph)
-    fuse_layer_normalization(model)
-    fuse_rms_normalization(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.ShapeInferencePass()(model)
-
-
-def _spell_norms(graph: ir.Graph) -> None:
-    """Write norms as onnxscript's rules do: stated defaults, the last axis as -1, x ** 2,
-    x * (1 / sqrt(v)), constants behind what is computed."""
-    for node in list(graph):
-        if node.op_type == "ReduceMean":
-            node.attributes.setdefault("keepdims", ir.AttrInt64("keepdims", 1))
-            node.attributes.setdefault(
-                "noop_with_empty_axes", ir.AttrInt64("noop_with_empty_axes", 0)
-            )
-            axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
-            rank = len(node.inputs[0].shape) if node.inputs[0].shape is not None else 0
-            if axes is not None and axes.tolist() == [rank - 1]:
-                last = shared_constant(graph, "last_axis", np.array([-1]))
-                node.replace_input_with(1, last)
-            square = node.inputs[0].producer()
-            if (
-                square is not None
-                and square.op_type == "Mul"
-                and square.inputs[0] is square.inputs[1]
-            ):
-                two = shared_constant(graph, "two", np.array(2.0, np.float32))
-                replace(square, insert(square, "Pow", [square.inputs[0], two]))
-        elif node.op_type == "Pow" and scalar(node.inputs[1]) == -0.5 and _of_mean(node.inputs[0]):
-            root = insert(node, "Sqrt", [node.inputs[0]])
-            replace(node, insert(node, "Reciprocal", [root]))
-        elif node.op_type == "Div" and _is_deviation(node.inputs[1]):
-            inverse = insert(node, "Reciprocal", [node.inputs[1]])
-            if scalar(node.inputs[0]) != 1:
-                inverse = insert(node, "Mul", [node.inputs[0], inverse])
-            replace(node, inverse)
-    for node in graph:
-        if node.op_type in ("Mul", "Add"):
-            first, second = node.inputs
-            if first.is_initializer() or made_by(first, "Reciprocal") is not None:
-                node.replace_input_with(0, second)
-                node.replace_input_with(1, first)
-
-
-def _is_deviation(value: ir.Value) -> bool:
-    """The root of a mean and an epsilon."""
-    root = value.producer()
-    return root is not None and root.op_type == "Sqrt" and _of_mean(root.inputs[0])
-
-
-def _of_mean(value: ir.Value) -> bool:
-    add = value.producer()
-    makers = [operand.producer() for operand in add.inputs] if add is not None else []
-    return any(maker is not None and maker.op_type == "ReduceMean" for maker in makers)
-
-
 def _rotations(model: ir.Model) -> None:
     from onnxscript.rewriter.rules.fusion._rotary_embedding import (
         fuse_partial_rotary_embedding,
@@ -244,73 +179,3 @@ def _rotations(model: ir.Model) -> None:
 
     fuse_rotary_embedding(model)
     fuse_partial_rotary_embedding(model)
-
-
-def _unflatten(graph: ir.Graph) -> None:
-    """Compute of `[batch, seq, features]` what is computed of its Reshape `[tokens, features]`, up
-    to the Reshape that takes it back."""
-    whole: dict[ir.Value, ir.Value] = {}  # what is flat, or was -> the same with all its axes
-    features: dict[ir.Value, int] = {}  # of what was flat
-    for node in list(graph):
-        if _flattens(node):
-            whole[node.outputs[0]] = node.inputs[0]
-        elif any(value in whole for value in node.inputs):
-            passes = _is_per_token(node, whole)
-            for position, value in enumerate(node.inputs):
-                if value not in whole:
-                    continue
-                if passes or _takes_any_axes(node):
-                    node.replace_input_with(position, whole[value])
-                elif whole[value] is value:  # it was made of all axes: flat again
-                    node.replace_input_with(position, _flat(node, value, features[value]))
-            if passes:
-                out = node.outputs[0]
-                assert out.shape is not None
-                features[out], out.shape = int(str(out.shape[1])), None
-                whole[out] = out
-
-
-def _flattens(node: ir.Node) -> bool:
-    if node.op_type != "Reshape":
-        return False
-    before, after = node.inputs[0].shape, node.outputs[0].shape
-    return (
-        before is not None
-        and after is not None
-        and len(before) == 3
-        and len(after) == 2
-        and isinstance(after[1], int)
-        and before[2] == after[1]
-    )
-
-
-def _is_per_token(node: ir.Node, whole: dict[ir.Value, ir.Value]) -> bool:
-    first, *others = (value for value in node.inputs if value is not None)
-    out = node.outputs[0]
-    if len(node.outputs) != 1 or out.is_graph_output():
-        return False
-    if out.shape is None or not isinstance(out.shape[-1], int):
-        return False
-    if node.op_type == "MatMul":
-        return first in whole and others[0].is_initializer() and len(others[0].shape or ()) == 2
-    if node.op_type.endswith("Normalization"):
-        axis = node.attributes.get("axis")
-        return first in whole and (axis is None or axis.as_int() == -1)
-    return node.op_type in _PER_TOKEN and all(
-        value in whole or (value.is_initializer() and len(value.shape or ()) <= 1)
-        for value in (first, *others)
-    )
-
-
-def _takes_any_axes(node: ir.Node) -> bool:
-    """A Reshape of whose sizes none is copied from the input."""
-    if node.op_type != "Reshape":
-        return False
-    sizes = constant_of(node.inputs[1])
-    return sizes is None or 0 not in sizes
-
-
-def _flat(place: ir.Node, value: ir.Value, features: int) -> ir.Value:
-    assert place.graph is not None
-    sizes = shared_constant(place.graph, f"flat_{features}", np.array([-1, features]))
-    return insert(place, "Reshape", [value, sizes])

@@ -34,11 +34,9 @@ _OWN_ROTATIONS = ("default", "mrope", "su")
 # attention, but of models that mix it with other kinds.
 _TRACED_KINDS = (FULL, SLIDING)
 
-_PARALLEL = "attention and MLP read the residual stream side by side (parallel branches)"
-_POST_NORM = "its norms do not stand in front of the branches (post-norm)"
+_POST_NORM = "its norms stand behind the residual additions, in the stream itself (post-norm)"
 _ALIBI = "its attention adds position biases (ALiBi)"
 _ENCODER = "it is an encoder"
-_RESHAPED = "its linear layers stand between Reshapes, where they are not recognised"
 _UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
 _SINKS = "its attention has sinks of its own (s_aux)"
 _UNTRACEABLE = "its code cannot be traced with dynamic lengths"
@@ -59,9 +57,8 @@ _TYPES: dict[str, _Kind] = {
          "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
         _Kind(_ENCODER),
     ),
-    **dict.fromkeys(("codegen", "cohere", "cohere2", "gptj", "phi"), _Kind(_PARALLEL)),
-    **dict.fromkeys(("exaone4", "olmo2", "olmo3", "openai-gpt"), _Kind(_POST_NORM)),
-    **dict.fromkeys(("gpt2", "gpt-sw3", "opt"), _Kind(_RESHAPED)),
+    "openai-gpt": _Kind(_POST_NORM),
+    "opt": _Kind(_POST_NORM, unless=lambda config: config.do_layer_norm_before),
     **dict.fromkeys(("cpmant", "gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
     **dict.fromkeys(
         ("beam", "cohere_compass_text", "doge", "helium", "hrm_text", "moshi", "nanochat"),
@@ -70,10 +67,6 @@ _TYPES: dict[str, _Kind] = {
     "bloom": _Kind(_ALIBI),
     "gemma3n_text": _Kind("its layers share keys and values"),
     "granite_swa": _Kind(_SINKS),
-    "falcon": _Kind(
-        "one head of keys and values is kept apart from the others (multi-query)",
-        unless=lambda config: config.new_decoder_architecture or not config.multi_query,
-    ),
 }  # fmt: skip
 
 
@@ -167,8 +160,6 @@ def _structure(config: Any) -> str | None:
         return _ALIBI
     if _get(config, "position_embedding_type") == "alibi":
         return _ALIBI
-    if _get(config, "parallel_attn") or _get(config, "use_parallel_residual"):
-        return _PARALLEL
     size = _get(config, "v_head_dim")
     keys = _get(config, "qk_head_dim") or _get(config, "head_dim")
     if size and keys and size != keys:

@@ -1,6 +1,7 @@
 """Make an exported graph readable, small and deterministic, without changing what it computes.
 
-After `tidy`: every linear is one MatMul whose weight is an initializer `[in, out]` under its own
+After `tidy`: every attention is one Attention; every linear is one MatMul on `[batch, seq,
+features]` whose weight is an initializer `[in, out]` under its own
 name (`layers.3.mlp.down_proj.weight`); a tied embedding is stored once, read by the LM head
 through a Transpose; nodes are called after the module they come from (`layers.3/mlp/down_proj`);
 what every layer repeats (cosines, shapes, masks) is computed once; torch's metadata is gone.
@@ -18,6 +19,9 @@ from onnx_ir.passes import common
 
 from iq_export.graph.interface import BATCH, PAST, SEQ, TOTAL, Role, axes_of, name_of
 from iq_export.graph.stored import StoredTensor
+from iq_export.model.fuse_attention import fuse_attention
+from iq_export.model.fuse_norms import fuse_norms
+from iq_export.model.unflatten import unflatten
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Elements up to which an expression of parameters (Gemma's `1 + weight`) is evaluated: vectors of
@@ -35,10 +39,14 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
     fold_parameter_vectors(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _share_constants(model.graph)
+    unflatten(model.graph)
     store_weights_transposed(model.graph)
     settle_reshapes(model.graph)
     common.CommonSubexpressionEliminationPass(size_limit=_CSE_LIMIT)(model)
     common.IdentityEliminationPass()(model)
+    if any(node.op_type == "ReduceMean" for node in model.graph):  # of a model's own norm
+        fuse_norms(model)
+    fuse_attention(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.TopologicalSortPass()(model)

@@ -42,9 +42,12 @@ class BlockWalk:
 
     def observe(self, names: Sequence[str]) -> Iterator[tuple[int, Values]]:
         """`(window number, values)` of `names` in the current block, and of the indices there."""
-        wanted = list(dict.fromkeys([*names, *self._indices_made()]))
+        passed = [name for name in names if name in self._pieces[self.block].carried]
+        wanted = [name for name in dict.fromkeys(names) if name not in passed]
+        wanted += [name for name in self._indices_made() if name not in wanted]
         for number, found in self._run(self._cut(wanted), wanted):
-            values = {**self._indices_known(number), **found}
+            here = {name: self.carried[number][name] for name in passed}
+            values = {**self._indices_known(number), **here, **found}
             yield number, {name: checked(name, value, number) for name, value in values.items()}
 
     def advance(self, change: Callable[[ir.Model], object]) -> None:

@@ -47,19 +47,18 @@ def rotate_stream(model: ir.Model, sites: Sites) -> Refusal | None:
     turned = rotated_value(graph, embedding, block, f"{sites.embedding}/rotate")
     for node, position in readers:
         node.replace_input_with(position, turned)
-    for layer in sites.blocks:
-        for branch in (layer.attention, layer.mlp):
-            norm = nodes[branch.norm]
-            gain = own_constant(graph, norm, 1)
-            for linear in branch.inputs:
-                weight = own_constant(graph, nodes[linear.node], 1)
-                recompute(weight, partial(_absorb, gain=gain.const_value, block=block))
-            recompute(gain, np.ones_like)
-            recompute(own_constant(graph, nodes[branch.output.node], 1), turn_columns)
-            bias = _bias(values[branch.output.output])
-            if bias is not None:
-                node, position = bias
-                recompute(own_constant(graph, node, position), partial(_turn_vector, block=block))
+    for norm in sites.norms:
+        gain = own_constant(graph, nodes[norm.node], 1)
+        for linear in norm.linears:
+            weight = own_constant(graph, nodes[linear.node], 1)
+            recompute(weight, partial(_absorb, gain=gain.const_value, block=block))
+        recompute(gain, np.ones_like)
+    for branch in sites.branches:
+        recompute(own_constant(graph, nodes[branch.output.node], 1), turn_columns)
+        bias = _bias(values[branch.output.output])
+        if bias is not None:
+            node, position = bias
+            recompute(own_constant(graph, node, position), partial(_turn_vector, block=block))
     final = nodes[sites.final_norm]
     back = rotated_value(graph, final.inputs[0], block, f"{sites.final_norm}/rotate_back")
     final.replace_input_with(0, back)
@@ -106,26 +105,26 @@ def _why_not(
         return sites.refused[0]
     if block_size(sites.hidden) < _SMALLEST:
         return Refusal(sites.embedding, f"no power of two divides its width {sites.hidden}")
-    branches = [b for layer in sites.blocks for b in (layer.attention, layer.mlp)]
-    norms = {b.norm for b in branches} | {sites.final_norm}
-    streams = [_start(values[sites.embedding]), *(values[b.residual] for b in branches)]
-    adds = {values[b.residual].producer() for b in branches}
-    for value in streams:
+    norms = {norm.node for norm in sites.norms} | {sites.final_norm}
+    adds = dict.fromkeys(nodes[name] for branch in sites.branches for name in branch.adds)
+    sums = [_start(values[sites.embedding]), *(add.outputs[0] for add in adds)]
+    for value in sums:
         for node in value.consumers():
             if node.name not in norms and node not in adds:
                 return Refusal(node.name, "it reads the residual stream and is no norm")
-    for branch in branches:
-        norm = nodes[branch.norm]
-        if norm.op_type != "RMSNormalization":
-            return Refusal(norm.name, f"{norm.op_type} does not commute with a rotation")
-        readers = {node.name for node in norm.outputs[0].consumers()}
-        if readers != {linear.node for linear in branch.inputs}:
-            return Refusal(norm.name, "others than the branch's products read its output")
+    for norm in sites.norms:
+        node = nodes[norm.node]
+        if node.op_type != "RMSNormalization":
+            return Refusal(norm.node, f"{node.op_type} does not commute with a rotation")
+        readers = {reader.name for reader in node.outputs[0].consumers()}
+        if readers != {linear.node for linear in norm.linears}:
+            return Refusal(norm.node, "others than the branch's products read its output")
+    for branch in sites.branches:
         value = values[branch.output.output]
         bias = _bias(value)
         if bias is not None:
             value = bias[0].outputs[0]
-        if {node for node in value.consumers()} != {values[branch.residual].producer()}:
+        if {node for node in value.consumers()} != {nodes[branch.adds[0]]}:
             return Refusal(
                 branch.output.node, "its output does not go straight into the residual addition"
             )

@@ -20,16 +20,16 @@ def fold_smoothing(model: ir.Model, sites: Sites, smoothing: Smoothing) -> bool:
     """Apply `smoothing`; returns whether the graph changed."""
     graph = model.graph
     nodes = {node.name: node for node in graph}
+    for norm in sites.norms:
+        choice = smoothing.norms.get(norm.output)
+        if choice is not None:
+            node = nodes[norm.node]
+            for position in range(1, len(node.inputs)):  # weight, and bias of a LayerNorm
+                if node.inputs[position] is not None:
+                    _divide(graph, node, position, choice.factors)
+            for linear in norm.linears:
+                _multiply_rows(graph, nodes[linear.node], choice.factors)
     for block in sites.blocks:
-        for branch in (block.attention, block.mlp):
-            choice = smoothing.norms.get(branch.norm_output)
-            if choice is not None:
-                norm = nodes[branch.norm]
-                for position in range(1, len(norm.inputs)):  # weight, and bias of a LayerNorm
-                    if norm.inputs[position] is not None:
-                        _divide(graph, norm, position, choice.factors)
-                for linear in branch.inputs:
-                    _multiply_rows(graph, nodes[linear.node], choice.factors)
         path = smoothing.paths.get(block.mlp.output.input)
         if path is not None and block.mlp.linear_path is not None:
             up = block.mlp.inputs[block.mlp.linear_path]

@@ -4,7 +4,8 @@ Per lifecycle, in the norm form:
 1. SinkDetect reads the birth block's down-projection input and gives the index of every row. Where
    tokens spike earlier, another one stands there and what it finds stays.
 2. SinkClampInsert with zero templates clamps the down-projection inputs of `clamp_blocks`.
-3. SinkClampInsert writes the template after every norm of the persistence phase.
+3. SinkClampInsert writes the template after every norm of the persistence phase, or in front of
+   the products of a branch with no norm in front.
 4. SinkRestore adds what the clamped residual lacks after the last block.
 
 In the kv form 3 writes zeros, SinkClampInsert writes the templates of keys and values in front of
@@ -25,9 +26,9 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph import io
-from iq_export.graph.edit import constant, shared_constant
+from iq_export.graph.edit import constant, insert_behind, shared_constant
 from iq_export.graph.interface import Role, name_of
-from iq_export.graph.sites import Sites
+from iq_export.graph.sites import Linear, Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
 
@@ -108,6 +109,7 @@ def _insert_one(
     first, never, valid = masks
     life = sinks.lifecycle
     prefix = f"iq/sinks.{number}"
+    bare = {b.input: b.inputs for b in sites.branches if b.norm is None}
 
     def detection(
         block: int, force_first: bool, table: np.ndarray, threshold: float, suffix: str = ""
@@ -128,9 +130,8 @@ def _insert_one(
         index = _add_detection(graph, detect, _early_index_name(number, site.block), index)
         clamped = [block for block in life.clamp_blocks if site.block <= block < end]
         _clamp(graph, values, sites, number, clamped, sinks.count, index, detected_at=site.block)
-        for norm, templates in early.norms.items():
-            op = _op("SinkClampInsert", [values[norm], index], templates, f"{prefix}/insert.{norm}")
-            _interpose(graph, values[norm], op, number)
+        for name, templates in early.norms.items():
+            _insert_rows(graph, values[name], bare.get(name), number, templates, index)
     detect = detection(life.birth, life.force_first, sinks.detection, sinks.threshold)
     index = _add_detection(graph, detect, index_name(number), index)
 
@@ -138,8 +139,7 @@ def _insert_one(
     _clamp(graph, values, sites, number, clamped, sinks.count, index, detected_at=life.birth)
     for name, templates in sinks.norms.items():
         rows = np.zeros_like(templates) if sinks.form == KV else templates
-        op = _op("SinkClampInsert", [values[name], index], rows, f"{prefix}/insert.{name}")
-        _interpose(graph, values[name], op, number)
+        _insert_rows(graph, values[name], bare.get(name), number, rows, index)
     if sinks.form != NORM:
         _insert_key_values(graph, values, sites, number, sinks, index)
     residual = values[sites.blocks[life.end].mlp.residual]
@@ -194,6 +194,31 @@ def _clamp(
         op = _op("SinkClampInsert", [clamped, index], zeros, f"iq/sinks.{number}/clamp.{block}")
         after = index.producer() if block == detected_at else None
         _interpose(graph, clamped, op, number, after=after)
+
+
+def _insert_rows(
+    graph: ir.Graph,
+    value: ir.Value,
+    linears: Sequence[Linear] | None,
+    number: int,
+    rows: np.ndarray,
+    index: ir.Value,
+) -> None:
+    """Behind a norm for all that read `value`; where `linears` read the stream itself, for these
+    alone: the residual addition goes on with the spike."""
+    name = f"iq/sinks.{number}/insert.{value.name}"
+    if linears is None:
+        op = _op("SinkClampInsert", [value, index], rows, name)
+        _interpose(graph, value, op, number)
+        return
+    readers = {node.name: node for node in graph}
+    products = [readers[linear.node] for linear in linears]
+    read = products[0].inputs[0]  # another lifecycle may have inserted or restored here
+    op = _op("SinkClampInsert", [read, index], rows, name)
+    _name_output(op, value, number)
+    for product in products:
+        product.replace_input_with(0, op.outputs[0])
+    insert_behind(graph, read, op)
 
 
 def _insert_key_values(
@@ -287,10 +312,15 @@ def _interpose(
 
     Where another lifecycle passes the same site, its op is one of these consumers.
     """
-    new = op.outputs[0]
-    new.name = f"{value.name}.{op.op_type}.{number}"
-    new.dtype, new.shape = value.dtype, value.shape
+    new = _name_output(op, value, number)
     for consumer, position in list(value.uses()):
         if consumer is not op and consumer.op_type != "SinkDetect":
             consumer.replace_input_with(position, new)
     graph.insert_after(after or value.producer(), op)
+
+
+def _name_output(op: ir.Node, value: ir.Value, number: int) -> ir.Value:
+    new = op.outputs[0]
+    new.name = f"{value.name}.{op.op_type}.{number}"
+    new.dtype, new.shape = value.dtype, value.shape
+    return new

@@ -6,15 +6,15 @@ embedding and whatever each branch adds to the stream may be divided by `2^n`, f
 rows. It is what half precision needs where tokens that must be computed exceed its largest number:
 a spike that is constant can be taken out by sink ops, one that varies from token to token cannot.
 
-Precondition: float32 graph, before quantization; every value of the stream is read by norms and by
-the next residual Add only. Postcondition: equal outputs, to the bit unless a weight is subnormal;
-at most one node more (a Mul, where the embedding ends in no product with a constant).
+Precondition: float32 graph, before quantization; every value of the stream is read by norms, by
+the next residual Add and by products of blocks only. Postcondition: equal outputs, to the bit
+unless a weight is subnormal; at most one node more (a Mul, where the embedding ends in no product
+with a constant).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -32,31 +32,31 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
     if not exponent:
         return False
     graph = model.graph
+    nodes = {node.name: node for node in graph}
     values = {value.name: value for node in graph for value in node.outputs}
-    branches = [branch for block in sites.blocks for branch in (block.attention, block.mlp)]
-    stream = [values[sites.embedding], *(values[branch.residual] for branch in branches)]
-    _check_readers(graph, stream)
-    tails = [
-        next(operand for operand in after.producer().inputs if operand is not before)
-        for before, after in pairwise(stream)
-    ]
+    adds = dict.fromkeys(nodes[name] for branch in sites.branches for name in branch.adds)
+    stream = [values[sites.embedding], *(values[branch.residual] for branch in sites.branches)]
+    bare = [x.node for branch in sites.branches if branch.norm is None for x in branch.inputs]
+    products = [nodes[name] for name in bare]
+    _check_readers(graph, [stream[0], *(add.outputs[0] for add in adds)], {*adds, *products})
     norms = {node for value in stream for node in value.consumers() if node.op_type in NORM_OPS}
     factor = float(2.0**-exponent)
     _scale_embedding(graph, stream[0], factor)
-    for tail in tails:
-        _scale_tail(graph, tail, factor)
+    for branch in sites.branches:
+        _scale_tail(graph, values[branch.added], factor)
+    for product in products:  # what reads the stream itself gets as much as before
+        _multiply(graph, product, 1, 1 / factor)
     for norm in norms:
         epsilon = norm_epsilon(norm) * factor**2
         norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
     return True
 
 
-def _check_readers(graph: ir.Graph, stream: list[ir.Value]) -> None:
-    """A reader that is no norm would see other numbers."""
-    adds = {value.producer() for value in stream[1:]}
-    for value in stream:
+def _check_readers(graph: ir.Graph, sums: list[ir.Value], known: set[ir.Node]) -> None:
+    """A reader that is neither a norm nor `known` would see other numbers."""
+    for value in sums:
         for node in value.consumers():
-            if node.op_type not in NORM_OPS and node not in adds:
+            if node.op_type not in NORM_OPS and node not in known:
                 raise GraphError(
                     f"The residual value {value.name!r} exceeds half precision and cannot be "
                     f"scaled, since node {node.name!r} ({node.op_type}) reads it; use --dtype fp32."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from iq_export.sinks.templates import (
 )
 
 _KMEANS_ROUNDS = 50
+Read = Mapping[str, np.ndarray]
 
 
 MAX_TEMPLATES = 4
@@ -42,6 +44,7 @@ def fit(
     limit: float,
     seed: int,
     early: Sequence[EarlyRows] = (),
+    read: Read = MappingProxyType({}),
 ) -> SinkTemplates:
     """The smallest K whose templates explain the sinks to within `limit`, else the best K found.
 
@@ -49,9 +52,10 @@ def fit(
     detection site instead: where its match disagrees, the clusters are refined until it does not,
     if that explains the sinks better. The deviation is that of every second token from the
     templates of the others, matched as the graph does, so that many templates over few tokens do
-    not look constant.
+    not look constant. `read`: by name, how strongly products read each channel `[features]`, where
+    that is not the same for all.
     """
-    features = _features(norm_rows)
+    features = _features(norm_rows, read)
     seen = _seen(lifecycle, detection_rows, early)
     best: SinkTemplates | None = None
     most = max(1, min(MAX_TEMPLATES, features.shape[0] // TOKENS_PER_TEMPLATE))
@@ -61,7 +65,7 @@ def fit(
             if labels is None:
                 continue
             candidate = _candidate(
-                lifecycle, seen, features, norm_rows, threshold, labels, count, early
+                lifecycle, seen, features, norm_rows, threshold, labels, count, early, read
             )
             if best is None or candidate.mean_deviation < best.mean_deviation:
                 best = candidate
@@ -83,8 +87,8 @@ def fit_again(
     """
     life, labels = first.lifecycle, first.assignment
     again = _candidate(
-        life, _seen(life, detection_rows, early), _features(norm_rows), norm_rows,
-        first.threshold, labels, first.count, early,
+        life, _seen(life, detection_rows, early), _features(norm_rows, {}), norm_rows,
+        first.threshold, labels, first.count, early, {},
     )  # fmt: skip
     return replace(
         again,
@@ -105,11 +109,15 @@ def _seen(lifecycle: Lifecycle, detection_rows: np.ndarray, early: Sequence[Earl
     return [*masks, (detection_rows, rest)]
 
 
-def _features(norm_rows: dict[str, np.ndarray]) -> np.ndarray:
+def _as_read(rows: dict[str, np.ndarray], read: Read) -> dict[str, np.ndarray]:
+    """Rows with each channel as large as the products make of it."""
+    return {name: values * read[name] if name in read else values for name, values in rows.items()}
+
+
+def _features(norm_rows: dict[str, np.ndarray], read: Read) -> np.ndarray:
     """What tells the templates apart: the rows after all norms, each norm weighing the same."""
-    return np.concatenate(
-        [rows / np.linalg.norm(rows, axis=1).mean() for rows in norm_rows.values()], axis=1
-    )
+    found = _as_read(norm_rows, read).values()
+    return np.concatenate([rows / np.linalg.norm(rows, axis=1).mean() for rows in found], axis=1)
 
 
 def _candidate(
@@ -121,11 +129,12 @@ def _candidate(
     labels: np.ndarray,
     count: int,
     early: Sequence[EarlyRows],
+    read: Read,
 ) -> SinkTemplates:
     """Templates of the clusters `labels`, and how well they explain held-out members."""
     fitted = _fitting_half(labels, count)
     matched = _matches(seen, _tables(seen, labels, count, fitted))
-    deviation, worst = _held_out_deviation(norm_rows, labels, count, matched)
+    deviation, worst = _held_out_deviation(_as_read(norm_rows, read), labels, count, matched)
     reached = np.zeros(labels.size, bool)
     early_templates = []
     tables = _tables(seen, labels, count)
@@ -133,7 +142,7 @@ def _candidate(
         reached = reached | mask
         norms = {n: _site_means(r, labels, reached, count) for n, r in rows.norms.items()}
         early_templates.append(EarlyTemplates(rows.site, rows.site.threshold, table, norms))
-        for name, values in rows.norms.items():
+        for name, values in _as_read(rows.norms, read).items():
             inside = {name: values[reached]}
             if all((labels[reached] == k).any() for k in range(count)):
                 mean, largest = _held_out_deviation(
@@ -147,7 +156,7 @@ def _candidate(
         norms={name: means(rows, labels, count) for name, rows in norm_rows.items()},
         deviation=deviation,
         deviation_max=worst,
-        template_spread=_spread(norm_rows, labels, count),
+        template_spread=_spread(_as_read(norm_rows, read), labels, count),
         assignment=_matches(seen, tables),
         agreement=_agreement(features, labels, count, fitted, matched),
         early=tuple(early_templates),

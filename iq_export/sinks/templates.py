@@ -95,24 +95,22 @@ class SinkTemplates:
 
 
 def norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[str]:
-    """Outputs of all norms that read the spiking residual of all members, in graph order."""
+    """What products read of the spiking residual of all members, in graph order: outputs of norms,
+    or the stream itself where none stands in front."""
     return _norms_of(sites, lifecycle.birth + 1, lifecycle.end)
 
 
 def early_norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[list[str]]:
-    """Per early site, the outputs of the norms between it and the next site."""
+    """Per early site, the same of the blocks between it and the next site."""
     starts = [site.block for site in lifecycle.early]
     ends = [*starts[1:], lifecycle.birth]
     return [_norms_of(sites, start + 1, end) for start, end in zip(starts, ends, strict=False)]
 
 
 def _norms_of(sites: Sites, first: int, last: int) -> list[str]:
-    """Outputs of the norms of blocks `first` to `last`, both included."""
-    return [
-        branch.norm_output
-        for block in sites.blocks[first : last + 1]
-        for branch in (block.attention, block.mlp)
-    ]
+    """What the branches of blocks `first` to `last` read, both included; each once."""
+    blocks = sites.blocks[first : last + 1]
+    return list(dict.fromkeys(branch.input for block in blocks for branch in block.branches))
 
 
 def key_value_sizes(sites: Sites, lifecycle: Lifecycle) -> dict[str, int]:

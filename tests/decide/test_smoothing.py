@@ -26,9 +26,7 @@ def stats(calm: Planted) -> dict[str, TensorStats]:
 def test_every_norm_and_every_gated_path(calm: Planted, stats: dict[str, TensorStats]) -> None:
     found = find_smoothing(calm.load(), calm.sites, stats, rotation=None)
     blocks = calm.sites.blocks
-    assert set(found.norms) == {
-        branch.norm_output for block in blocks for branch in (block.attention, block.mlp)
-    }
+    assert set(found.norms) == {branch.input for block in blocks for branch in block.branches}
     assert set(found.paths) == {block.mlp.output.input for block in blocks}
     assert {choice.factors.shape for choice in found.norms.values()} == {(64,)}
     assert {choice.factors.shape for choice in found.paths.values()} == {(128,)}

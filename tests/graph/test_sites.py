@@ -65,7 +65,7 @@ def test_blocks_of_a_decoder() -> None:
     assert (attention.kind, mlp.kind) == ("attention", "mlp")
     assert attention.stream == "layers.0/Add_2/out"
     assert attention.norm == "layers.1/input_layernorm"
-    assert attention.norm_output == "layers.1/input_layernorm/out"
+    assert attention.input == "layers.1/input_layernorm/out"
     assert [x.node for x in attention.linears] == [
         f"layers.1/self_attn/{kind}_proj" for kind in "qkvo"
     ]

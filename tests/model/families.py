@@ -48,10 +48,15 @@ def config(name: str) -> Any:
         "bitnet": lambda: hf.BitNetConfig(**_SIZES),
         "cohere": lambda: hf.CohereConfig(**_SIZES),
         "cohere2": lambda: hf.Cohere2Config(**_SIZES, sliding_window=WINDOW),
+        "codegen": lambda: hf.CodeGenConfig(**_GPT, rotary_dim=8),
         "diffllama": lambda: hf.DiffLlamaConfig(**_SIZES),
         "ernie4_5": lambda: hf.Ernie4_5Config(**_SIZES, head_dim=16),
         "exaone4": lambda: hf.Exaone4Config(
             **_SIZES, sliding_window=WINDOW, sliding_window_pattern=2
+        ),
+        "falcon": lambda: hf.FalconConfig(**_ONE_KIND, multi_query=True, alibi=False),
+        "falcon-grouped": lambda: hf.FalconConfig(
+            **_ONE_KIND, num_kv_heads=2, alibi=False, new_decoder_architecture=True
         ),
         "gemma": lambda: hf.GemmaConfig(**_SIZES, head_dim=16),
         "gemma2": lambda: hf.Gemma2Config(
@@ -66,6 +71,8 @@ def config(name: str) -> Any:
         "gpt2": lambda: hf.GPT2Config(**_GPT),
         "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**_GPT),
         "gpt_neox": lambda: hf.GPTNeoXConfig(**_ONE_KIND, use_parallel_residual=False),
+        "gpt_neox-parallel": lambda: hf.GPTNeoXConfig(**_ONE_KIND),
+        "gptj": lambda: hf.GPTJConfig(**_GPT, rotary_dim=8),
         "granite": lambda: hf.GraniteConfig(
             **_SIZES, embedding_multiplier=12.0, residual_multiplier=0.22,
             attention_multiplier=0.02, logits_scaling=8.0,
@@ -100,12 +107,10 @@ def config(name: str) -> Any:
         "seed_oss": lambda: hf.SeedOssConfig(**_SIZES, head_dim=16),
         "smollm3": lambda: hf.SmolLM3Config(**_SIZES, no_rope_layer_interval=2),
         "stablelm": lambda: hf.StableLmConfig(**_SIZES),
+        "stablelm-parallel": lambda: hf.StableLmConfig(**_SIZES, use_parallel_residual=True),
         "starcoder2": lambda: hf.Starcoder2Config(**_SIZES, sliding_window=WINDOW),
         # Not traced, each for a reason of its own, which one block has.
         "bloom": lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
-        "falcon": lambda: hf.FalconConfig(
-            **(_ONE_KIND | {"num_hidden_layers": 1}), multi_query=True, alibi=False
-        ),
         "gpt_neo": lambda: hf.GPTNeoConfig(
             vocab_size=VOCAB, hidden_size=64, num_layers=1, num_heads=4,
             max_position_embeddings=256, attention_types=[[["local"], 1]],
@@ -126,6 +131,13 @@ TRACED = (
     "llama+yarn", "llama-bias", "ministral", "mistral", "mistral-wide", "modernbert-decoder",
     "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "phi3+longrope",
     "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+
+# Those whose blocks are not serial with a norm in front of each branch, or whose products, norms
+# or attention the exporter leaves in pieces.
+STRUCTURES = (
+    "codegen", "cohere", "cohere2", "exaone4", "falcon", "falcon-grouped", "gpt2",
+    "gpt_neox-parallel", "gptj", "olmo2", "olmo3", "opt", "phi", "stablelm-parallel",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A file of another exporter as it is published: DINOv2-small, opset 14, with a convolutional head."""
+"""A file of another exporter as it is published: DINOv2-small, opset 14, with a conv head."""
 
 from __future__ import annotations
 

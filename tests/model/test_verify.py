@@ -154,7 +154,6 @@ def refusal() -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("name", "reason"),
     (
-        ("falcon", "'falcon' cannot be traced: its attention shares one head"),
         ("gpt_neo", "'gpt_neo' cannot be traced: its code works up to a fixed length only"),
         ("mixtral", "'mixtral' cannot be traced: it is a mixture of experts"),
     ),

@@ -25,7 +25,7 @@ def test_same_values_as_the_whole_graph(spiky: Planted) -> None:
     for block in spiky.sites.blocks:
         names = [
             str(nodes[linear.node].inputs[0].name)
-            for branch in (block.attention, block.mlp)
+            for branch in block.branches
             for linear in branch.linears
         ]
         names = list(dict.fromkeys(names))
@@ -64,7 +64,7 @@ def test_later_blocks_see_quantized_ones(calm: Planted) -> None:
     for change in (as_it_is, coarse):
         blocks = BlockWalk(calm.load(), calm.sites, calm.windows[:1], [], CPU)
         blocks.advance(change)
-        (_, values), *_ = blocks.observe([calm.sites.blocks[1].attention.norm_output])
-        inputs.append(values[calm.sites.blocks[1].attention.norm_output])
+        (_, values), *_ = blocks.observe([calm.sites.blocks[1].attention.input])
+        inputs.append(values[calm.sites.blocks[1].attention.input])
     difference = np.abs(inputs[0] - inputs[1]).max()
     assert 1e-3 < difference < 2

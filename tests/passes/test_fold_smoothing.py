@@ -26,7 +26,7 @@ def choices(data: Planted, *, norms: bool = True, paths: bool = True) -> Smoothi
 
     blocks = data.sites.blocks
     return Smoothing(
-        {b.norm_output: choice(64) for x in blocks for b in (x.attention, x.mlp)} if norms else {},
+        {b.input: choice(64) for x in blocks for b in x.branches} if norms else {},
         {x.mlp.output.input: choice(128) for x in blocks} if paths else {},
     )
 

@@ -56,7 +56,7 @@ def test_logits_are_equal_to_the_bit_and_the_stream_is_smaller(
     scaled = path.with_name("scaled.onnx")
     io.save(model, scaled)
     assert np.array_equal(logits(CausalLM(path), rows), logits(CausalLM(scaled), rows))
-    names = [b.residual for block in sites.blocks for b in (block.attention, block.mlp)]
+    names = [b.residual for block in sites.blocks for b in block.branches]
     ratio = peaks(path, names, rows) / peaks(scaled, names, rows)
     assert (ratio == 2**exponent).all()
 

@@ -64,7 +64,7 @@ def test_blocks_between_use_the_early_index_only(staggered: Planted) -> None:
     }
     (early,) = sinks.early
     blocks = staggered.sites.blocks
-    between = {blocks[LATE].attention.norm_output, blocks[LATE].mlp.norm_output}
+    between = {blocks[LATE].attention.input, blocks[LATE].mlp.input}
     assert set(early.norms) == between
     assert {readers[name] for name in between} == {f"{index_name(0)}.{EARLY}"}
     assert readers[blocks[EARLY].mlp.output.input] == f"{index_name(0)}.{EARLY}"

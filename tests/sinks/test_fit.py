@@ -123,7 +123,7 @@ def test_collect_rows_are_those_of_the_members(delimited: Planted) -> None:
     """Of every window, in the order of the members; windows without a member are skipped."""
     stats = delimited.stats
     members = np.flatnonzero((stats.window % 3 == 1) & np.isin(stats.position, (0, 9)))
-    name = delimited.sites.blocks[2].attention.norm_output
+    name = delimited.sites.blocks[2].attention.input
     rows = collect_rows(
         delimited.path, {name: 64}, stats, members, delimited.windows,
         providers=CPU, progress=Progress(quiet=True),

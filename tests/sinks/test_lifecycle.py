@@ -276,7 +276,7 @@ def test_scope_is_where_the_spike_lives(spiky: Planted) -> None:
     """From the down-projection of the birth to the end; what comes before and after is ordinary."""
     scope = only(spiky.lifecycles).scope(spiky.sites)
     inside = {linear.node for block in spiky.sites.blocks[2:4] for branch in
-              (block.attention, block.mlp) for linear in branch.linears}  # fmt: skip
+              block.branches for linear in branch.linears}  # fmt: skip
     assert scope == inside | {"layers.1/mlp/down_proj"}
 
 

@@ -21,7 +21,7 @@ from iq_export.decisions import Smoothing, SmoothingChoice
 from iq_export.formats.base import HALF, ActivationFormat, WeightFormat, find_format
 from iq_export.formats.rounding import Rounding
 from iq_export.graph import io
-from iq_export.graph.sites import Branch, Linear, Sites, find_sites
+from iq_export.graph.sites import Linear, Sites, find_sites
 from iq_export.observe.ranges import sampled_rows
 from iq_export.observe.samples import Window
 from iq_export.observe.walk import CPU, cut
@@ -250,15 +250,12 @@ def _smoothing(
     def weight(linear: Linear) -> np.ndarray:
         return np.asarray(model.graph.initializers[linear.weight].const_value.numpy())
 
-    def foldable(branch: Branch) -> bool:
-        return readers[branch.norm_output] == {linear.node for linear in branch.inputs}
-
     norms, paths = {}, {}
+    for norm in sites.norms:
+        if readers[norm.output] == {linear.node for linear in norm.linears}:
+            weights = np.concatenate([weight(linear) for linear in norm.linears], axis=1)
+            norms[norm.output] = smooth(seen[norm.output], weights, plain, bits)
     for block in sites.blocks:
-        for branch in (block.attention, block.mlp):
-            if foldable(branch):
-                weights = np.concatenate([weight(linear) for linear in branch.inputs], axis=1)
-                norms[branch.norm_output] = smooth(seen[branch.norm_output], weights, plain, bits)
         down = block.mlp.output
         if block.mlp.linear_path is not None:
             turned = plain.rotation if not down.in_features % (plain.rotation or 1) else None

@@ -1,0 +1,72 @@
+"""Norms that are written out, in the spellings of exporters and of models' own code."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from iq_export.graph.edit import shared_constant
+from iq_export.model.written_out import constant_of, insert, made_by, replace, scalar
+
+
+def fuse_norms(model: ir.Model) -> None:
+    """Replace each LayerNormalization and RMSNormalization, by onnxscript's rules."""
+    from onnxscript.rewriter.rules.fusion._layer_norm import fuse_layer_normalization
+    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+
+    _spell_norms(model.graph)
+    fuse_layer_normalization(model)
+    fuse_rms_normalization(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.ShapeInferencePass()(model)
+
+
+def _spell_norms(graph: ir.Graph) -> None:
+    """Write norms as onnxscript's rules do: stated defaults, the last axis as -1, x ** 2,
+    x * (1 / sqrt(v)), constants behind what is computed."""
+    for node in list(graph):
+        if node.op_type == "ReduceMean":
+            node.attributes.setdefault("keepdims", ir.AttrInt64("keepdims", 1))
+            node.attributes.setdefault(
+                "noop_with_empty_axes", ir.AttrInt64("noop_with_empty_axes", 0)
+            )
+            axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+            rank = len(node.inputs[0].shape) if node.inputs[0].shape is not None else 0
+            if axes is not None and axes.tolist() == [rank - 1]:
+                last = shared_constant(graph, "last_axis", np.array([-1]))
+                node.replace_input_with(1, last)
+            square = node.inputs[0].producer()
+            if (
+                square is not None
+                and square.op_type == "Mul"
+                and square.inputs[0] is square.inputs[1]
+            ):
+                two = shared_constant(graph, "two", np.array(2.0, np.float32))
+                replace(square, insert(square, "Pow", [square.inputs[0], two]))
+        elif node.op_type == "Pow" and scalar(node.inputs[1]) == -0.5 and _of_mean(node.inputs[0]):
+            root = insert(node, "Sqrt", [node.inputs[0]])
+            replace(node, insert(node, "Reciprocal", [root]))
+        elif node.op_type == "Div" and _is_deviation(node.inputs[1]):
+            inverse = insert(node, "Reciprocal", [node.inputs[1]])
+            if scalar(node.inputs[0]) != 1:
+                inverse = insert(node, "Mul", [node.inputs[0], inverse])
+            replace(node, inverse)
+    for node in graph:
+        if node.op_type in ("Mul", "Add"):
+            first, second = node.inputs
+            if first.is_initializer() or made_by(first, "Reciprocal") is not None:
+                node.replace_input_with(0, second)
+                node.replace_input_with(1, first)
+
+
+def _is_deviation(value: ir.Value) -> bool:
+    """The root of a mean and an epsilon."""
+    root = value.producer()
+    return root is not None and root.op_type == "Sqrt" and _of_mean(root.inputs[0])
+
+
+def _of_mean(value: ir.Value) -> bool:
+    add = value.producer()
+    makers = [operand.producer() for operand in add.inputs] if add is not None else []
+    return any(maker is not None and maker.op_type == "ReduceMean" for maker in makers)
