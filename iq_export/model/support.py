@@ -59,9 +59,9 @@ _TYPES: dict[str, _Kind] = {
     ),
     "openai-gpt": _Kind(_POST_NORM),
     "opt": _Kind(_POST_NORM, unless=lambda config: config.do_layer_norm_before),
-    **dict.fromkeys(("cpmant", "gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
+    **dict.fromkeys(("gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
     **dict.fromkeys(
-        ("beam", "cohere_compass_text", "doge", "helium", "hrm_text", "moshi", "nanochat"),
+        ("beam", "doge", "helium", "hrm_text", "moshi", "nanochat"),
         _Kind(_UNRECOGNISED),
     ),
     "bloom": _Kind(_ALIBI),
