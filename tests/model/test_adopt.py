@@ -209,7 +209,10 @@ def parts(path: Path) -> tuple[Counter[str], list[tuple[Any, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(f, marks=pytest.mark.heavy) for f in ("qwen2", "starcoder2"))],
+)
 def test_a_file_of_primitive_ops(
     family: str, folders: Callable[[str], Path], traces: Callable[[str], Any], tmp_path: Path
 ) -> None:
