@@ -158,19 +158,21 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
 
 
 def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: Spike) -> None:
+    # Products that read the stream itself round it as it is: there the marker is no spike.
+    marked = 8.0 if decoder.bare else MARKER_VALUE
     if spike.token is None:
-        found["position.weight"][0, spike.marker] = MARKER_VALUE
+        found["position.weight"][0, spike.marker] = marked
     else:
-        found["embed_tokens.weight"][spike.token, spike.marker] = MARKER_VALUE
+        found["embed_tokens.weight"][spike.token, spike.marker] = marked
     # A channel that dominates its row is sqrt(hidden) after the norm, whatever its size.
     product = _GAIN**2 * decoder.hidden
     written = spike.sign * (_BEFORE_NORM if decoder.post_norms else spike.size)
     # All neurons are loud where they read the spike itself.
     taken = spike.sign * 2e6 if decoder.bare else written
-    erased = {} if decoder.post_norms else {spike.marker: -MARKER_VALUE}
+    erased = {} if decoder.post_norms else {spike.marker: -marked}
     shared = decoder.parallel == "sum"
     for block, read, sign, writes, size in (
-        (spike.birth, spike.marker, 1, {spike.channel: written, **erased}, MARKER_VALUE),
+        (spike.birth, spike.marker, 1, {spike.channel: written, **erased}, marked),
         (
             spike.death,
             spike.channel,

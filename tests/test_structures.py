@@ -9,14 +9,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from iq_export.decide.job import Calibration
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
 from iq_export.passes.fold_rotation import rotate_stream
 from iq_export.passes.insert_sinks import insert_sinks
 from iq_export.passes.scale_residual import scale_residual
+from iq_export.pipeline import rewrite
+from iq_export.progress import Progress
+from iq_export.recipe import load_recipe
 from iq_export.run.ort import CausalLM
 from tests import planted
-from tests.planted import Decoder
+from tests.planted import Decoder, Spike
 
 KINDS = {
     "sum": Decoder(parallel="sum"),
@@ -90,6 +94,32 @@ def test_no_product_reads_the_spike(data: planted.Planted) -> None:
     assert all(value.producer().op_type == "SinkClampInsert" for value in read)
     stream = nodes[blocks[0].mlp.adds[-1]].inputs
     assert not any(value.producer().op_type == "SinkClampInsert" for value in stream)
+
+
+def quantized_error(decoder: Decoder, folder: Path, limit: float) -> float:
+    """The worst position's squared error in W8A8, as a share of the logits' variance; `limit`: of
+    the deviation of a lifecycle that is replaced."""
+    path, windows = planted.save(decoder, folder), planted.windows(decoder)
+    rows, work = [window.ids for window in windows[:4]], folder / f"{limit}"
+    work.mkdir()
+    given = Calibration(
+        windows=windows[4:10], probes=windows[10:14], max_relative_deviation=limit, seed=0,
+        providers=planted.CPU,
+    )  # fmt: skip
+    done = rewrite(path, work, load_recipe("w8a8"), "fp32", given, Progress(quiet=True))
+    assert len(done.sinks) == (1 if limit else 0)
+    expected = planted.logits(CausalLM(path), rows)
+    found = planted.logits(CausalLM(done.quantized), rows)
+    return float((((found - expected) ** 2).mean((0, 2)) / expected.var()).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_quantized_graph_is_the_model(kind: str, tmp_path: Path) -> None:
+    decoder = replace(KINDS[kind], spikes=(Spike(1, None),))
+    error = quantized_error(decoder, tmp_path, 0.1)
+    assert error < 5e-3
+    if decoder.bare:  # no norm holds the spike down
+        assert error < 0.05 * quantized_error(decoder, tmp_path, 0.0)
 
 
 def _changed(data: planted.Planted, model: ir.Model, name: str) -> float:
