@@ -26,6 +26,7 @@ KINDS = {
     "sum": Decoder(parallel="sum"),
     "chain": Decoder(parallel="chain"),
     "bare": Decoder(bare=True, post_norms=True),
+    "bare chain": Decoder(bare=True, post_norms=True, parallel="chain"),
 }
 
 
@@ -50,15 +51,19 @@ def test_every_product_is_found(data: planted.Planted) -> None:
     if decoder.bare:
         assert (attention.norm, mlp.norm, sites.norms) == (None, None, [])
         assert (attention.input, mlp.input) == (attention.stream, mlp.stream)
-        assert (attention.residual, mlp.stream) == (f"{at}/Add/out", f"{at}/Add/out")
-        assert (attention.adds, mlp.adds) == (ends[:1], ends[1:])
         assert mlp.added == f"{at}/mlp/post_norm/out"
-        return
+        if not decoder.parallel:
+            assert (attention.residual, mlp.stream) == (f"{at}/Add/out", f"{at}/Add/out")
+            assert (attention.adds, mlp.adds) == (ends[:1], ends[1:])
+            return
+        assert [len(linears) for linears in sites.bare.values()] == [5] * decoder.blocks
     assert attention.stream == mlp.stream == "layers.0/Add_2/out"
     assert attention.residual == mlp.residual
     assert attention.adds == ends
     assert mlp.adds == (ends if decoder.parallel == "sum" else ends[1:])
     norms = [norm for norm in sites.norms if norm.node.startswith(at)]
+    if decoder.bare:
+        return
     assert [len(norm.linears) for norm in norms] == ([5] if decoder.parallel == "sum" else [3, 2])
 
 

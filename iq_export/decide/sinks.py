@@ -98,12 +98,11 @@ def _strengths(traced: Graph, sites: Sites) -> dict[str, np.ndarray]:
     theirs do."""
     initializers = loaded(traced).graph.initializers
     found: dict[str, np.ndarray] = {}
-    for branch in sites.branches:
-        if branch.norm is None:
-            squares = np.zeros(sites.hidden, np.float32)
-            for linear in branch.inputs:  # one weight in memory at a time
-                squares += (initializers[linear.weight].const_value.numpy() ** 2).sum(1)
-            found[branch.input] = np.sqrt(squares)
+    for name, linears in sites.bare.items():
+        squares = np.zeros(sites.hidden, np.float32)
+        for linear in linears:  # one weight in memory at a time
+            squares += (initializers[linear.weight].const_value.numpy() ** 2).sum(1)
+        found[name] = np.sqrt(squares)
     return found
 
 

@@ -38,9 +38,16 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer called `name`, registered with `array` if the graph does not have it yet."""
-    found = graph.initializers.get(name)
-    return constant(graph, name, array) if found is None else found
+    """The initializer with `array` that is called `name`, or, where a file has another one of that
+    name, `name_` and so on; registered if the graph does not have it yet."""
+    while (found := graph.initializers.get(name)) is not None:
+        known = found.const_value
+        if known is not None and tuple(known.shape.numpy()) == array.shape:
+            values = known.numpy()
+            if values.dtype == array.dtype and np.array_equal(values, array):
+                return found
+        name += "_"
+    return constant(graph, name, array)
 
 
 def own_constant(graph: ir.Graph, node: ir.Node, position: int) -> ir.Value:

@@ -126,6 +126,16 @@ class Sites:
         return [branch for block in self.blocks for branch in block.branches]
 
     @property
+    def bare(self) -> dict[str, tuple[Linear, ...]]:
+        """The products that read a residual value as it is, with no norm in front, by the value's
+        name: those of both branches, where these are parallel."""
+        found: dict[str, tuple[Linear, ...]] = {}
+        for branch in self.branches:
+            if branch.norm is None:
+                found[branch.input] = (*found.get(branch.input, ()), *branch.inputs)
+        return found
+
+    @property
     def norms(self) -> list[Norm]:
         """Every norm in front of a branch, each once."""
         found: dict[str, Norm] = {}
@@ -170,6 +180,8 @@ def find_sites(model: ir.Model) -> Sites:
             f"The residual stream ends at {stream.name!r} without a norm; only transformers whose "
             "stream passes a norm at the end are supported."
         )
+    if not _has_vector(final[0]):
+        raise GraphError(f"{_label(final[0])} ends the residual stream, and {_NO_VECTOR}.")
     return Sites(
         hidden=blocks[0].attention.output.out_features,
         embedding=embedding.name,
@@ -185,6 +197,9 @@ _NO_STREAM = (
 )
 
 
+_NO_VECTOR = "the weight of this norm is no stored vector with a number for each channel"
+
+
 def norm_epsilon(norm: ir.Node) -> float:
     """What one of NORM_OPS adds to the mean square, or to the variance."""
     stated = norm.attributes.get("epsilon")
@@ -196,18 +211,17 @@ def _label(node: ir.Node | None) -> str:
 
 
 def _embedding(graph: ir.Graph) -> ir.Value:
-    """The first value that a norm and a residual Add both read; else the first one that starts a
-    branch with a norm behind it."""
+    """The first value that a norm and a residual Add both read, or that starts a branch with a norm
+    behind it."""
     for node in graph:
+        value = node.inputs[0] if node.op_type in NORM_OPS or _is_linear(node) else None
+        add = None if value is None else _residual_add(value)
+        if value is None or add is None:
+            continue
         if node.op_type in NORM_OPS:
-            value = node.inputs[0]
-            if value is not None and _residual_add(value) is not None:
-                return value
-    for node in graph:
-        add = _residual_add(node.inputs[0]) if _is_linear(node) else None
-        found = _branches(node.inputs[0], add) if add is not None else []
-        if any(isinstance(branch, Branch) for branch in found):
-            return node.inputs[0]
+            return value
+        if any(isinstance(branch, Branch) for branch in _branches(value, add)):
+            return value
     for node in graph:
         if node.op_type == "Gather" and _is_constant(node.inputs[0]):
             raise GraphError(
@@ -295,13 +309,18 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
     norm = next((node for node in norms if node in inside), None)
     if norm is None and not behind:
         return Refusal(_label(output), f"its branch does not start at a norm of {stream.name!r}")
+    if norm is not None and not _has_vector(norm):
+        return Refusal(_label(norm), _NO_VECTOR)
     read = stream if norm is None else norm.outputs[0]
     inputs = [node for node in read.consumers() if _is_linear(node) and node in inside]
+    others = [node for node in read.consumers() if node in inside and node not in inputs]
+    if norm is None and inputs and others:  # they would read a clamped spike, and no template
+        return Refusal(_label(others[0]), f"it reads the residual value {read.name!r} as it is")
     if not inputs:
         if norm is None:
             return Refusal(_label(output), f"no weighted MatMul of its branch reads {read.name!r}")
         return Refusal(_label(norm), "no weighted MatMul reads this norm")
-    products = [node for node in inside if _is_attention(node)]
+    products = _attentions(inside)
     kind = "attention" if products else "mlp"
     return Branch(
         kind=kind,
@@ -365,10 +384,24 @@ def _is_linear(node: ir.Node) -> bool:
     )
 
 
-def _is_attention(node: ir.Node) -> bool:
-    if node.op_type == "Attention":
-        return True
-    return node.op_type == "MatMul" and not any(_is_constant(value) for value in node.inputs)
+def _attentions(nodes: set[ir.Node]) -> list[ir.Node]:
+    """The attentions among `nodes`; where these are written out, their products."""
+    single = [node for node in nodes if node.op_type == "Attention"]
+    return single or [
+        node
+        for node in nodes
+        if node.op_type == "MatMul" and not any(_is_constant(value) for value in node.inputs)
+    ]
+
+
+def _has_vector(norm: ir.Node) -> bool:
+    """Whether its weight is stored, a number for each channel."""
+    weight = norm.inputs[1] if len(norm.inputs) > 1 else None
+    if weight is None or not _is_constant(weight) or len(weight.shape or ()) != 1:
+        return False
+    channels = norm.inputs[0].shape
+    last = channels[-1] if channels is not None and len(channels) else None
+    return not isinstance(last, int) or weight.shape[0] == last
 
 
 def _attention_site(node: ir.Node) -> AttentionSite | None:

@@ -59,10 +59,30 @@ def _fuse(softmax: ir.Node) -> bool:
     heads, key_heads, value_heads = map(_heads, (query, key, value))
     if not heads or not key_heads or key_heads != value_heads or heads % key_heads:
         return False
+    if not _spread(scores) or _batch(key) != _batch(query):
+        return False
     factor = scores.factor * query_factor * key_factor * key_more
     made = insert(out, "Attention", [query, key, value, *_mask(scores, out)], {"scale": factor})
     replace(out, made)
     return True
+
+
+def _spread(scores: _Scores) -> bool:
+    """Whether the masks together have a column for each key and a row for each query, as the op of
+    ONNX Runtime needs it."""
+    masks = [v for v in (*scores.added, scores.allowed, scores.forbidden) if v is not None]
+    shapes = [tuple(mask.shape) for mask in masks if mask.shape is not None]
+    if len(shapes) < len(masks):
+        return False
+    return not masks or all(
+        any(len(shape) >= -axis and shape[axis] != 1 for shape in shapes) for axis in (-1, -2)
+    )
+
+
+def _batch(value: ir.Value) -> object:
+    """1 for a batch that is stretched over all rows."""
+    shape = value.shape
+    return 1 if shape is not None and shape[0] == 1 else None
 
 
 def _weighted(weights: ir.Value) -> ir.Node | None:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from iq_export.graph.edit import shared_constant
+from iq_export.graph.sites import norm_epsilon
 from iq_export.model.written_out import constant_of, insert, made_by, replace, scalar
 
 
@@ -18,8 +19,21 @@ def fuse_norms(model: ir.Model) -> None:
     _spell_norms(model.graph)
     fuse_layer_normalization(model)
     fuse_rms_normalization(model)
+    _split_added(model.graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.ShapeInferencePass()(model)
+
+
+def _split_added(graph: ir.Graph) -> None:
+    """Take out again what onnxscript's rule takes for a bias, and is a residual addition."""
+    for node in list(graph):
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if node.op_type == "LayerNormalization" and bias is not None and not bias.is_initializer():
+            axis = node.attributes.get("axis")
+            last = -1 if axis is None else axis.as_int()
+            attributes = {"axis": last, "epsilon": norm_epsilon(node)}
+            normed = insert(node, "LayerNormalization", list(node.inputs[:2]), attributes)
+            replace(node, insert(node, "Add", [normed, bias]))
 
 
 def _spell_norms(graph: ir.Graph) -> None:

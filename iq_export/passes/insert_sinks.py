@@ -109,7 +109,7 @@ def _insert_one(
     first, never, valid = masks
     life = sinks.lifecycle
     prefix = f"iq/sinks.{number}"
-    bare = {b.input: b.inputs for b in sites.branches if b.norm is None}
+    bare = sites.bare
 
     def detection(
         block: int, force_first: bool, table: np.ndarray, threshold: float, suffix: str = ""

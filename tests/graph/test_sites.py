@@ -340,3 +340,63 @@ def test_reading_sites_loads_no_weight(spiky: Planted) -> None:
     tensor = model.graph.initializers["layers.0.mlp.down_proj.weight"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     assert tensor.raw is None
+
+
+BARE = replace(SMALL, bare=True, post_norms=True)
+
+
+def test_a_stream_that_is_read_by_more_than_products_is_refused() -> None:
+    """Whatever reads the stream itself would read a clamped spike and no template."""
+
+    def change(model: onnx.ModelProto) -> None:
+        stream, key = "layers.0/Add_2/out", "layers.1/self_attn/k_proj"
+        factor = weight(model, "factor", 1)
+        insert(model, key, helper.make_node("Mul", [stream, factor], ["half"], "half"))
+        reroute(model, stream, "half", (key,))
+
+    assert sites_of(decoder=BARE).refused == ()
+    refused = sites_of(change, BARE).refused
+    assert ("half (Mul)", "it reads the residual value 'layers.0/Add_2/out' as it is") in [
+        (each.node, each.reason) for each in refused
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_norm_whose_weight_is_no_vector_is_refused(size: int) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        node(model, "layers.1/input_layernorm").input[1] = weight(model, "short", size)
+
+    (first, *_) = sites_of(change).refused
+    assert first.node == "layers.1/input_layernorm (RMSNormalization)"
+    assert "no stored vector" in first.reason
+
+
+def test_the_first_block_may_have_no_norm_in_front() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = node(model, f"layers.0/{name}")
+            readers = [each.name for each in model.graph.node if norm.output[0] in each.input]
+            reroute(model, norm.output[0], norm.input[0], tuple(readers))
+            model.graph.node.remove(norm)
+
+    sites = sites_of(change, replace(SMALL, post_norms=True))
+    assert sites.embedding == "embed/out"
+    assert [branch.norm is None for block in sites.blocks for branch in block.branches] == (
+        [True] * 2 + [False] * 4
+    )
+
+
+def test_one_attention_op_is_the_attention_beside_other_products() -> None:
+    """As angles of a rotation that are computed by a MatMul."""
+
+    def change(model: onnx.ModelProto) -> None:
+        product = "layers.1/self_attn/o_proj"
+        read = node(model, product).input[0]
+        turn = helper.make_node("Transpose", [read], ["turned"], "turned", perm=[0, 2, 1])
+        square = helper.make_node("MatMul", ["turned", read], ["square"], "square")
+        again = helper.make_node("MatMul", [read, "square"], ["again"], "again")
+        insert(model, product, turn, square, again)
+        reroute(model, read, "again", (product,))
+
+    attention = sites_of(change).blocks[1].attention.attention
+    assert attention is not None and attention.node == "layers.1/self_attn/Attention"

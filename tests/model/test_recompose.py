@@ -224,3 +224,12 @@ def test_other_logits_are_refused(tmp_path: Path) -> None:
     norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.1)
     with pytest.raises(GraphError, match=r"file\.onnx was not understood"):
         check_same(other, path, "file.onnx")
+
+
+@pytest.mark.parametrize("order", ["x, o", "o, x"])
+def test_a_residual_addition_is_no_bias(order: str, tmp_path: Path) -> None:
+    body = f"""m = ReduceMean<axes=[-1]>(x) d = Sub(x, m) s = Pow(d, two)
+        v = ReduceMean<axes=[-1]>(s) e = Add(v, eps) r = Sqrt(e) n = Div(d, r) o = Mul(n, w)
+        y = Add({order})"""
+    made = model(body, f"{FEATURES} x", FEATURES, 14)
+    assert single_ops(made, tmp_path) == {"LayerNormalization": 1, "Add": 1}
