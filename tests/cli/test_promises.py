@@ -77,7 +77,7 @@ def test_a_plan_promises_what_is_known(both: Both, tmp_path: Path) -> None:
     ("kind", "changes", "says"),
     [
         ("mixtral", {"num_local_experts": 4}, "mixture of experts"),
-        ("phi", {"num_key_value_heads": 2}, "side by side"),
+        ("helium", {}, "not recognised"),
         ("qwen3_next", {}, "layers"),
         ("bert", {}, "encoder"),
         ("llama", {"num_attention_heads": 0}, "'num_attention_heads' is 0"),
