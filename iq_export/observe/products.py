@@ -39,5 +39,5 @@ class ProductObserver(Observer):
         columns = slice(int(self._starts[number]), int(self._starts[number + 1]))
         for name, value in values.items():
             found = self.sizes[name]
-            found.absmax[columns] = np.maximum(value.max(1), -value.min(1))
+            found.absmax[columns] = np.maximum(value.max(1), -value.min(1)) + 0.0
             found.square[columns] = np.einsum("ij,ij->i", value, value) / value.shape[1]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iq_export.report.chart import Series, line_chart
-from iq_export.report.findings import PLACES, large
+from iq_export.report.findings import PLACES, blocks_between, large
 from iq_export.report.heatmap import LEVELS, heatmap
 from iq_export.report.html import html_table, number
 from iq_export.report.lifecycles import spelled
@@ -189,7 +189,8 @@ def _lifecycles(record: Record) -> str:
             for entry in life["common_tokens"]
         )
         rows.append([
-            str(n), births, f"{life['birth'] + 1} to {life['end']}", number(life["death"], "d"),
+            str(n), births, blocks_between(life["birth"] + 1, life["end"]),
+            number(life["death"], "d"),
             str(life["channel"]), f"{life['tokens']:,}", f"{life['at_position_0']:.0%}",
             large(life["down_proj_peak"]), number(life["down_proj_median"], ".2g"),
             large(life["residual_peak"]), tokens,

@@ -114,11 +114,12 @@ def _mechanism(record: Record, number: int) -> list[dict[str, str]]:
         f"their keys have a cosine of {np.median(np.concatenate(alike)):.2f} with each other, "
         if alike else ""
     )  # fmt: skip
+    where = blocks_between(blocks[0]["block"], blocks[-1]["block"])
     text = (
-        f"In blocks {blocks[0]['block']} to {blocks[-1]['block']} the other tokens behind a sink of"
-        f" lifecycle {number} give {np.median(mass):.0%} of their attention to its sinks (median "
-        f"head; the most is {mass.max():.0%}): {keys}{np.median(aligned):.0%} of the queries point "
-        f"their way, and their values are {np.median(ratio):.2g} times as long as others'."
+        f"In {where} the other tokens behind a sink of lifecycle {number} give "
+        f"{np.median(mass):.0%} of their attention to its sinks (median head; the most is "
+        f"{mass.max():.0%}): {keys}{np.median(aligned):.0%} of the queries point their way, and "
+        f"their values are {np.median(ratio):.2g} times as long as others'."
     )
     life = record["lifecycles"][number - 1]
     share = float((mass > 0.5).mean())
@@ -193,6 +194,11 @@ def _half(record: Record) -> dict[str, str]:
                 "the rest.",
             ),
             (down, "A down-projection's input is: compile takes out constant spikes."),
+            (
+                product if score <= HALF_MAX else 0.0,
+                "Products of queries and keys are, before their scale: compile applies its power "
+                "of two to the query.",
+            ),
             (score, "Scores of attention are: compile refuses to make half precision of them."),
         )
         if value > HALF_MAX
@@ -200,7 +206,7 @@ def _half(record: Record) -> dict[str, str]:
     if beyond:
         half = f"Beyond 65,504 plain half precision gives infinity. {' '.join(beyond)}"
     else:
-        share = max(residual, down, score) / HALF_MAX
+        share = max(residual, down, product) / HALF_MAX
         half = f"All stay below 65,504, the largest at {share:.1%} of it: half precision holds it."
     return _finding("half", text, half=half)
 
@@ -210,6 +216,13 @@ def _holds(life: Record) -> str:
     if peak > HALF_MAX:
         return f"{large(peak)} is beyond half's largest number, 65,504."
     return f"{large(peak)} is {peak / HALF_MAX:.1%} of half's largest number."
+
+
+def blocks_between(first: int, last: int) -> str:
+    """The blocks from `first` to `last`, in words."""
+    if first > last:
+        return "no block"
+    return f"block {first}" if first == last else f"blocks {first} to {last}"
 
 
 def _common(life: Record) -> str:

@@ -82,7 +82,7 @@ def render(manifest: Manifest, plan: Mapping[str, Any]) -> str:
     sections = [
         _head(manifest),
         _section("Accuracy", _accuracy(manifest)),
-        _section("Why the model broke", _spikes(plan.get("observations") or {})),
+        _largest(manifest, plan),
         _section("Sink lifecycles", _lifecycles(manifest, plan)),
         _section("Ranges of the quantizers", _quantizers(plan.get("quantizers") or [])),
         _section("Engines", _engines(manifest)),
@@ -136,27 +136,33 @@ def _accuracy(manifest: Manifest) -> str:
     )
 
 
-def _spikes(observations: Mapping[str, Any]) -> str:
-    """Charts of the largest absolute value per block, before and after the rewrite."""
+def _largest(manifest: Manifest, plan: Mapping[str, Any]) -> str:
+    """Charts of the largest absolute value per block, before and after the rewrite; where tokens
+    spike, what that does to a range."""
     charts = (
         ("residual_max_per_block", "largest |residual|", "Residual stream"),
         ("down_proj_max_per_block", "largest |down-projection input|", "Down-projection inputs"),
     )
     parts = []
+    observations = plan.get("observations") or {}
     for key, y_title, title in charts:
         chart = line_chart(_series(observations.get(key)), y_title, "block")
         if chart:
             parts.append(f"<h3>{escape(title)}</h3>\n{chart}")
     if not parts:
         return ""
-    lead = (
+    spikes = (
         "<p>A static per-tensor int8 range must hold the largest value. A few tokens carry values "
         "thousands of times larger than the rest through the residual stream: they stretch the "
-        "range, and every other token is rounded to almost nothing.</p>\n<p>The compiled graph's "
-        "values are those it computes with: spikes clamped, and, where the recipe folds scales or "
-        "rotations into weights, scaled and rotated.</p>"
+        "range, and every other token is rounded to almost nothing.</p>\n"
     )
-    return "\n".join([lead, *parts])
+    lead = (
+        "<p>The compiled graph's values are those it computes with: spikes clamped, and, where the "
+        "recipe folds scales or rotations into weights, scaled and rotated.</p>"
+    )
+    if not (manifest.graph.lifecycles or plan.get("lifecycles")):
+        return _section("Largest values by block", "\n".join([lead, *parts]))
+    return _section("Why the model broke", "\n".join([spikes + lead, *parts]))
 
 
 def _series(values: Any) -> list[Series]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from iq_export.report.findings import findings
+from iq_export.report.findings import blocks_between, findings
 
 LIFE: dict[str, Any] = {
     "birth": 1, "death": 3, "end": 3, "channel": 7, "replaced": True, "reason": "within",
@@ -107,3 +107,15 @@ def test_no_spike() -> None:
         in (found["calm"]["text"])
     )
     assert "without" not in found["ranges"]["int8"]
+
+
+def test_products_that_only_their_scale_brings_into_half() -> None:
+    half = said(score=10_000)["half"]["half"]
+    assert half.startswith("Beyond 65,504") and "its power of two to the query" in half
+    assert "the largest at 97.7% of it" in said(score=8_000)["half"]["half"]
+
+
+def test_blocks_in_words() -> None:
+    assert [blocks_between(*ends) for ends in ((2, 1), (2, 2), (2, 5))] == [
+        "no block", "block 2", "blocks 2 to 5",
+    ]  # fmt: skip

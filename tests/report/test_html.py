@@ -78,6 +78,12 @@ def test_complete_report(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=|https?://|<script", page)
 
 
+def test_only_what_broke_is_said_to_have_broken() -> None:
+    calm = render(Manifest("m", "w8a8", "float16", 23), PLAN)
+    assert "Largest values by block" in calm and "broke" not in calm
+    assert "Why the model broke" in render(sample(), PLAN)
+
+
 def test_report_of_an_empty_plan() -> None:
     page = render(Manifest("m", "w8a8", "float16", 23), {})
     assert "iq-export eval" in page
