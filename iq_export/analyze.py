@@ -310,7 +310,7 @@ def _products(
     scopes = [life.scopes(sites) for life in lives]
     found: dict[str, dict[str, Any]] = {}
     for block in sites.blocks:
-        for branch in (block.attention, block.mlp):
+        for branch in block.branches:
             for linear in branch.linears:
                 if linear.input in found:
                     found[linear.input]["products"].append(linear.node)

@@ -33,8 +33,9 @@ def fuse_attention(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type == "Softmax" and _is_last_axis(node):
             count += _fuse(node)
-    common.RemoveUnusedNodesPass()(model)
-    common.ShapeInferencePass()(model)
+    if count:
+        common.RemoveUnusedNodesPass()(model)
+        common.ShapeInferencePass()(model)
     return count
 
 

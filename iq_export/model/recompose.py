@@ -27,7 +27,7 @@ from iq_export.model.fuse_attention import fuse_attention
 from iq_export.model.fuse_norms import fuse_norms
 from iq_export.model.tidy import fold_parameter_vectors, settle_reshapes, store_weights_transposed
 from iq_export.model.unflatten import unflatten
-from iq_export.model.written_out import insert, replace
+from iq_export.model.written_out import as_matmul, is_plain
 
 OPSET = 23
 LOWEST_OPSET = 13
@@ -98,7 +98,9 @@ def check_same(original: ir.Model, made: Path, where: str) -> None:
 
 def _rewrite(model: ir.Model) -> None:
     _simplify(model)
-    _products(model.graph)
+    for node in list(model.graph):
+        if node.op_type == "Gemm" and is_plain(node):
+            as_matmul(node)
     store_weights_transposed(model.graph)
     fuse_norms(model)
     fuse_activations(model.graph)
@@ -152,23 +154,6 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.ShapeInferencePass()(model)
-
-
-def _products(graph: ir.Graph) -> None:
-    """Gemm -> MatMul and Add."""
-    for node in list(graph):
-        if node.op_type != "Gemm":
-            continue
-        given = {name: attribute.value for name, attribute in node.attributes.items()}
-        if given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0 or given.get("transA"):
-            continue
-        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-        if given.get("transB"):
-            weight = insert(node, "Transpose", [weight], {"perm": [1, 0]})
-        out = insert(node, "MatMul", [node.inputs[0], weight])
-        if bias is not None:
-            out = insert(node, "Add", [out, bias])
-        replace(node, out)
 
 
 def _rotations(model: ir.Model) -> None:

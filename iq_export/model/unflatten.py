@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from iq_export.graph.sites import NORM_OPS
+from iq_export.model.written_out import as_matmul, is_plain
 
 _BY_ELEMENT = frozenset({
     "Add", "Cast", "Clip", "Div", "Erf", "Gelu", "Identity", "LeakyRelu", "Max", "Min", "Mul",
@@ -115,11 +116,9 @@ def _axes(value: ir.Value) -> tuple[object, object] | None:
 def _by_row(node: ir.Node) -> bool:
     """Whether it works on every row of `[rows, features]` alone, and as well with more axes."""
     if node.op_type in _PRODUCTS:
-        kept = all(
-            name not in node.attributes or node.attributes[name].value == default
-            for name, default in (("transA", 0), ("alpha", 1.0), ("beta", 1.0))
+        return is_plain(node) and all(
+            _is_constant(value) for value in node.inputs[1:] if value is not None
         )
-        return kept and all(_is_constant(value) for value in node.inputs[1:] if value is not None)
     if node.op_type in NORM_OPS:
         axis = node.attributes.get("axis")
         return axis is None or axis.as_int() in (-1, 1)
@@ -148,7 +147,7 @@ def _widen(graph: ir.Graph, region: _Region) -> None:
         if node.op_type in NORM_OPS:
             node.attributes["axis"] = ir.AttrInt64("axis", -1)
         elif node.op_type == "Gemm":
-            _as_matmul(graph, node)
+            as_matmul(node)
     for leave in region.exits:
         out = leave.outputs[0]
         whole = _axes(out) == region.axes and len(out.shape or ()) == 3  # else heads are split
@@ -162,21 +161,3 @@ def _wider(source: ir.Value, flat: ir.Value) -> ir.Shape | None:
     if source.shape is None or flat.shape is None:
         return None
     return ir.Shape([source.shape[0], source.shape[1], flat.shape[-1]])
-
-
-def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
-    value, weight, *bias = gemm.inputs
-    out, nodes = gemm.outputs[0], []
-    if gemm.attributes["transB"].as_int() if "transB" in gemm.attributes else 0:
-        nodes.append(ir.node("Transpose", [weight], {"perm": [1, 0]}))
-        weight = nodes[-1].outputs[0]
-    nodes.append(ir.node("MatMul", [value, weight]))
-    if bias and bias[0] is not None:
-        nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias[0]]))
-    for node in nodes:
-        node.metadata_props.update(gemm.metadata_props)
-    new = nodes[-1].outputs[0]
-    new.type, new.shape = out.type, out.shape
-    graph.insert_before(gemm, nodes)
-    out.replace_all_uses_with(new)
-    graph.remove(gemm, safe=True)

@@ -49,8 +49,9 @@ def insert(
     attributes: Mapping[str, Any] | None = None,
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Value:
-    """The output of a new node in front of `place`."""
+    """The output of a new node in front of `place`, of the same module."""
     node = ir.node(op, inputs, attributes)
+    node.metadata_props.update(place.metadata_props)
     node.outputs[0].dtype = dtype
     assert place.graph is not None
     place.graph.insert_before(place, node)
@@ -66,3 +67,24 @@ def replace(node: ir.Node, made: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(out, made, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     out.name, made.name = None, name
+
+
+def is_plain(gemm: ir.Node) -> bool:
+    """Whether a Gemm is a product and a bias, and no more."""
+    defaults = (("transA", 0), ("alpha", 1.0), ("beta", 1.0))
+    return all(
+        name not in gemm.attributes or gemm.attributes[name].value == default
+        for name, default in defaults
+    )
+
+
+def as_matmul(gemm: ir.Node) -> None:
+    """Write a plain Gemm as a MatMul and the Add of its bias."""
+    value, weight, *bias = gemm.inputs
+    turned = gemm.attributes.get("transB")
+    if turned is not None and turned.as_int():
+        weight = insert(gemm, "Transpose", [weight], {"perm": [1, 0]})
+    out = insert(gemm, "MatMul", [value, weight])
+    if bias and bias[0] is not None:
+        out = insert(gemm, "Add", [out, bias[0]])
+    replace(gemm, out)
