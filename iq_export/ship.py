@@ -58,6 +58,10 @@ class Made:
         """The products that are quantized."""
         return tuple(x for x in self.sites.linears if x.node not in self.chosen.left)
 
+    def base(self) -> ir.Model:
+        """The traced graph as every stage begins with it, in memory, its constants lazy."""
+        return begin(io.load(self.traced))[0].model
+
     def graph(self, stage: str) -> ir.Model:
         """The graph at a stage of `passes/order.py`, in memory, its constants lazy."""
         return lower(begin(io.load(self.traced))[0], self.chosen, stage).model

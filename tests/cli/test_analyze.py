@@ -128,6 +128,7 @@ def test_the_json_has_these_keys(record: dict[str, Any]) -> None:
     assert set(record["attention"][0]["blocks"][0]) == {
         "block", "mass", "aligned", "query_cosine", "value_ratio", "rows_alike",
         "rows_alike_others", "keys_alike", "keys_alike_others", "spectrum",
+            "zones", "pair", "pair_share",
     }  # fmt: skip
     assert record["in_float"] == [
         {"node": "lm_head", "reason": "gives the logits: the head stays in half precision"}

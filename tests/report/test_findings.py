@@ -65,7 +65,7 @@ def test_a_spike_that_can_be_replaced() -> None:
     ("life", "says"),
     [
         ({"replaced": False, "deviation": 0.2}, "varies too much"),
-        ({"replaced": False}, "no threshold finds it"),
+        ({"replaced": False, "reason": "no threshold finds it"}, "ranges: no threshold finds it."),
     ],
 )
 def test_one_that_stays(life: dict[str, Any], says: str) -> None:
