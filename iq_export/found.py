@@ -15,7 +15,7 @@ from iq_export.decide.sinks import Decision
 from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import Sites
 from iq_export.observe.token_stats import TokenStats
-from iq_export.sinks.lifecycle import Lifecycle
+from iq_export.sinks.lifecycle import Lifecycle, everyone_spikes
 from iq_export.sinks.templates import SinkTemplates
 
 # Tokens of the window that is drawn, and channels that are named.
@@ -43,6 +43,7 @@ def token_record(
         "sample": _sample(stats, lives, tokenizer),
         "channels": _channels(stats, lives, sites.hidden),
         "per_block": _per_block(stats, lives),
+        "everyone": everyone_spikes(stats),
     }
 
 

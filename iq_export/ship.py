@@ -72,6 +72,15 @@ class Made:
         return path
 
 
+def written(lowered: Lowered, path: Path, progress: Progress) -> list[str]:
+    """Save the graph that ships; notes on what was not rotated, which are said too."""
+    io.save(lowered.model, path)
+    notes = [f"not rotated: node {r.node}: {r.reason}" for r in lowered.refused]
+    for note in notes:
+        progress.note(note)
+    return notes
+
+
 def weight_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:
     """Weight name -> channels that share a scale, where the format has blocks.
 

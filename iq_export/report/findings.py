@@ -64,8 +64,8 @@ def _spike(record: Record, number: int, life: Record) -> dict[str, str]:
         return _finding("spike", text, "It stretches no product's range.", "", _holds(life))
     worst = max(inside, key=_loss)
     int8 = (
-        f"It at least doubles the rounding error at {_doubled(inside)} of the {len(inside)} inputs "
-        f"of products that carry it. Most is lost at {_where(worst)}: a static range with it "
+        f"It at least doubles the rounding error at {_of(_doubled(inside), len(inside))} of "
+        f"products that carry it. Most is lost at {_where(worst)}: a static range with it "
         f"takes {worst['int8_error']:.1%} of a typical value, without it "
         f"{worst['int8_error_without']:.1%}."
     )
@@ -144,6 +144,14 @@ def _mechanism(record: Record, number: int) -> list[dict[str, str]]:
 
 
 def _calm(record: Record) -> dict[str, str]:
+    if everyone := record["everyone"]:
+        where = ", ".join(map(str, everyone))
+        return _finding(
+            "calm",
+            f"Most tokens spike at the down-projection of block {where}, so none can be told from "
+            "the others: there is no lifecycle.",
+            "Nothing is inserted, and static ranges there hold these spikes.",
+        )
     blocks = record["per_block"]
     ratios = [
         most / max(median, 1e-30)
@@ -222,7 +230,8 @@ def _half(record: Record) -> dict[str, str]:
         half = f"Beyond 65,504 plain half precision gives infinity. {' '.join(beyond)}"
     else:
         share = max(residual, down, product) / HALF_MAX
-        half = f"All stay below 65,504, the largest at {share:.1%} of it: half precision holds it."
+        part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+        half = f"All stay below 65,504, the largest at {part} of it: half precision holds it."
     return _finding("half", text, half=half)
 
 
@@ -230,7 +239,8 @@ def _holds(life: Record) -> str:
     peak = max(life["residual_peak"], life["down_proj_peak"])
     if peak > HALF_MAX:
         return f"{large(peak)} is beyond half's largest number, 65,504."
-    return f"{large(peak)} is {peak / HALF_MAX:.1%} of half's largest number."
+    part = f"{peak / HALF_MAX:.1%}" if peak >= 0.001 * HALF_MAX else "less than 0.1%"
+    return f"{large(peak)} is {part} of half's largest number."
 
 
 def blocks_between(first: int, last: int) -> str:
@@ -255,6 +265,12 @@ def _span(product: Record) -> float:
 
 def _loss(product: Record) -> float:
     return float(product["int8_error"] - product["int8_error_without"])
+
+
+def _of(some: int, every: int) -> str:
+    if some == every:
+        return "the one input" if every == 1 else f"all {every} inputs"
+    return f"{some or 'none'} of the {every} inputs"
 
 
 def _doubled(products: Sequence[Record]) -> int:

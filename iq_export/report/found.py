@@ -18,7 +18,14 @@ Record = Mapping[str, Any]
 
 def findings_list(found: Sequence[Record]) -> str:
     """What was found, in words."""
-    parts = []
+    parts = [
+        paragraph(
+            "A sink is a token whose activations spike far beyond all others'. A lifecycle is one "
+            "such spike: a block writes it on a residual channel, it persists through blocks, and "
+            "a later one takes it out. Templates are the constant vectors that its tokens are "
+            "behind the norms."
+        )
+    ]
     for finding in found:
         means = "".join(
             f"<dt>{name}</dt><dd>{escape(finding[key])}</dd>"

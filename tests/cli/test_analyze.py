@@ -110,7 +110,8 @@ def test_the_json_has_these_keys(record: dict[str, Any]) -> None:
     assert set(record) == {
         "format", "model", "source_sha256", "versions", "options", "tokens", "windows", "blocks",
         "hidden", "sample", "channels", "per_block", "lifecycles", "products", "attention",
-        "scores", "in_float", "warnings", "notes", "findings", "seconds", "peak_rss_bytes",
+        "everyone", "scores", "in_float", "warnings", "notes", "findings", "seconds",
+            "peak_rss_bytes",
     }  # fmt: skip
     keys = {name: set(record[name][0]) for name in ("channels", "products", "scores", "in_float",
                                                     "findings")}  # fmt: skip
