@@ -30,8 +30,7 @@ def example_inputs(cache: CacheShape, vocab_size: int) -> tuple[Any, ...]:
     """Small inputs of the right shapes for `flat_module`; the values do not matter to a trace."""
     import torch
 
-    kv = (_BATCH, cache.kv_heads, _PAST, cache.head_dim)
-    past = tuple(torch.zeros(kv) for _ in range(2 * cache.num_layers))
+    past = tuple(torch.zeros(_BATCH, heads, _PAST, features) for heads, features in cache.sizes)
     ids = torch.arange(_BATCH * _SEQ).reshape(_BATCH, _SEQ) % vocab_size
     mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.long)
     positions = torch.arange(_PAST, _PAST + _SEQ)[None].repeat(_BATCH, 1)

@@ -21,6 +21,7 @@ from iq_export.compile import calibrate_and_rewrite, trace_model
 from iq_export.errors import IqError
 from iq_export.graph import io
 from iq_export.lengths import bundle_limit
+from iq_export.model.part import TEXT, text_part
 from iq_export.options import CompileOptions
 from iq_export.precheck import check, with_limit
 from iq_export.progress import Progress
@@ -103,7 +104,10 @@ def _compiled(kind: str, folder: Path, progress: Progress) -> Row:
     config, model = tiny_config(kind), folder / kind
     check_saved(config, kind, folder / "config")
     write_model(config, model)
-    options = CompileOptions(str(model), folder / "bundle", samples=SAMPLES, length=LENGTH)
+    part = None if text_part(config) is None else TEXT
+    options = CompileOptions(
+        str(model), folder / "bundle", samples=SAMPLES, length=LENGTH, part=part
+    )
     checked = check(options)
     with work_folder(options.out, None, keep=False) as work:
         traced = trace_model(checked.options, work, progress)
@@ -119,6 +123,7 @@ def _compiled(kind: str, folder: Path, progress: Progress) -> Row:
         "parity": traced.parity,
         "noise_ratio": traced.noise_ratio,
         "engine": next(iter(checked.gaps.values()), ""),
+        **({} if part is None else {"part": part}),
     }
 
 
@@ -129,4 +134,5 @@ def check_saved(config: Any, kind: str, folder: Path) -> None:
 
     config.save_pretrained(folder)
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    check_support(raw, kind, load_recipe("w8a8"))
+    part = None if text_part(config) is None else TEXT
+    check_support(raw, kind, load_recipe("w8a8"), part=part)

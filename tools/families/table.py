@@ -44,7 +44,7 @@ def tables(record: Record) -> str:
         "| compiles | block products in int8 | off by | in multiples of float32's own error | |",
         "|---|---|---|---|---|",
         *(
-            f"| {kind} | {row['int8']} of {row['products']} | {row['parity']:.1e} | "
+            f"| {_asked(kind, row)} | {row['int8']} of {row['products']} | {row['parity']:.1e} | "
             f"{row['noise_ratio']:.1f} | {row['engine']} |"
             for kind, row in done.items()
         ),
@@ -61,6 +61,11 @@ def tables(record: Record) -> str:
 def write_page(record: Record, page: Path) -> None:
     """Replace what stands between the marks of `page`."""
     fill(page, "families", tables(record))
+
+
+def _asked(kind: str, row: Row) -> str:
+    """The type, and the part of it that was compiled."""
+    return f"{kind} (`--part {row['part']}`)" if "part" in row else kind
 
 
 def _share(rows: Iterable[Row], outcome: str) -> str:
