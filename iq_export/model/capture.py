@@ -27,8 +27,10 @@ class CacheShape:
     """What the KV cache looks like: `(heads, features)` of the key and of the value of each layer,
     in the order of `past_key_values.N.*`.
 
-    `of_attention`: it holds what attention is given, and not what the model's own cache does: of a
-    latent the keys and values that are made of it, which each step would make again of all tokens.
+    `of_attention`: it holds what attention is given, and not what the model's own cache does. Of a
+    latent these are the keys and values made of it, which each step would make again of all tokens;
+    and where keys and values differ in size, the narrower ones are filled up with zeros, since
+    TensorRT takes heads of one size only.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -148,9 +150,14 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
     def attention(
         module: Any, query: Any, key: Any, value: Any, *args: Any, **others: Any
     ) -> tuple[torch.Tensor, None]:
-        if shape.of_attention:
-            key, value = running[-1].update(key, value, module.layer_idx)
-        return onnx_attention(module, query, key, value, *args, **others)
+        if not shape.of_attention:
+            return onnx_attention(module, query, key, value, *args, **others)
+        width, size = max(key.shape[-1], value.shape[-1]), value.shape[-1]
+        others["scaling"] = others.get("scaling") or query.shape[-1] ** -0.5
+        query, key, value = (_filled(one, width) for one in (query, key, value))
+        key, value = running[-1].update(key, value, module.layer_idx)
+        out, _ = onnx_attention(module, query, key, value, *args, **others)
+        return (out if size == width else out[..., :size]), None
 
     AttentionInterface.register(ATTENTION, attention)
 
@@ -189,6 +196,14 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
             return (out.logits, *flat)
 
     return FlatCausalLM().eval()
+
+
+def _filled(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """`[..., features]` with zeros up to `width` features."""
+    import torch
+
+    lacking = width - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, lacking)) if lacking else tensor
 
 
 def _handed(model: Any, cache: Any = None) -> list[tuple[Any, Any]]:
@@ -258,14 +273,15 @@ def cache_shape(model: Any) -> CacheShape:
             f"A '{model.config.model_type}' does not run with a plain cache of keys and values "
             f"({said.rstrip('.')[:200]}); this architecture is not supported."
         ) from error
-    kept = [tensor for layer in cache.layers for tensor in _cached(layer)]
-    given = [tensor for pair in handed for tensor in pair]
-    latent = len(given) == len(kept) and any(
-        one is not None and one.shape[-1] != other.shape[-1]
-        for one, other in zip(kept, given, strict=True)
+    kept = [_shapes(_cached(layer)) for layer in cache.layers]
+    given = [_shapes(pair) for pair in handed]
+    of_attention = len(kept) == len(given) and any(
+        None not in own and len({shape[-1] for shape in (*own, *pair)}) > 1
+        for own, pair in zip(kept, given, strict=True)
     )
-    tensors = given if latent else kept
-    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+    if of_attention:
+        kept = [[(*s[:-1], max(key[-1], value[-1])) for s in (key, value)] for key, value in given]
+    shapes = [shape for layer in kept for shape in layer]
     strange = [shape for shape in shapes if shape is None or shape[::2] != (1, 1)]
     if strange or not shapes:
         raise ModelError(
@@ -273,7 +289,11 @@ def cache_shape(model: Any) -> CacheShape:
             f"({strange[0] if strange else 'nothing'} of one token); this architecture is not "
             "supported."
         )
-    return CacheShape(tuple((shape[1], shape[3]) for shape in shapes if shape), latent)
+    return CacheShape(tuple((shape[1], shape[3]) for shape in shapes if shape), of_attention)
+
+
+def _shapes(tensors: Iterable[Any]) -> list[Any]:
+    return [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
 
 
 def _cached(layer: Any) -> tuple[Any, Any]:

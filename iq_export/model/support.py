@@ -37,6 +37,9 @@ _OWN_ROTATIONS = ("default", "mrope", "su")
 # attention, but of models that mix it with other kinds.
 _TRACED_KINDS = (FULL, SLIDING)
 
+# Features of the latents that queries, keys and values are made of.
+_RANKS = ("q_lora_rank", "kv_lora_rank")
+
 _POST_NORM = "its norms stand behind the residual additions, in the stream itself (post-norm)"
 _ALIBI = "its attention adds position biases (ALiBi)"
 _ENCODER = "it is an encoder"
@@ -323,8 +326,9 @@ def _check_widths(config: Any, name: str, recipe: Recipe) -> None:
         return
     widths = {
         "hidden_size": config.hidden_size,
-        "heads x head_dim": config.num_attention_heads * _head_dim(config),
+        "heads x head_dim": config.num_attention_heads * _value_dim(config),
         "intermediate_size": _get(config, "intermediate_size"),
+        **{rank: _get(config, rank) for rank in _RANKS},
     }
     for what, width in widths.items():
         reason = recipe.weights.misfit(width) if _is_size(width) else None
@@ -333,8 +337,16 @@ def _check_widths(config: Any, name: str, recipe: Recipe) -> None:
 
 
 def _head_dim(config: Any) -> int:
+    """The size of a head's queries and keys, of which a latent gives a part."""
+    if _is_size(_get(config, "kv_lora_rank")):
+        return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
     size = _get(config, "head_dim")
     return int(size) if _is_size(size) else config.hidden_size // config.num_attention_heads
+
+
+def _value_dim(config: Any) -> int:
+    size = _get(config, "v_head_dim")
+    return int(size) if _is_size(size) else _head_dim(config)
 
 
 def _shape(config: Any, *, whole: bool = False) -> Shape:
@@ -347,13 +359,23 @@ def _shape(config: Any, *, whole: bool = False) -> Shape:
     hidden, heads = size("hidden_size", 1), size("num_attention_heads", 1)
     head = size("head_dim", max(hidden // heads, 1))
     keys, features = head * size("num_key_value_heads", heads), size("intermediate_size", 1)
+    widths, attention = (hidden, heads * head), hidden * (2 * heads * head + 2 * keys)
+    if latent := size("kv_lora_rank", 0):
+        plain, turned, value = (
+            size(name, 1) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        )
+        narrow = size("q_lora_rank", 0)
+        widths = (hidden, narrow or hidden, latent, heads * value)
+        attention = hidden * (narrow + latent + turned + heads * value) + heads * (
+            (narrow or hidden) * (plain + turned) + latent * (plain + value)
+        )
     return Shape(
         hidden=hidden,
         layers=size("num_hidden_layers", 1),
         vocabulary=size("vocab_size", 1),
         tables=2 if _get(config, "tie_word_embeddings") is False else 1,
-        block=hidden * (2 * heads * head + 2 * keys + 3 * features),
-        widths=(hidden, heads * head, hidden, features),
+        block=attention + 3 * hidden * features,
+        widths=(*widths, hidden, features),
         whole=whole,
     )
 

@@ -73,7 +73,7 @@ _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "copied_sizes.py", "export.py", "fuse_activations.py",
     "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
-    "limits.py", "load.py", "part.py", "recompose.py", "replicate.py", "tidy.py", "tokenizer.py",
+    "latents.py", "limits.py", "load.py", "part.py", "recompose.py", "replicate.py", "tidy.py", "tokenizer.py",
     "trace.py", "unflatten.py", "verify.py", "weights.py", "written_out.py",
     "../graph/interface.py", "../graph/stored.py",
 )  # fmt: skip
@@ -482,7 +482,16 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     versions = {tool: _version(tool) for tool in _TOOLS}
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE)).hexdigest()
-    parts = [_FORMAT, source.kind, sha256, opset, versions, code, source.trust_remote_code, source.part]
+    parts = [
+        _FORMAT,
+        source.kind,
+        sha256,
+        opset,
+        versions,
+        code,
+        source.trust_remote_code,
+        source.part,
+    ]
     assert source.path is not None
     beside = source.path if source.path.is_dir() else source.path.parent
     licenses = {}
