@@ -7,7 +7,7 @@ repeated heads), and one mask per kind of attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 @dataclass(frozen=True)
 class CacheShape:
     """What the KV cache looks like: `(heads, features)` of the key and of the value of each layer,
-    in the order of `past_key_values.N.*`.
+    in the order of `past_key_values.N.*`; `layers` are the model's own numbers of these layers.
 
     `of_attention`: it holds what attention is given, and not what the model's own cache does. Of a
     latent these are the keys and values made of it, which each step would make again of all tokens;
@@ -34,16 +34,22 @@ class CacheShape:
     """
 
     sizes: tuple[tuple[int, int], ...]
+    layers: tuple[int, ...]
     of_attention: bool = False
 
     @property
     def num_layers(self) -> int:
-        return len(self.sizes) // 2
+        return len(self.layers)
 
-    def of_layers(self, layers: Iterable[int]) -> CacheShape:
-        """That of a model which has these layers only."""
+    @property
+    def of_all_layers(self) -> bool:
+        """Whether no layer between others is without a cache."""
+        return self.layers == tuple(range(self.num_layers))
+
+    def of_layers(self, layers: Sequence[int]) -> CacheShape:
+        """That of a model which has only these of all its layers, numbered anew."""
         sizes = [size for layer in layers for size in self.sizes[2 * layer : 2 * layer + 2]]
-        return replace(self, sizes=tuple(sizes))
+        return replace(self, sizes=tuple(sizes), layers=tuple(range(len(layers))))
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,9 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
             # Without a config the cache keeps all tokens in every layer: sliding windows are the
             # mask's business, so that all layers share one `past` length.
             cache = DynamicCache()
-            for layer in range(len(past) // 2):
-                cache.update(past[2 * layer], past[2 * layer + 1], layer)
+            layers = shape.layers[: len(past) // 2]
+            for number, layer in enumerate(layers):
+                cache.update(past[2 * number], past[2 * number + 1], layer)
             running.append(cache)
             masks = build_masks(attention_mask, past[0].shape[2], input_ids.shape[1], plan)
             if added:
@@ -192,7 +199,7 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
                 use_cache=True,
             )
             running.clear()
-            flat = [t for layer in cache.layers for t in _cached(layer)]
+            flat = [t for layer in layers for t in _cached(cache.layers[layer])]
             return (out.logits, *flat)
 
     return FlatCausalLM().eval()
@@ -273,7 +280,9 @@ def cache_shape(model: Any) -> CacheShape:
             f"A '{model.config.model_type}' does not run with a plain cache of keys and values "
             f"({said.rstrip('.')[:200]}); this architecture is not supported."
         ) from error
-    kept = [_shapes(_cached(layer)) for layer in cache.layers]
+    # One that text alone does not pass keeps nothing: a layer that attends to pictures.
+    layers = [n for n, layer in enumerate(cache.layers) if getattr(layer, "is_initialized", True)]
+    kept = [_shapes(_cached(cache.layers[layer])) for layer in layers]
     given = [_shapes(pair) for pair in handed]
     of_attention = len(kept) == len(given) and any(
         None not in own and len({shape[-1] for shape in (*own, *pair)}) > 1
@@ -289,7 +298,8 @@ def cache_shape(model: Any) -> CacheShape:
             f"({strange[0] if strange else 'nothing'} of one token); this architecture is not "
             "supported."
         )
-    return CacheShape(tuple((shape[1], shape[3]) for shape in shapes if shape), of_attention)
+    sizes = tuple((shape[1], shape[3]) for shape in shapes if shape)
+    return CacheShape(sizes, tuple(layers), of_attention)
 
 
 def _shapes(tensors: Iterable[Any]) -> list[Any]:

@@ -78,7 +78,20 @@ def leave_out(model: Any) -> list[str]:
         size = sum(parameter.numel() for parameter in part.parameters())
         setattr(model.get_submodule(above), name, None)
         left.append(f"{path} ({size:,} parameters)")
+    idle = [layer for layer in _layers(model) if ran.isdisjoint(layer.modules())]
+    if idle:
+        size = sum(parameter.numel() for layer in idle for parameter in layer.parameters())
+        left.append(f"{len(idle)} layers of the decoder ({size:,} parameters)")
     return [f"left out, since text does not pass it: {', '.join(left)}"] if left else []
+
+
+def _layers(model: Any) -> list[Any]:
+    """The layers of the decoder; none if which they are is not plain."""
+    import torch
+
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
+    return next((list(layers) for layers in lists if len(layers) == depth), [])
 
 
 def _unused(parent: Any, decoder: Any, ran: set[Any], path: str = "") -> Iterator[tuple[Any, str]]:

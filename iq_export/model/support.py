@@ -275,21 +275,26 @@ def _check_class(config: Any, name: str) -> None:
 
 
 def _arguments(config: Any) -> set[str]:
-    """What the forward methods of the models beside a configuration's causal LM take, which hands
-    down what it does not name itself; none if its code cannot be imported here."""
+    """What the forward methods of the models beside a configuration's causal LM take, or beside its
+    text part, which hand down what they do not name; none if their code cannot be imported here."""
     from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    text = text_part(config)
     try:
         with quiet():
-            found = model_class(config)
+            found = [model_class(config)]
+            if text is not None and type(text) in MODEL_MAPPING:
+                found.append(MODEL_MAPPING[type(text)])
     except (KeyError, ImportError):  # a library that only this model's code needs
         return set()
     return {
         argument
-        for other in vars(sys.modules[found.__module__]).values()
+        for module in {one.__module__ for one in found}
+        for other in vars(sys.modules[module]).values()
         if isinstance(other, type)
         and issubclass(other, PreTrainedModel)
-        and other.__module__ == found.__module__
+        and other.__module__ == module
         for argument in inspect.signature(other.forward).parameters
     }
 

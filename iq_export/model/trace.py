@@ -274,7 +274,7 @@ def _export(model: Any, weights: Weights, folder: Path, opset: int, short_cut: b
 
     cache, vocab = cache_shape(model), text_config(model).vocab_size
     module = flat_module(model, cache)
-    plan = plan_layers(model) if short_cut else None
+    plan = plan_layers(model) if short_cut and cache.of_all_layers else None
     if short_cut and plan is None:
         return None
     if plan is None:

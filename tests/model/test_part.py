@@ -40,6 +40,12 @@ CHECKPOINTS = {
         "text_config": TEXT | {"model_type": "llama"},
         "vision_config": VISION | {"model_type": "clip_vision_model"},
     },
+    "mllama": {
+        "text_config": TEXT | {"cross_attention_layers": [1]},
+        "vision_config": VISION
+        | {"num_global_layers": 1, "vision_output_dim": 64, "intermediate_layers_indices": [1],
+           "supported_aspect_ratios": [[1, 1]], "attention_heads": 4},
+    },
     "mistral3": {
         "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
         "vision_config": VISION | {"model_type": "pixtral"},
@@ -91,7 +97,10 @@ def test_the_text_part_says_what_the_whole_says_of_text(kind: str, tmp_path: Pat
         assert np.abs(padded[index, -len(want) :] - want).max() < bound
     (left,) = (note for note in traced.notes if note.startswith("left out"))
     assert "vis" in left and "parameters)" in left and "lm_head" not in left
-    assert traced.layers_traced < TEXT["num_hidden_layers"]
+    if kind == "mllama":
+        assert "1 layers of the decoder" in left and traced.layers_traced == 3
+    else:
+        assert traced.layers_traced < TEXT["num_hidden_layers"]
 
 
 def test_several_parts_ask_for_the_option_and_one_part_refuses_it(tmp_path: Path) -> None:

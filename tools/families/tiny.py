@@ -67,10 +67,12 @@ _MORE: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "head_dim": 24, "qk_nope_head_dim": 16, "swa_head_dim": 24,
         "swa_qk_nope_head_dim": 16,
     },
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<image>": 4}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "mllama_text_model": {"num_hidden_layers": LAYERS + 1, "cross_attention_layers": [1]},
     "reformer": {
         "attn_layers": ["local", "lsh"], "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [32, 32],
@@ -158,5 +160,5 @@ def _of_class(made: Any, more: Mapping[str, Any]) -> Any:
     for part in parts:
         inner = getattr(default, part, None)
         if inner is not None:
-            values[part] = _of_class(type(inner), {})
+            values[part] = _of_class(type(inner), _MORE.get(inner.model_type, {}))
     return made(**{**values, **more})
