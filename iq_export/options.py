@@ -213,6 +213,15 @@ class CompileOptions:
             choices=MODES, noun="plugin mode",
         ),
     )  # fmt: skip
+    part: str | None = field(
+        default=None,
+        metadata=option(
+            "of a checkpoint of several parts, the one to compile",
+            about="of a checkpoint of several parts (a decoder beside a vision tower), the one to "
+            "compile",
+            group="source", choices=("text",), noun="part", kept="repeated",
+        ),
+    )  # fmt: skip
     tokenizer: Path | None = field(
         default=None,
         metadata=option(
@@ -423,7 +432,7 @@ def check_values(options: CompileOptions) -> None:
     """Raise UsageError for the first value that no compile takes."""
     for name, one in _table(type(options)).items():
         value, choices = getattr(options, name), one.row.choices
-        if choices and value not in choices:
+        if choices and value not in (one.default, *choices):
             known = ", ".join(choices)
             raise UsageError(f"unknown {one.row.noun or name} '{value}': use {known}.")
         reason = one.row.refuse(value)

@@ -214,9 +214,8 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
             "reached): the model is checked after its download"
         )
         return Known(AttentionForm(dtype), notes=(note,) if hub else ())
-    support = check_support(
-        found, source.name, recipe, remote_code=source.trust_remote_code and "auto_map" in found
-    )
+    remote = source.trust_remote_code and "auto_map" in found
+    support = check_support(found, source.name, recipe, part=source.part, remote_code=remote)
     return Known(
         AttentionForm(dtype, support.head_dim, support.softcap),
         position_limit(support.completed),
@@ -246,7 +245,7 @@ def model_source(options: CompileOptions) -> ModelSource:
 
     return resolve(
         options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code,
-        accept_terms=options.accept_terms,
+        accept_terms=options.accept_terms, part=options.part,
     )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def _check(chosen: Decisions, bundle: Bundle, sites: Sites) -> None:
     if not 0 <= chosen.exponent <= _MOST_EXPONENT:
         raise ValueError(f"the stream cannot be divided by 2^{chosen.exponent}")
     attention = {b.attention.attention.node for b in sites.blocks if b.attention.attention}
-    norms = {norm.output for norm in sites.norms}
+    norms = {n.output: n.linears[0].in_features for n in (*sites.norms, *sites.inner_norms)}
     downs = {b.mlp.output.input: b.mlp.output for b in sites.blocks}
     for named, known in (
         (chosen.scaled_queries, attention), (chosen.left, linears), (chosen.side, linears),
@@ -159,7 +159,7 @@ def _check(chosen: Decisions, bundle: Bundle, sites: Sites) -> None:
         inside = loud.ndim == 1 and loud.size and 0 <= loud.min() <= loud.max()
         if not inside or loud.max() >= linears[node].in_features or len(set(loud)) < loud.size:
             raise ValueError(f"the side channels of {node!r} are none")
-    widths = {**dict.fromkeys(norms, sites.hidden), **{n: x.in_features for n, x in downs.items()}}
+    widths = {**norms, **{n: x.in_features for n, x in downs.items()}}
     for name, choice in (*chosen.smoothing.norms.items(), *chosen.smoothing.paths.items()):
         if choice.factors.shape != (widths[name],) or not _positive(choice.factors):
             raise ValueError(f"the factors of {name!r} are none")

@@ -13,7 +13,8 @@ With `post_norms`, queries and keys are normalised too, and what a branch adds t
 passed a norm of its own: as in the real models of that kind, the spike is written by that norm's
 weight, which is large on the spiking channel. With `bare` that is the only norm of a branch: its
 products read the stream itself. With `parallel` attention and MLP read the same value: "sum" is
-`x + (attention + MLP)` behind one norm, "chain" `(x + attention) + MLP` behind two.
+`x + (attention + MLP)` behind one norm, "chain" `(x + attention) + MLP` behind two. With `latent`
+queries are made of a normed latent, and keys and values of another one.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Decoder:
     bare: bool = False  # goes with `post_norms`
     heard: float = 1.0  # share of a spike that products which read the stream make something of
     parallel: str = ""
+    latent: int = 0  # features
     spikes: tuple[Spike, ...] = (Spike(birth=1, death=3),)
     seed: int = 0
 
@@ -118,15 +120,19 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
         at = f"layers.{i}."
         found |= {
             f"{at}input_layernorm.weight": (1 + 0.1 * rng.normal(size=d)).astype(np.float32),
-            f"{at}self_attn.q_proj.weight": normal(d, query),
-            f"{at}self_attn.k_proj.weight": normal(d, cached),
-            f"{at}self_attn.v_proj.weight": normal(d, cached),
+            f"{at}self_attn.q_proj.weight": normal(decoder.latent or d, query),
+            f"{at}self_attn.k_proj.weight": normal(decoder.latent or d, cached),
+            f"{at}self_attn.v_proj.weight": normal(decoder.latent or d, cached),
             f"{at}self_attn.o_proj.weight": normal(query, d, gain=0.5),
             f"{at}post_attention_layernorm.weight": (1 + 0.1 * rng.normal(size=d)).astype("f4"),
             f"{at}mlp.gate_proj.weight": normal(d, f),
             f"{at}mlp.up_proj.weight": normal(d, f),
             f"{at}mlp.down_proj.weight": normal(f, d, gain=0.5),
         }
+        for kind in ("q", "kv") if decoder.latent else ():
+            found[f"{at}self_attn.{kind}_a_proj.weight"] = normal(d, decoder.latent)
+            gain = 1 + 0.5 * rng.normal(size=decoder.latent)
+            found[f"{at}self_attn.{kind}_a_norm.weight"] = gain.astype(np.float32)
         if decoder.post_norms:
             found |= {
                 f"{at}self_attn.q_norm.weight": np.full(decoder.head_dim, 1.1, np.float32),
@@ -354,9 +360,16 @@ def _attention(
     at = f"layers.{i}/self_attn"
     normed = stream if decoder.bare else _norm(g, f"layers.{i}/input_layernorm", stream)
 
+    def latent(kind: str) -> str:
+        if not decoder.latent:
+            return normed
+        return _norm(g, f"{at}/{kind}_a_norm", _linear(g, f"{at}/{kind}_a_proj", normed))
+
+    read = dict.fromkeys("kv", latent("kv")) | {"q": latent("q")}
+
     def heads(kind: str, count: int) -> str:
         shape = g.constant(f"const.heads{count}", [0, 0, count, decoder.head_dim])
-        flat = _linear(g, f"{at}/{kind}_proj", normed)
+        flat = _linear(g, f"{at}/{kind}_proj", read[kind])
         split = g.node("Reshape", f"{at}/{kind}_split", flat, shape)
         turned = g.node("Transpose", f"{at}/{kind}_heads", split, perm=[0, 2, 1, 3])
         if decoder.post_norms and kind != "v":

@@ -10,8 +10,8 @@ from iq_export.cli import options
 from iq_export.options import PERMISSIONS, CompileOptions, add
 
 # Those of `compile` that say what is looked at, and where it runs.
-_SHARED = ("calibration", "samples", "length", "seed", "max_relative_deviation", "tokenizer",
-           "device", "work", *PERMISSIONS)  # fmt: skip
+_SHARED = ("calibration", "samples", "length", "seed", "max_relative_deviation", "part",
+           "tokenizer", "device", "work", *PERMISSIONS)  # fmt: skip
 
 
 def add_parser(subparsers: Any) -> None:

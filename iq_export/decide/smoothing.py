@@ -28,7 +28,8 @@ def find_smoothing(
     rounding: Rounding = W8A8,
     side: int = 0,
 ) -> Smoothing:
-    """Choose for every norm whose output only products of blocks read, and every up-projection that
+    """Choose for every norm whose output only products of blocks read, in front of a branch or
+    within one, and every up-projection that
      reaches the down-projection by an elementwise product. `rotation` is the Hadamard block of
     the down-projection input, None for no rotation; `side` how many of its channels will bypass the
     quantizer. What `stats` does not have is left out: they may come piece by piece."""
@@ -43,7 +44,7 @@ def find_smoothing(
 
     norms: dict[str, SmoothingChoice] = {}
     paths: dict[str, SmoothingChoice] = {}
-    for norm in sites.norms:
+    for norm in (*sites.norms, *sites.inner_norms):
         if norm.output in stats and readers[norm.output] == {x.node for x in norm.linears}:
             found = stats[norm.output]
             weights = [weight(linear.weight) for linear in norm.linears]

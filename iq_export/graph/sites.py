@@ -73,10 +73,14 @@ class Branch:
     linear_path: int | None = None
     # The single Attention op of an attention branch; None where the product is decomposed.
     attention: AttentionSite | None = None
+    # Products between `inputs` and `output`: those that widen a latent; and the norms in front of
+    # them, of which they are the only readers.
+    inner: tuple[Linear, ...] = ()
+    inner_norms: tuple[Norm, ...] = ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return (*self.inputs, self.output)
+        return (*self.inputs, *self.inner, self.output)
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm in front of branches, and all their products that read it: parallel ones may share
-    it."""
+    """A norm in front of products of branches, and all these: parallel branches may share it."""
 
     node: str
     output: str
@@ -145,6 +148,11 @@ class Sites:
                 linears = (*(there.linears if there else ()), *branch.inputs)
                 found[branch.norm] = Norm(branch.norm, branch.input, linears)
         return list(found.values())
+
+    @property
+    def inner_norms(self) -> list[Norm]:
+        """The norms within branches, in front of products that widen a latent."""
+        return [norm for branch in self.branches for norm in branch.inner_norms]
 
 
 def find_sites(model: ir.Model) -> Sites:
@@ -320,6 +328,7 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
         if norm is None:
             return Refusal(_label(output), f"no weighted MatMul of its branch reads {read.name!r}")
         return Refusal(_label(norm), "no weighted MatMul reads this norm")
+    inner = [x for x in _reached(read, inside) if _is_linear(x) and x not in (*inputs, output)]
     products = _attentions(inside)
     kind = "attention" if products else "mlp"
     return Branch(
@@ -334,7 +343,35 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
         residual=add.outputs[0].name,
         linear_path=_linear_path(inputs, output) if kind == "mlp" else None,
         attention=_attention_site(products[0]) if len(products) == 1 else None,
+        inner=tuple(_linear(node) for node in inner),
+        inner_norms=_norms_of(inner),
     )
+
+
+def _reached(read: ir.Value, inside: set[ir.Node]) -> list[ir.Node]:
+    """The nodes among `inside` that `read` reaches, in graph order."""
+    found: set[ir.Node] = set()
+    todo = list(read.consumers())
+    while todo:
+        node = todo.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            todo += [reader for value in node.outputs for reader in value.consumers()]
+    graph = read.producer().graph
+    return [node for node in graph if node in found]
+
+
+def _norms_of(products: list[ir.Node]) -> tuple[Norm, ...]:
+    """The norms that nothing but `products` reads."""
+    found = []
+    for node in dict.fromkeys(node.inputs[0].producer() for node in products):
+        if node is None or node.op_type not in NORM_OPS or not _has_vector(node):
+            continue
+        readers = list(node.outputs[0].consumers())
+        if all(reader in products for reader in readers):
+            linears = tuple(_linear(reader) for reader in readers)
+            found.append(Norm(str(node.name), str(node.outputs[0].name), linears))
+    return tuple(found)
 
 
 def _norm_behind(value: ir.Value) -> bool:

@@ -7,12 +7,13 @@ repeated heads), and one mask per kind of attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
+from iq_export.model.part import text_config
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +24,32 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What the KV cache looks like: one entry per layer in `past_key_values.N.*`."""
+    """What the KV cache looks like: `(heads, features)` of the key and of the value of each layer,
+    in the order of `past_key_values.N.*`; `layers` are the model's own numbers of these layers.
 
-    num_layers: int
-    kv_heads: int
-    head_dim: int
+    `of_attention`: it holds what attention is given, and not what the model's own cache does. Of a
+    latent these are the keys and values made of it, which each step would make again of all tokens;
+    and where keys and values differ in size, the narrower ones are filled up with zeros, since
+    TensorRT takes heads of one size only.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    layers: tuple[int, ...]
+    of_attention: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def of_all_layers(self) -> bool:
+        """Whether no layer between others is without a cache."""
+        return self.layers == tuple(range(self.num_layers))
+
+    def of_layers(self, layers: Sequence[int]) -> CacheShape:
+        """That of a model which has only these of all its layers, numbered anew."""
+        sizes = [size for layer in layers for size in self.sizes[2 * layer : 2 * layer + 2]]
+        return replace(self, sizes=tuple(sizes), layers=tuple(range(len(layers))))
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,8 @@ def onnx_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface on ONNX's `Attention`.
 
-    query `[batch, heads, seq, head_dim]`, key and value `[batch, kv_heads, total, head_dim]` ->
-    `[batch, seq, heads, head_dim]`.
+    query `[batch, heads, seq, head_dim]`, key `[batch, kv_heads, total, head_dim]`, value
+    `[batch, kv_heads, total, value_dim]` -> `[batch, seq, heads, value_dim]`.
     """
     import torch
 
@@ -105,30 +127,45 @@ def onnx_attention(
                 f"{type(module).__name__} passes '{name}' to attention, which ONNX's Attention "
                 "does not express; this architecture is not supported."
             )
-    if value.shape[-1] != query.shape[-1]:
-        raise ModelError(
-            f"{type(module).__name__} has values of another head size than its queries "
-            f"({value.shape[-1]} and {query.shape[-1]}); this architecture is not supported."
-        )
     out = torch.onnx.ops.attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, softcap=softcap or 0.0
     )[0]
     return out.transpose(1, 2).contiguous(), None
 
 
-def flat_module(model: Any) -> torch.nn.Module:
+def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
     """Wrap a transformers causal LM: `(input_ids, attention_mask, position_ids, past)` -> tuple.
 
-    `past` is `(key_0, value_0, key_1, ...)`, each `[batch, kv_heads, past, head_dim]`; the result
-    is `(logits, key_0, value_0, ...)` with the keys and values of past and present together.
+    `past` is `(key_0, value_0, key_1, ...)`, each `[batch, heads, past, features]` as `shape` says;
+    the result is `(logits, key_0, value_0, ...)` with the keys and values of past and present
+    together.
     """
     import torch
     from transformers import AttentionInterface, DynamicCache
 
-    AttentionInterface.register(ATTENTION, onnx_attention)
-    model.set_attn_implementation(ATTENTION)
-    plan = mask_plan(model.config)
-    added = not model.is_backend_compatible() and not _hands_over(model)
+    class _Passing(DynamicCache):
+        """Keeps nothing of what a model hands over: its latents."""
+
+        def update(self, key: Any, value: Any, *args: Any, **others: Any) -> tuple[Any, Any]:
+            return key, value
+
+    added = not model.is_backend_compatible() and not _handed(model)
+    plan = mask_plan(text_config(model))
+    running: list[DynamicCache] = []  # the cache of the call that is traced
+
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, *args: Any, **others: Any
+    ) -> tuple[torch.Tensor, None]:
+        if not shape.of_attention:
+            return onnx_attention(module, query, key, value, *args, **others)
+        width, size = max(key.shape[-1], value.shape[-1]), value.shape[-1]
+        others["scaling"] = others.get("scaling") or query.shape[-1] ** -0.5
+        query, key, value = (_filled(one, width) for one in (query, key, value))
+        key, value = running[-1].update(key, value, module.layer_idx)
+        out, _ = onnx_attention(module, query, key, value, *args, **others)
+        return (out if size == width else out[..., :size]), None
+
+    AttentionInterface.register(ATTENTION, attention)
 
     class FlatCausalLM(torch.nn.Module):
         def __init__(self) -> None:
@@ -145,8 +182,10 @@ def flat_module(model: Any) -> torch.nn.Module:
             # Without a config the cache keeps all tokens in every layer: sliding windows are the
             # mask's business, so that all layers share one `past` length.
             cache = DynamicCache()
-            for layer in range(len(past) // 2):
-                cache.update(past[2 * layer], past[2 * layer + 1], layer)
+            layers = shape.layers[: len(past) // 2]
+            for number, layer in enumerate(layers):
+                cache.update(past[2 * number], past[2 * number + 1], layer)
+            running.append(cache)
             masks = build_masks(attention_mask, past[0].shape[2], input_ids.shape[1], plan)
             if added:
                 lowest = torch.finfo(past[0].dtype).min
@@ -156,34 +195,44 @@ def flat_module(model: Any) -> torch.nn.Module:
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=cache,
+                past_key_values=_Passing() if shape.of_attention else cache,
                 use_cache=True,
             )
-            flat = [t for layer in cache.layers for t in _cached(layer)]
+            running.clear()
+            flat = [t for layer in layers for t in _cached(cache.layers[layer])]
             return (out.logits, *flat)
 
     return FlatCausalLM().eval()
 
 
-def _hands_over(model: Any) -> bool:
-    """Whether attention is left to the implementation that is set. What models write out themselves
-    adds its mask to the scores."""
+def _filled(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """`[..., features]` with zeros up to `width` features."""
+    import torch
+
+    lacking = width - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, lacking)) if lacking else tensor
+
+
+def _handed(model: Any, cache: Any = None) -> list[tuple[Any, Any]]:
+    """The keys and values that a model hands to the attention that is set, of one token with
+    `cache`; none of what models write out themselves, which adds its mask to the scores."""
     import torch
     from transformers import AttentionInterface
 
-    called = []
+    handed = []
 
-    def seen(*args: Any, **others: Any) -> tuple[torch.Tensor, None]:
-        called.append(True)
-        return onnx_attention(*args, **others)
+    def seen(
+        module: Any, query: Any, key: Any, value: Any, *args: Any, **others: Any
+    ) -> tuple[torch.Tensor, None]:
+        handed.append((key, value))
+        return query.new_zeros(1, 1, query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(ATTENTION, seen)
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    finally:
-        AttentionInterface.register(ATTENTION, onnx_attention)
-    return bool(called)
+    model.set_attn_implementation(ATTENTION)
+    with torch.no_grad():
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    return handed
 
 
 @contextmanager
@@ -214,35 +263,47 @@ def _settled(kind: Any) -> Any:
 
 
 def cache_shape(model: Any) -> CacheShape:
-    """Layer count, K/V heads and head size, as one token through the model leaves them.
+    """Heads and features of keys and values, as one token through the model leaves them.
 
     Configurations of different families disagree on how they call these. Raises ModelError if
-    the layers' caches are not all of one shape `[1, kv_heads, 1, head_dim]`, or the model does not
-    run with a plain cache.
+    what a layer keeps is no `[1, heads, 1, features]`, or the model does not run with a plain
+    cache.
     """
-    import torch
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    ids = torch.zeros(1, 1, dtype=torch.long)
     try:
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        handed = _handed(model, cache)
     except Exception as error:  # a model's own code, which expects a cache of its own
         said = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
         raise ModelError(
             f"A '{model.config.model_type}' does not run with a plain cache of keys and values "
             f"({said.rstrip('.')[:200]}); this architecture is not supported."
         ) from error
-    tensors = [tensor for layer in cache.layers for tensor in _cached(layer)]
-    shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors}
-    shape = next(iter(shapes), None)
-    if len(shapes) != 1 or shape is None or len(shape) != 4:
+    # One that text alone does not pass keeps nothing: a layer that attends to pictures.
+    layers = [n for n, layer in enumerate(cache.layers) if getattr(layer, "is_initialized", True)]
+    kept = [_shapes(_cached(cache.layers[layer])) for layer in layers]
+    given = [_shapes(pair) for pair in handed]
+    of_attention = len(kept) == len(given) and any(
+        None not in own and len({shape[-1] for shape in (*own, *pair)}) > 1
+        for own, pair in zip(kept, given, strict=True)
+    )
+    if of_attention:
+        kept = [[(*s[:-1], max(key[-1], value[-1])) for s in (key, value)] for key, value in given]
+    shapes = [shape for layer in kept for shape in layer]
+    strange = [shape for shape in shapes if shape is None or shape[::2] != (1, 1)]
+    if strange or not shapes:
         raise ModelError(
-            f"The layers of a '{model.config.model_type}' do not keep keys and values of one "
-            f"shape ({', '.join(sorted(map(str, shapes)))}); this architecture is not supported."
+            f"The layers of a '{model.config.model_type}' do not all keep keys and values "
+            f"({strange[0] if strange else 'nothing'} of one token); this architecture is not "
+            "supported."
         )
-    return CacheShape(num_layers=len(cache.layers), kv_heads=shape[1], head_dim=shape[3])
+    sizes = tuple((shape[1], shape[3]) for shape in shapes if shape)
+    return CacheShape(sizes, tuple(layers), of_attention)
+
+
+def _shapes(tensors: Iterable[Any]) -> list[Any]:
+    return [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
 
 
 def _cached(layer: Any) -> tuple[Any, Any]:

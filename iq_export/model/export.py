@@ -30,8 +30,7 @@ def example_inputs(cache: CacheShape, vocab_size: int) -> tuple[Any, ...]:
     """Small inputs of the right shapes for `flat_module`; the values do not matter to a trace."""
     import torch
 
-    kv = (_BATCH, cache.kv_heads, _PAST, cache.head_dim)
-    past = tuple(torch.zeros(kv) for _ in range(2 * cache.num_layers))
+    past = tuple(torch.zeros(_BATCH, heads, _PAST, features) for heads, features in cache.sizes)
     ids = torch.arange(_BATCH * _SEQ).reshape(_BATCH, _SEQ) % vocab_size
     mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.long)
     positions = torch.arange(_PAST, _PAST + _SEQ)[None].repeat(_BATCH, 1)
@@ -67,6 +66,7 @@ def export_module(
             output_names=output_names(cache.num_layers),
             custom_translation_table={
                 torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                torch.ops.aten.slice_scatter.default: _slice_scatter,
             },
             optimize=False,
             verbose=False,
@@ -96,6 +96,25 @@ def _attention(
 
     found = opset23.Attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal)
     return found[0]
+
+
+def _slice_scatter(
+    whole: Any, part: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    """A part of a tensor written anew, as a Concat where its place is fixed."""
+    from onnxscript import opset23
+    from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter
+
+    size, begin, length = whole.shape[dim], 0 if start is None else start, part.shape[dim]
+    if step != 1 or not all(isinstance(number, int) for number in (size, begin, length)):
+        return aten_slice_scatter(whole, part, dim, start, end, step)
+    begin += size * (begin < 0)
+    parts, rest = [part], begin + length
+    if begin:
+        parts.insert(0, opset23.Slice(whole, [0], [begin], [dim]))
+    if rest < size:
+        parts.append(opset23.Slice(whole, [rest], [size], [dim]))
+    return opset23.Concat(*parts, axis=dim)
 
 
 def _lower(model: ir.Model) -> None:

@@ -31,6 +31,7 @@ from iq_export.model.gguf import apply_keys, check_kind, check_loaded, read_weig
 from iq_export.model.gguf_file import GgufHeader, check_whole, read_header, without_tokens
 from iq_export.model.gguf_tokenizer import check_tokenizer, end_ids
 from iq_export.model.layout import INDEX, check_layout
+from iq_export.model.part import leave_out, model_class
 from iq_export.model.quiet import quiet
 from iq_export.model.support import check_config
 from iq_export.model.weights import Weights, checkpoint, data_file, moved, stored_tensors
@@ -66,7 +67,8 @@ class ModelSource:
     """A model that was asked for, found but not loaded.
 
     `path` is a folder or file; None for a hub id and for an embedded model until
-    `materialize`. `tokenizer` is a folder with a tokenizer, if one was named.
+    `materialize`. `tokenizer` is a folder with a tokenizer, if one was named; `part` what of the
+    checkpoint is wanted, None for all of it.
     """
 
     kind: Kind
@@ -76,6 +78,7 @@ class ModelSource:
     revision: str | None = None
     license_note: str = ""
     trust_remote_code: bool = False
+    part: str | None = None
 
 
 @dataclass
@@ -96,11 +99,13 @@ def resolve(
     revision: str | None = None,
     trust_remote_code: bool = False,
     accept_terms: bool = False,
+    part: str | None = None,
 ) -> ModelSource:
     """Decide what `model` is, without loading or downloading it.
 
     Raises ModelError if it is nothing known or plainly unusable, or must be downloaded under
-    terms that are not accepted; UsageError if `--tokenizer` is missing or wrong.
+    terms that are not accepted; UsageError if `--tokenizer` is missing or wrong, or `--part` is
+    given for a file, which has one part.
     """
     if tokenizer is not None:
         _check_tokenizer(tokenizer, trust_remote_code)
@@ -108,8 +113,10 @@ def resolve(
     path = _path(model)
     if path.is_dir():
         _check_folder(path, trust_remote_code, tokenizer=tokenizer is None)
-        name = path.resolve().name
-        return ModelSource("folder", name, path, license_note=_license_note(path), **common)
+        name, note = path.resolve().name, _license_note(path)
+        return ModelSource("folder", name, path, license_note=note, part=part, **common)
+    if part is not None and (path.is_file() or model in EMBEDDED):
+        raise UsageError(f"{model} is a text decoder as a whole: leave out --part {part}.")
     if path.is_file():
         return _resolve_file(path, common)
     if model in EMBEDDED:
@@ -117,7 +124,7 @@ def resolve(
         note = EMBEDDED[model].license_note
         return ModelSource("gguf", model, license_note=note, **common)
     if _HUB_ID.match(model) and not model.endswith((".gguf", ".onnx", ".safetensors")):
-        return ModelSource("hub", model, revision=revision, **common)
+        return ModelSource("hub", model, revision=revision, part=part, **common)
     raise ModelError(_unknown(model))
 
 
@@ -204,7 +211,7 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
             config._name_or_path = str(home)
             apply_keys(header, config)
         remote = bool(source.trust_remote_code and getattr(config, "auto_map", None))
-        check_config(config, source.name, remote_code=remote)
+        check_config(config, source.name, part=source.part, remote_code=remote)
     notes: list[str] = []
     weights = Weights()
     loaded = None if remote else _load_lazily(source, header, config, weights, folder)
@@ -212,8 +219,8 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
         notes.append(
             f"{source.name} was held in memory as a whole: its weights are changed as they are read"
         )
-        loaded = _load_whole(source, config)
-    model, info = loaded
+        loaded = _load_whole(source, config, remote)
+    model, info, left = loaded
     check_sizes(info["mismatched_keys"], source.name)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -222,7 +229,7 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
             f"{source.name} is incomplete{made_as and f' (it was saved as {made_as})'}: "
             f"{len(missing)} weights are missing, the first is '{missing[0]}'."
         )
-    notes = [*check_unexpected(model, info["unexpected_keys"], source.name), *notes]
+    notes = [*left, *check_unexpected(model, info["unexpected_keys"], source.name), *notes]
     model.eval().requires_grad_(False)
     named = ((name, weights.read(tensor)) for name, tensor in model.named_parameters())
     check_finite(named, source.name)
@@ -240,8 +247,8 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
 
 def _load_lazily(
     source: ModelSource, header: GgufHeader | None, config: Any, weights: Weights, folder: Path
-) -> tuple[Any, dict[str, Any]] | None:
-    """The model with placeholders of `weights`, and what transformers says of its loading.
+) -> tuple[Any, dict[str, Any], list[str]] | None:
+    """The model with placeholders of `weights`, what transformers says of its loading, and notes.
 
     None if the model is none whose weights are, one for one, those of its files.
     """
@@ -255,11 +262,12 @@ def _load_lazily(
     elif getattr(config, "quantization_config", None) is not None:
         return None
     with quiet(), readable(source):
-        with torch.device("meta"):
-            bare = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(plain))
+        made = model_class(config)
         if header is None:
             stored = stored_tensors(source.path)
         else:
+            with torch.device("meta"):
+                bare = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(plain))
             read = read_weights(header, bare)
     if header is not None:
         stored = None if read is None else _written(source, read, folder)
@@ -267,17 +275,27 @@ def _load_lazily(
         return None
     with quiet(), readable(source):
         given = checkpoint(weights, stored)
-        model, info = type(bare).from_pretrained(
+        model, info = made.from_pretrained(
             None, config=plain, state_dict=given, dtype="float32", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+        left = _text_alone(model, info) if source.part else []
         if not _is_as_given(model, info, given, weights):
             weights.forget()
             return None
         model.config.name_or_path = str(source.path.parent if header else source.path)
         if header is None:
             _read_generation_config(model, source.path)
-    return model, info
+    return model, info, left
+
+
+def _text_alone(model: Any, info: dict[str, Any]) -> list[str]:
+    """Leave out the other parts of a model, and what was said of their loading; notes on them."""
+    notes = leave_out(model)
+    kept = model.state_dict().keys()
+    info["missing_keys"] = [key for key in info["missing_keys"] if key in kept]
+    info["mismatched_keys"] = [entry for entry in info["mismatched_keys"] if entry[0] in kept]
+    return notes
 
 
 def _written(
@@ -320,8 +338,10 @@ def _read_generation_config(model: Any, folder: Path) -> None:
         )
 
 
-def _load_whole(source: ModelSource, config: Any) -> tuple[Any, dict[str, Any]]:
-    """The model with its weights, and what transformers says of its loading."""
+def _load_whole(
+    source: ModelSource, config: Any, remote: bool
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """As `_load_lazily`, of the model with its weights."""
     import transformers
 
     assert source.path is not None
@@ -330,12 +350,12 @@ def _load_whole(source: ModelSource, config: Any) -> tuple[Any, dict[str, Any]]:
     # Never a pickle (pytorch_model.bin): reading one can run code.
     options |= {"gguf_file": source.path.name} if gguf else {"use_safetensors": True}
     with quiet(), readable(source):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        made: Any = transformers.AutoModelForCausalLM if remote else model_class(config)
+        model, info = made.from_pretrained(
             source.path.parent if gguf else source.path, config=config, dtype="float32",
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    model, info = loaded
-    return model, info
+        return model, info, _text_alone(model, info) if source.part else []
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from iq_export.graph.interface import KINDS, Interface, Role, name_of
+from iq_export.model.part import text_config
 from iq_export.model.tidy import SCOPES, all_scopes
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def plan_layers(model: Any) -> LayerPlan | None:
     if found is None:
         return None
     prefix, layers = found
-    types = getattr(model.config, "layer_types", None) or [None] * len(layers)
+    types = getattr(text_config(model), "layer_types", None) or [None] * len(layers)
     kinds = [(_signature(layer), kind) for layer, kind in zip(layers, types, strict=True)]
     traced, position = [0], {}
     for index, kind in enumerate(kinds[1:], start=1):
@@ -72,7 +73,7 @@ def shortened(model: Any, plan: LayerPlan) -> Iterator[None]:
 
     parent_name, _, attribute = plan.prefix.rpartition(".")
     parent = model.get_submodule(parent_name)
-    layers, config = getattr(parent, attribute), model.config
+    layers, config = getattr(parent, attribute), text_config(model)
     types, indices = getattr(config, "layer_types", None), {}
     try:
         setattr(parent, attribute, torch.nn.ModuleList(layers[i] for i in plan.traced))
@@ -123,7 +124,7 @@ class _Chain:
 def _layer_list(model: Any) -> tuple[str, Any] | None:
     import torch
 
-    depth = getattr(model.config, "num_hidden_layers", 0)
+    depth = getattr(text_config(model), "num_hidden_layers", 0)
     lists = [
         (name, child)
         for name, child in model.named_modules()
@@ -253,18 +254,17 @@ class _Writer:
         self._replace(copies, current, outputs, fresh)
 
     def _inputs(self) -> dict[str, ir.Value]:
-        """All graph inputs by name, with the caches of the layers that were not traced added."""
+        """All graph inputs by name, with the caches of the layers that were not traced added; each
+        of the shape that its layer's template has."""
         known = {value.name: value for value in self.graph.inputs}
-        for layer in range(len(self.plan.traced), len(self.plan.template)):
+        shapes = {name: value.shape for name, value in known.items()}
+        for layer, position in enumerate(self.plan.template):
             for kind in KINDS:
-                model = known[name_of(Role.PAST, 0, kind)]
-                value = ir.Value(
-                    name=name_of(Role.PAST, layer, kind),
-                    shape=model.shape.copy(),
-                    type=model.type,
-                )
-                self.graph.inputs.append(value)
-                known[value.name] = value
+                name, model = (name_of(Role.PAST, at, kind) for at in (layer, position))
+                if name not in known:
+                    known[name] = ir.Value(name=name, type=known[model].type)
+                    self.graph.inputs.append(known[name])
+                known[name].shape = shapes[model].copy()
         return known
 
     def _parameters(

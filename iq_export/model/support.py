@@ -17,10 +17,13 @@ from typing import Any
 from iq_export.cost import Shape, memory_need, require_memory
 from iq_export.errors import ModelError, UsageError
 from iq_export.model.capture import FULL, SLIDING
+from iq_export.model.part import model_class, text_part
 from iq_export.model.quiet import quiet
 from iq_export.recipe import Recipe
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Where a configuration of several parts has that of its text decoder.
+_TEXT_KEYS = ("text_config", "decoder", "generator")
 _OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -33,6 +36,9 @@ _OWN_ROTATIONS = ("default", "mrope", "su")
 # Kinds of layers by the names that configurations use. `attention` is not among them: it is full
 # attention, but of models that mix it with other kinds.
 _TRACED_KINDS = (FULL, SLIDING)
+
+# Features of the latents that queries, keys and values are made of.
+_RANKS = ("q_lora_rank", "kv_lora_rank")
 
 _POST_NORM = "its norms stand behind the residual additions, in the stream itself (post-norm)"
 _ALIBI = "its attention adds position biases (ALiBi)"
@@ -85,25 +91,33 @@ class Support:
 
 
 def check_support(
-    raw: Mapping[str, Any], name: str, recipe: Recipe, *, remote_code: bool = False
+    raw: Mapping[str, Any],
+    name: str,
+    recipe: Recipe,
+    *,
+    part: str | None = None,
+    remote_code: bool = False,
 ) -> Support:
     """Check the content of a config.json against what the compiler and `recipe` can do.
 
+    `part`: of a checkpoint of several parts, the one to compile, which the answer is about.
     `remote_code`: the model brings classes of its own, so that only `raw` itself is looked at.
-    Raises ModelError for a model that cannot be compiled, UsageError for one that `recipe` does
-    not fit; one sentence each.
+    Raises ModelError for a model that cannot be compiled, UsageError for one that `recipe` or
+    `part` does not fit; one sentence each.
     """
     kind = str(raw.get("model_type"))
-    _check_numbers(raw, _attribute_names(kind, remote_code), name)
+    written = next((raw[key] for key in _TEXT_KEYS if isinstance(raw.get(key), Mapping)), raw)
+    names = _attribute_names(str(written.get("model_type")), remote_code)
+    _check_numbers(written, names, name)
     # Of a size that nothing holds: before a list of so many layers is made.
-    require_memory(memory_need(_shape(SimpleNamespace(**raw)), recipe, calibrates=False), name)
+    require_memory(memory_need(_shape(SimpleNamespace(**written)), recipe, calibrates=False), name)
     config = _completed(raw, kind, name, remote_code)
-    check_config(config, name, remote_code=remote_code)
+    config = check_config(config, name, part=part, remote_code=remote_code)
     _check_widths(config, name, recipe)
     shape = _shape(config, whole=remote_code or bool(raw.get("quantization_config")))
     require_memory(memory_need(shape, recipe, calibrates=False), name)
     return Support(
-        completed=raw if remote_code else config.to_dict(),
+        completed=written if remote_code else config.to_dict(),
         layers=int(config.num_hidden_layers),
         head_dim=_head_dim(config),
         softcap=bool(_get(config, "attn_logit_softcapping")),
@@ -111,10 +125,13 @@ def check_support(
     )
 
 
-def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
+def check_config(
+    config: Any, name: str, *, part: str | None = None, remote_code: bool = False
+) -> Any:
     """Refuse what transformers' configuration object shows to be no decoder that can be compiled.
 
-    Raises ModelError in one sentence.
+    Returns the decoder's own configuration, which is that of `part` if there are several. Raises
+    ModelError or, for a `part` that there is not, UsageError, in one sentence.
     """
     kind = config.model_type
     if _get(config, "is_encoder_decoder"):
@@ -122,18 +139,32 @@ def check_config(config: Any, name: str, *, remote_code: bool = False) -> None:
             f"{name} ('{kind}') is an encoder-decoder model; only decoder-only causal LMs can be "
             "compiled."
         )
-    if not remote_code and kind not in _causal_lms():
+    text = text_part(config)
+    if not remote_code and kind not in _causal_lms(several=text is not None):
         raise ModelError(
             f"{name} has architecture '{kind}', which is not a causal LM in this version of "
             "transformers."
         )
-    reason = _structure(config)
+    if text is not None and part is None:
+        raise ModelError(
+            f"{name} has architecture '{kind}', which has several parts "
+            f"({', '.join(sorted(config.sub_configs))}): its text decoder compiles alone with "
+            "--part text."
+        )
+    if text is None and part is not None:
+        raise UsageError(
+            f"{name} has architecture '{kind}', which is a text decoder as a whole: leave out "
+            f"--part {part}."
+        )
+    decoder = config if text is None else text
+    reason = _structure(decoder)
     if reason is not None:
         raise ModelError(f"{name} has architecture '{kind}', which is not supported: {reason}.")
-    _check_sizes(config, name)
+    _check_sizes(decoder, name)
     if not remote_code:
-        _check_functions(config, name)
+        _check_functions(decoder, name)
         _check_class(config, name)
+    return decoder
 
 
 def _structure(config: Any) -> str | None:
@@ -160,12 +191,6 @@ def _structure(config: Any) -> str | None:
         return _ALIBI
     if _get(config, "position_embedding_type") == "alibi":
         return _ALIBI
-    size = _get(config, "v_head_dim")
-    keys = _get(config, "qk_head_dim") or _get(config, "head_dim")
-    if size and keys and size != keys:
-        return f"its keys and values have different sizes ({keys} and {size})"
-    if _get(config, "kv_lora_rank"):
-        return "it keeps keys and values in a compressed form ('kv_lora_rank')"
     if _get(config, "is_heterogeneous"):
         return "its layers have different sizes ('per_layer_config')"
     return None
@@ -198,7 +223,7 @@ def _check_sizes(config: Any, name: str) -> None:
     if lacking:
         raise ModelError(
             f"{name} has architecture '{config.model_type}', whose configuration has no single "
-            f"'{lacking[0]}' (several modalities, or no attention); it is not supported."
+            f"'{lacking[0]}' (no attention, or of several kinds); it is not supported."
         )
     hidden, heads = config.hidden_size, config.num_attention_heads
     if not _get(config, "head_dim") and hidden % heads:
@@ -237,7 +262,7 @@ def _check_functions(config: Any, name: str) -> None:
 
 def _check_class(config: Any, name: str) -> None:
     """What the traced graph is given must have a place in the model's code."""
-    taken = _arguments(type(config))
+    taken = _arguments(config)
     for argument, otherwise in (
         ("past_key_values", "its code takes no cache of keys and values"),
         ("position_ids", "its code counts positions by itself and takes no 'position_ids'"),
@@ -249,23 +274,27 @@ def _check_class(config: Any, name: str) -> None:
             )
 
 
-def _arguments(config_class: Any) -> set[str]:
-    """What the forward methods of the models beside a configuration's causal LM take, which hands
-    down what it does not name itself; none if its code cannot be imported here."""
+def _arguments(config: Any) -> set[str]:
+    """What the forward methods of the models beside a configuration's causal LM take, or beside its
+    text part, which hand down what they do not name; none if their code cannot be imported here."""
     from transformers import PreTrainedModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    text = text_part(config)
     try:
         with quiet():
-            found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+            found = [model_class(config)]
+            if text is not None and type(text) in MODEL_MAPPING:
+                found.append(MODEL_MAPPING[type(text)])
     except (KeyError, ImportError):  # a library that only this model's code needs
         return set()
     return {
         argument
-        for other in vars(sys.modules[found.__module__]).values()
+        for module in {one.__module__ for one in found}
+        for other in vars(sys.modules[module]).values()
         if isinstance(other, type)
         and issubclass(other, PreTrainedModel)
-        and other.__module__ == found.__module__
+        and other.__module__ == module
         for argument in inspect.signature(other.forward).parameters
     }
 
@@ -302,8 +331,9 @@ def _check_widths(config: Any, name: str, recipe: Recipe) -> None:
         return
     widths = {
         "hidden_size": config.hidden_size,
-        "heads x head_dim": config.num_attention_heads * _head_dim(config),
+        "heads x head_dim": config.num_attention_heads * _value_dim(config),
         "intermediate_size": _get(config, "intermediate_size"),
+        **{rank: _get(config, rank) for rank in _RANKS},
     }
     for what, width in widths.items():
         reason = recipe.weights.misfit(width) if _is_size(width) else None
@@ -312,8 +342,16 @@ def _check_widths(config: Any, name: str, recipe: Recipe) -> None:
 
 
 def _head_dim(config: Any) -> int:
+    """The size of a head's queries and keys, of which a latent gives a part."""
+    if _is_size(_get(config, "kv_lora_rank")):
+        return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
     size = _get(config, "head_dim")
     return int(size) if _is_size(size) else config.hidden_size // config.num_attention_heads
+
+
+def _value_dim(config: Any) -> int:
+    size = _get(config, "v_head_dim")
+    return int(size) if _is_size(size) else _head_dim(config)
 
 
 def _shape(config: Any, *, whole: bool = False) -> Shape:
@@ -326,13 +364,23 @@ def _shape(config: Any, *, whole: bool = False) -> Shape:
     hidden, heads = size("hidden_size", 1), size("num_attention_heads", 1)
     head = size("head_dim", max(hidden // heads, 1))
     keys, features = head * size("num_key_value_heads", heads), size("intermediate_size", 1)
+    widths, attention = (hidden, heads * head), hidden * (2 * heads * head + 2 * keys)
+    if latent := size("kv_lora_rank", 0):
+        plain, turned, value = (
+            size(name, 1) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        )
+        narrow = size("q_lora_rank", 0)
+        widths = (hidden, narrow or hidden, latent, heads * value)
+        attention = hidden * (narrow + latent + turned + heads * value) + heads * (
+            (narrow or hidden) * (plain + turned) + latent * (plain + value)
+        )
     return Shape(
         hidden=hidden,
         layers=size("num_hidden_layers", 1),
         vocabulary=size("vocab_size", 1),
         tables=2 if _get(config, "tie_word_embeddings") is False else 1,
-        block=hidden * (2 * heads * head + 2 * keys + 3 * features),
-        widths=(hidden, heads * head, hidden, features),
+        block=attention + 3 * hidden * features,
+        widths=(*widths, hidden, features),
         whole=whole,
     )
 
@@ -381,8 +429,10 @@ def _config_class(kind: str) -> Any:
         return None
 
 
-def _causal_lms() -> Mapping[str, str]:
-    """Model type -> class; read by name, so that no model's code is imported."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _causal_lms(*, several: bool) -> Mapping[str, str]:
+    """Model type -> class; read by name, so that no model's code is imported. With those of models
+    of `several` parts, of which one writes text."""
+    from transformers.models.auto import modeling_auto as auto
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    alone: Mapping[str, str] = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {**alone, **auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES} if several else alone

@@ -21,6 +21,7 @@ from iq_export.graph.interface import BATCH, PAST, SEQ, TOTAL, Role, axes_of, na
 from iq_export.graph.stored import StoredTensor
 from iq_export.model.fuse_attention import fuse_attention
 from iq_export.model.fuse_norms import fuse_norms
+from iq_export.model.latents import settle_latents
 from iq_export.model.unflatten import unflatten
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -41,6 +42,7 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
     _share_constants(model.graph)
     unflatten(model.graph)
     store_weights_transposed(model.graph)
+    settle_latents(model.graph)
     settle_reshapes(model.graph)
     common.CommonSubexpressionEliminationPass(size_limit=_CSE_LIMIT)(model)
     common.IdentityEliminationPass()(model)

@@ -6,8 +6,8 @@
     folder/trace.json                    what it was made from; a second compile reuses it
 
 Inputs `input_ids` [batch, seq], `attention_mask` [batch, total] and `position_ids` [batch, seq],
-int64, and `past_key_values.N.key/value` [batch, kv_heads, past, head_dim]; outputs `logits`
-[batch, seq, vocab] and `present.N.key/value` [batch, kv_heads, total, head_dim].
+int64, and `past_key_values.N.key/value` [batch, heads, past, features]; outputs `logits`
+[batch, seq, vocab] and `present.N.key/value` [batch, heads, total, features].
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from iq_export.model.load import (
     materialize,
     readable,
 )
+from iq_export.model.part import decoder_name, text_config
 from iq_export.model.quiet import quiet
 from iq_export.model.recompose import (
     LOWEST_OPSET,
@@ -72,9 +73,9 @@ _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "copied_sizes.py", "export.py", "fuse_activations.py",
     "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
-    "limits.py", "load.py", "recompose.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py",
-    "unflatten.py", "verify.py", "weights.py", "written_out.py", "../graph/interface.py",
-    "../graph/stored.py",
+    "latents.py", "limits.py", "load.py", "part.py", "recompose.py", "replicate.py", "tidy.py", "tokenizer.py",
+    "trace.py", "unflatten.py", "verify.py", "weights.py", "written_out.py",
+    "../graph/interface.py", "../graph/stored.py",
 )  # fmt: skip
 
 
@@ -271,9 +272,9 @@ def _export(model: Any, weights: Weights, folder: Path, opset: int, short_cut: b
     from iq_export.model.replicate import plan_layers, replicate, shortened
     from iq_export.model.tidy import settle_axes, tidy
 
-    cache, vocab = cache_shape(model), model.config.vocab_size
-    module = flat_module(model)
-    plan = plan_layers(model) if short_cut else None
+    cache, vocab = cache_shape(model), text_config(model).vocab_size
+    module = flat_module(model, cache)
+    plan = plan_layers(model) if short_cut and cache.of_all_layers else None
     if short_cut and plan is None:
         return None
     if plan is None:
@@ -282,14 +283,13 @@ def _export(model: Any, weights: Weights, folder: Path, opset: int, short_cut: b
         settle_axes(graph.graph)
     else:
         layers = len(plan.traced)
-        fewer = dataclasses.replace(cache, num_layers=layers)
         with shortened(model, plan):
-            graph = export_module(module, fewer, vocab, opset=opset)
+            graph = export_module(module, cache.of_layers(plan.traced), vocab, opset=opset)
         settle_axes(graph.graph)
         if not replicate(graph, plan, module):
             return None
     refer_to_files(graph, weights)
-    tidy(graph, module_prefix=f"model.{model.base_model_prefix}")
+    tidy(graph, module_prefix=f"model.{decoder_name(model)}")
     settle(graph)
     ir.save(graph, folder / MODEL_FILE)
     return layers
@@ -306,7 +306,7 @@ def _write_tokenizer(source: ModelSource, assets: Path, progress: Progress) -> l
 
 
 def _write_assets(loaded: LoadedModel, source: ModelSource, assets: Path) -> None:
-    loaded.model.config.save_pretrained(assets)
+    text_config(loaded.model).save_pretrained(assets)
     loaded.model.generation_config.save_pretrained(assets)
     _write_license(loaded.license_files, source, assets)
 
@@ -482,7 +482,16 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     versions = {tool: _version(tool) for tool in _TOOLS}
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE)).hexdigest()
-    parts = [_FORMAT, source.kind, sha256, opset, versions, code, source.trust_remote_code]
+    parts = [
+        _FORMAT,
+        source.kind,
+        sha256,
+        opset,
+        versions,
+        code,
+        source.trust_remote_code,
+        source.part,
+    ]
     assert source.path is not None
     beside = source.path if source.path.is_dir() else source.path.parent
     licenses = {}

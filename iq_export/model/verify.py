@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from iq_export.errors import ModelError
 from iq_export.model.limits import position_limit
+from iq_export.model.part import text_config
 from iq_export.model.replicate import layers_of
 from iq_export.model.weights import Weights
 
@@ -177,7 +178,7 @@ def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
     """The rows for a model; the first ones have no past and positions from 0 on."""
     from iq_export.model.capture import mask_plan
 
-    config, random = model.config, np.random.default_rng(_SEED)
+    config, random = text_config(model), np.random.default_rng(_SEED)
     limit = position_limit(config.to_dict())
     most = limit.positions if limit is not None and limit.hard else None
     share = _REFERENCE_BYTES / (8 * config.vocab_size * (sum(_LENGTHS) + _JUMP + _STEPS))

@@ -116,7 +116,7 @@ class Lifecycle:
             found = np.union1d(found, members)
             inside = [sites.blocks[start].mlp.output]
             for block in sites.blocks[start + 1 : min(end + 1, self.end + 1)]:
-                inside += [*block.attention.linears, *block.mlp.inputs]
+                inside += [*block.attention.linears, *block.mlp.inputs, *block.mlp.inner]
                 inside += [block.mlp.output] * (block.index < end)
             scopes.append(({linear.node for linear in inside}, found))
         return scopes

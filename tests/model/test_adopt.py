@@ -178,7 +178,8 @@ def primitive_file(folder: Path, path: Path, opset: int) -> Path:
     from iq_export.model.quiet import quiet
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    module, cache = flat_module(model), cache_shape(model)
+    cache = cache_shape(model)
+    module = flat_module(model, cache)
     model.set_attn_implementation("sdpa")
     inputs, outputs = input_names(cache.num_layers), output_names(cache.num_layers)
     axes = {name: {0: "batch", 1: "seq"} for name in ("input_ids", "position_ids", "logits")}

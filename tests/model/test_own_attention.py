@@ -27,10 +27,10 @@ def test_the_module_says_what_the_model_says(config: hf.PreTrainedConfig) -> Non
     ids = torch.randint(0, 40, (1, 9))
     expected = model(input_ids=ids, use_cache=False).logits
     shape = cache_shape(model)
-    module = flat_module(model)
+    module = flat_module(model, shape)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     mask = torch.tensor([[0] * 3 + [1] * 9])
     positions = torch.tensor([[0, 0, 0, *range(9)]])
-    past = tuple(torch.zeros(1, shape.kv_heads, 0, shape.head_dim) for _ in range(2))
+    past = tuple(torch.zeros(1, heads, 0, features) for heads, features in shape.sizes)
     logits, *_ = module(padded, mask, positions, past)
     torch.testing.assert_close(logits[:, 3:], expected, rtol=1e-5, atol=1e-5)

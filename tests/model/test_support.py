@@ -43,6 +43,17 @@ def test_a_plain_decoder_passes() -> None:
     assert found.shape.weights == 2 * 96 * 64 + 2 * block
 
 
+def test_sizes_of_latents_are_read() -> None:
+    sizes = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+    found = check_support(config("youtu", **sizes, v_head_dim=16, num_key_value_heads=4), "m", W8A8)
+    assert found.head_dim == 12
+    # 64 x 24, 24 x 4 x 12; 64 x 36, 32 x 4 x 24; 64 x 64; three of the MLP 64 x 128
+    block = 64 * 24 + 24 * 48 + 64 * 36 + 32 * 96 + 64 * 64 + 3 * 64 * 128
+    assert found.shape == Shape(64, 2, 96, 1, block, (64, 24, 32, 64, 64, 128))
+    with pytest.raises(UsageError, match=r"24 inputs \(q_lora_rank\)"):
+        check_support(config("youtu", **sizes), "m", W4A16)
+
+
 def test_softcap_and_head_size_are_read() -> None:
     found = check_support(config("gemma2", head_dim=24), "m", W8A8)
     assert (found.head_dim, found.softcap) == (24, True)
@@ -66,11 +77,6 @@ def test_softcap_and_head_size_are_read() -> None:
         ({"model_type": "vit"}, "not a causal LM"),
         ({"model_type": "llama9000"}, "llama9000"),
         ({"model_type": "mamba"}, "state-space"),
-        (config("deepseek_v3", v_head_dim=8), "sizes"),
-        (
-            config("deepseek_v3", qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16),
-            "compressed form ('kv_lora_rank')",
-        ),
         (config("gemma4_text", head_dim=16, global_head_dim=32), "'per_layer_config'"),
         ({"model_type": "bart", "is_encoder_decoder": False}, "takes no 'position_ids'"),
         ({"model_type": "xlnet"}, "no cache of keys and values"),

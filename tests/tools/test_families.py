@@ -29,6 +29,7 @@ COMPILED = {
     "engine": "", "seconds": 6.0,
 }  # fmt: skip
 ROWS: dict[str, Any] = {
+    "gemma3": COMPILED | {"part": "text"},
     "gemma2": COMPILED | {"engine": "no softcap"},
     "llama": COMPILED,
     "modernbert-decoder": COMPILED | {"int8": 6},
@@ -44,13 +45,14 @@ ROWS: dict[str, Any] = {
 
 def test_the_table() -> None:
     text = tables(Record("5.0", ROWS))
-    assert "transformers 5.0 has 7 types of causal LMs, 1 of them recurrent." in text
-    assert "| compiles | 3 of 6 | 0 |" in text
-    assert "| refused | 1 of 6 | 1 |" in text
-    assert "| traceback | 1 of 6 | 0 |" in text
-    assert "| compiles with 95% of its block products in int8 | 2 | |" in text
+    assert "transformers 5.0 has 8 types of causal LMs, 1 of them recurrent." in text
+    assert "| compiles | 4 of 7 | 0 |" in text
+    assert "| refused | 1 of 7 | 1 |" in text
+    assert "| traceback | 1 of 7 | 0 |" in text
+    assert "| compiles with 95% of its block products in int8 | 3 | |" in text
+    assert "| gemma3 (`--part text`) | 14 of 14 |" in text
     assert "| llama | 14 of 14 | 4.2e-07 | 1.2 | built |" in text
-    assert "| compiles, with an engine for rtx-all | 2 | |" in text
+    assert "| compiles, with an engine for rtx-all | 3 | |" in text
     assert "| gemma2 | 14 of 14 | 4.2e-07 | 1.2 | no softcap |" in text
     assert "| mixtral | refused | at once | a \\| b. |" in text
     assert "| odd | traceback | trace to onnx | keyError: 'x' |" in text
@@ -172,7 +174,7 @@ def test_block_products_are_all_but_the_head() -> None:
     assert block_products(model) == {"n1", "n3"}
 
 
-@pytest.mark.parametrize(("kind", "says"), [("mixtral", "experts"), ("rwkv", "no attention")])
+@pytest.mark.parametrize(("kind", "says"), [("mixtral", "experts"), ("rwkv", "(no attention")])
 def test_a_sample_is_refused(kind: str, says: str, tmp_path: Path) -> None:
     row = judge(kind, tmp_path)
     assert row["outcome"] == REFUSED and row["step"] == "configuration" and says in row["reason"]

@@ -23,6 +23,7 @@ from iq_export.engine.targets import resolve_target
 from iq_export.errors import EngineError, IqError
 from iq_export.graph import io
 from iq_export.lengths import bundle_limit
+from iq_export.model.part import TEXT, text_part
 from iq_export.options import CompileOptions
 from iq_export.precheck import check, with_limit
 from iq_export.progress import Progress
@@ -106,8 +107,9 @@ def _compiled(kind: str, folder: Path, progress: Progress) -> Row:
     config, model = tiny_config(kind), folder / kind
     check_saved(config, kind, folder / "config")
     write_model(config, model)
+    part = None if text_part(config) is None else TEXT
     options = CompileOptions(
-        str(model), folder / "bundle", targets=(TARGET,), samples=SAMPLES, length=LENGTH
+        str(model), folder / "bundle", targets=(TARGET,), samples=SAMPLES, length=LENGTH, part=part
     )
     checked = check(options)
     with work_folder(options.out, None, keep=False) as work:
@@ -125,7 +127,9 @@ def _compiled(kind: str, folder: Path, progress: Progress) -> Row:
         "int8": len(products & quantized),
         "parity": traced.parity,
         "noise_ratio": traced.noise_ratio,
-        **engine,
+    part = None if text_part(config) is None else TEXT
+    options = CompileOptions(
+        str(model), folder / "bundle", targets=(TARGET,), samples=SAMPLES, length=LENGTH, part=part
     }
 
 
@@ -149,4 +153,5 @@ def check_saved(config: Any, kind: str, folder: Path) -> None:
 
     config.save_pretrained(folder)
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    check_support(raw, kind, load_recipe("w8a8"))
+    part = None if text_part(config) is None else TEXT
+    check_support(raw, kind, load_recipe("w8a8"), part=part)

@@ -47,7 +47,7 @@ def tables(record: Record) -> str:
         f"engine for {TARGET} |",
         "|---|---|---|---|---|",
         *(
-            f"| {kind} | {row['int8']} of {row['products']} | {row['parity']:.1e} | "
+            f"| {_asked(kind, row)} | {row['int8']} of {row['products']} | {row['parity']:.1e} | "
             f"{row['noise_ratio']:.1f} | {row['engine'] or 'built'} |"
             for kind, row in done.items()
         ),
@@ -64,6 +64,11 @@ def tables(record: Record) -> str:
 def write_page(record: Record, page: Path) -> None:
     """Replace what stands between the marks of `page`."""
     fill(page, "families", tables(record))
+
+
+def _asked(kind: str, row: Row) -> str:
+    """The type, and the part of it that was compiled."""
+    return f"{kind} (`--part {row['part']}`)" if "part" in row else kind
 
 
 def _share(rows: Iterable[Row], outcome: str) -> str:

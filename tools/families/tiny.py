@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from iq_export.model.part import model_class
 from iq_export.model.quiet import quiet
 
 LAYERS = 2
@@ -66,10 +67,12 @@ _MORE: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "head_dim": 24, "qk_nope_head_dim": 16, "swa_head_dim": 24,
         "swa_qk_nope_head_dim": 16,
     },
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<image>": 4}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "mllama_text_model": {"num_hidden_layers": LAYERS + 1, "cross_attention_layers": [1]},
     "reformer": {
         "attn_layers": ["local", "lsh"], "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [32, 32],
@@ -116,14 +119,14 @@ def tiny_config(kind: str) -> Any:
 def write_model(config: Any, folder: Path) -> None:
     """Random weights for `config` in safetensors, and a tokenizer of 512 tokens, in `folder`."""
     import torch
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from tools.cost import small_tokenizer
 
     torch.manual_seed(7)
     try:
         with quiet(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config).eval()
+            model = model_class(config)._from_config(config).eval()
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
             model.save_pretrained(folder)
@@ -152,8 +155,10 @@ def _of_class(made: Any, more: Mapping[str, Any]) -> Any:
         absent = field.default is None and "window" in field.name
         if value is not None and not absent:
             values[field.name] = value
+    if "kv_lora_rank" in values:  # keys and values are made for every head of queries
+        values["num_key_value_heads"] = values["num_attention_heads"]
     for part in parts:
         inner = getattr(default, part, None)
         if inner is not None:
-            values[part] = _of_class(type(inner), {})
+            values[part] = _of_class(type(inner), _MORE.get(inner.model_type, {}))
     return made(**{**values, **more})
