@@ -26,7 +26,7 @@ class _Decoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-def plan_record(done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
+def plan_record(done: Rewrite, tokenizer: _Decoder | None) -> dict[str, Any]:
     """The content of `plan.json`: JSON values only, magnitudes absolute, ratios as fractions."""
     return {
         "lifecycles": lifecycle_records(done, tokenizer),
@@ -74,7 +74,7 @@ def fusion_record(model: Path) -> dict[str, Any]:
     }
 
 
-def lifecycle_records(done: Rewrite, tokenizer: _Decoder) -> list[dict[str, Any]]:
+def lifecycle_records(done: Rewrite, tokenizer: _Decoder | None) -> list[dict[str, Any]]:
     """One record per lifecycle found, replaced or not."""
     return [_lifecycle_record(d, done, tokenizer) for d in done.decisions]
 
@@ -104,7 +104,9 @@ def mixed_record(done: Rewrite) -> dict[str, Any] | None:
     }
 
 
-def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) -> dict[str, Any]:
+def _lifecycle_record(
+    decision: Decision, done: Rewrite, tokenizer: _Decoder | None
+) -> dict[str, Any]:
     life = decision.lifecycle
     pairs = enumerate(zip(done.sinks, done.insertions, strict=True))
     number, insertion = next(
@@ -121,9 +123,12 @@ def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: _Decoder) ->
     return record
 
 
-def found_record(decision: Decision, stats: TokenStats, tokenizer: _Decoder) -> dict[str, Any]:
+def found_record(
+    decision: Decision, stats: TokenStats, tokenizer: _Decoder | None
+) -> dict[str, Any]:
     """A lifecycle as it was found and fitted on the traced graph; `replaced`: whether it can be."""
     life, fitted = decision.lifecycle, decision.templates
+    common = life.common_tokens(stats)
     record: dict[str, Any] = {
         "birth": life.birth,
         "death": life.death,
@@ -135,7 +140,8 @@ def found_record(decision: Decision, stats: TokenStats, tokenizer: _Decoder) -> 
         "at_position_0": float((stats.position[life.members] == 0).mean()),
         "common_tokens": [
             {"token": tokenizer.decode([token]), "first": first, "later": later}
-            for token, first, later in life.common_tokens(stats)
+            for token, first, later in common
+            if tokenizer is not None
         ],
         "down_proj_peak": life.down_peak,
         "down_proj_median": life.down_median,
