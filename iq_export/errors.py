@@ -22,7 +22,7 @@ class ModelError(IqError):
 
 
 class DataError(IqError):
-    """Calibration or evaluation text is missing, empty, not text or too short."""
+    """Calibration or evaluation data are missing, empty, unreadable or too few."""
 
     exit_code = 4
 

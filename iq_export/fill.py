@@ -53,7 +53,9 @@ def records_of(done: Any, traced: Any, earlier: Bundle | None) -> Records:
     from iq_export.saved_decisions import record as decisions_record
 
     if earlier is None:
-        tokenizer = Tokenizer(traced.assets)
+        tokenizer = None
+        if (traced.assets / "tokenizer.json").is_file():
+            tokenizer = Tokenizer(traced.assets)
         lifecycles = lifecycle_records(done, tokenizer)
         return Records(plan_record(done, tokenizer), lifecycles, mixed_record(done))
     new = {

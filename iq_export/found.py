@@ -32,7 +32,7 @@ class Names(Protocol):
 
 
 def token_record(
-    stats: TokenStats, lives: Sequence[Lifecycle], sites: Sites, tokenizer: Names
+    stats: TokenStats, lives: Sequence[Lifecycle], sites: Sites, tokenizer: Names | None
 ) -> dict[str, Any]:
     """Where tokens spike: magnitudes are absolute, blocks and positions count from 0, lifecycles
     from 1 (0: none)."""
@@ -47,7 +47,7 @@ def token_record(
     }
 
 
-def found_record(decision: Decision, stats: TokenStats, tokenizer: Names) -> dict[str, Any]:
+def found_record(decision: Decision, stats: TokenStats, tokenizer: Names | None) -> dict[str, Any]:
     """A lifecycle as it was found and fitted on the traced graph; `replaced`: whether it can be."""
     life, fitted = decision.lifecycle, decision.templates
     record: dict[str, Any] = {
@@ -62,6 +62,7 @@ def found_record(decision: Decision, stats: TokenStats, tokenizer: Names) -> dic
         "common_tokens": [
             {"token": tokenizer.decode([token]), "first": first, "later": later}
             for token, first, later in life.common_tokens(stats)
+            if tokenizer is not None
         ],
         "down_proj_peak": life.down_peak,
         "down_proj_median": life.down_median,
@@ -119,7 +120,9 @@ def _detections(decision: Decision) -> list[dict[str, Any]]:
     ]
 
 
-def _sample(stats: TokenStats, lives: Sequence[Lifecycle], tokenizer: Names) -> dict[str, Any]:
+def _sample(
+    stats: TokenStats, lives: Sequence[Lifecycle], tokenizer: Names | None
+) -> dict[str, Any]:
     """The beginning of the window that shows most lifecycles, then most of their tokens."""
     of = np.zeros(stats.token.size, int)  # the lifecycle of each token, from 1
     for number, life in reversed(list(enumerate(lives, start=1))):
@@ -134,7 +137,10 @@ def _sample(stats: TokenStats, lives: Sequence[Lifecycle], tokenizer: Names) -> 
     return {
         "window": best,
         "token_ids": stats.token[shown].tolist(),
-        "tokens": [_label(int(token), tokenizer) for token in stats.token[shown]],
+        "tokens": [
+            str(position) if tokenizer is None else _label(int(token), tokenizer)
+            for position, token in zip(stats.position[shown], stats.token[shown], strict=True)
+        ],
         "lifecycle": of[shown].tolist(),
         "residual_max": _rounded(stats.residual_max[:, shown]),
         "down_max": _rounded(stats.down_max[:, shown]),

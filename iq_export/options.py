@@ -146,10 +146,11 @@ class CompileOptions:
     calibration: str = field(
         default="builtin",
         metadata=option(
-            "UTF-8 text (default: the manual pages that come with Python)",
+            "UTF-8 text (default: the manual pages that come with Python), or a folder of pictures",
             about="UTF-8 text of at most 64 MiB, or `<(...)`, which is read once; `builtin` is the "
-            "manual that comes with Python, a third of it held out for `eval`",
-            group="calibration", metavar="FILE|builtin", kept="repeated",
+            "manual that comes with Python, a third of it held out for `eval`. For a model that "
+            "takes pictures, a folder of these",
+            group="calibration", metavar="FILE|DIR|builtin", kept="repeated",
         ),
     )  # fmt: skip
     samples: int = field(
@@ -229,6 +230,16 @@ class CompileOptions:
             about="folder with the `tokenizer.json` to use: needed for `.onnx`, else instead of "
             "the model's own",
             group="source", metavar="DIR", kept="repeated",
+        ),
+    )  # fmt: skip
+    preprocessor: Path | None = field(
+        default=None,
+        metadata=option(
+            "preprocessor_config.json to use: how pictures or recordings become input (default: "
+            "the model's own)",
+            about="`preprocessor_config.json` to use, which says how pictures or recordings become "
+            "input: needed for an `.onnx` with none beside it, else instead of the model's own",
+            group="source", metavar="FILE", kept="repeated",
         ),
     )  # fmt: skip
     force: bool = field(

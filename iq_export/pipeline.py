@@ -31,6 +31,7 @@ from iq_export.evaluate.final_check import FinalCheck
 from iq_export.formats.base import CacheScale
 from iq_export.graph.sites import Sites
 from iq_export.observe.ranges import TensorStats
+from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
 from iq_export.observe.token_stats import TokenStats
 from iq_export.passes.order import INSERTED, ROUNDED, SHIPPED, lower
@@ -136,7 +137,8 @@ def rewrite(
     everything = [Site(q.name, q.linears) for q in quantizers.values()]
     if math.isfinite(data.budget) and quantizers:
         with progress.step("Search a mixed plan"):
-            reference = Reference.of(job.traced, data.windows, **options)
+            text = [window for window in data.windows if isinstance(window, Window)]
+            reference = Reference.of(job.traced, text, **options)
             mixed = kept.step("mixed", search_mixed_plan, job, chosen, everything, reference)
             chosen, quantizers = leave_in_half(chosen, quantizers, mixed)
     with progress.step("Quantize"):

@@ -23,7 +23,7 @@ from iq_export.errors import EngineError, ModelError, UsageError
 from iq_export.graph.interface import Interface
 from iq_export.graph.proto import read
 from iq_export.lengths import bundle_limit, engine_profile, window_length
-from iq_export.observe.samples import load_text, text_sha256
+from iq_export.observe.samples import folder_sha256, load_text, text_sha256
 from iq_export.options import DEFAULT_TARGETS, CompileOptions, check_values
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS, require_providers
@@ -59,8 +59,9 @@ class Need:
 @dataclass(frozen=True)
 class Checked:
     """`options` is what was `asked` with its defaults settled; `calibration` is the text, which is
-    read once; `need` is None where nothing tells the model's size yet; `gaps` says of a target why
-    it gets no engine."""
+    read once, empty where a model takes a folder's pictures; `calibration_sha256` is by what it is
+    known wherever it lies; `need` is None where nothing tells the model's size yet; `gaps` says of
+    a target why it gets no engine."""
 
     asked: CompileOptions
     options: CompileOptions
@@ -70,13 +71,9 @@ class Checked:
     known: Known
     need: Need | None
     calibration: str
+    calibration_sha256: str
     gaps: dict[str, str]
     notes: list[str]
-
-    @property
-    def calibration_sha256(self) -> str:
-        """By which the text is known wherever its file lies."""
-        return text_sha256(self.calibration)
 
 
 def check(options: CompileOptions) -> Checked:
@@ -98,9 +95,17 @@ def check(options: CompileOptions) -> Checked:
             f"recipe '{options.recipe}' quantizes no activations: --budget is for those that do, "
             "like w8a8."
         )
-    text = load_text(options.calibration)
+    signals = Path(options.calibration)
+    text = "" if signals.is_dir() else load_text(options.calibration)
     check_output(options.out, options.force)
     source = model_source(options)
+    if source.reads_text and signals.is_dir():
+        load_text(options.calibration)  # refuses it
+    if not source.reads_text and not signals.is_dir():
+        raise UsageError(
+            f"{source.name} takes no text, so {options.calibration} cannot calibrate it: give a "
+            "folder of pictures with --calibration DIR."
+        )
     known = _known(source, recipe, options.dtype)
     built = () if recipe.simulated else targets
     gaps = _gaps(built, known.form, asked=options.targets is not None)
@@ -125,6 +130,7 @@ def check(options: CompileOptions) -> Checked:
         known=known,
         need=need,
         calibration=text,
+        calibration_sha256=text_sha256(text) if source.reads_text else folder_sha256(signals),
         gaps=gaps,
         notes=[
             *known.notes,
@@ -196,14 +202,15 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
     from iq_export.model.support import check_support
 
     if source.kind == "onnx":
-        assert source.path is not None and source.tokenizer is not None
+        assert source.path is not None
         try:
             header = read_header(source.path)
         except EngineError as error:
             raise ModelError(f"{source.path} is not an ONNX file, or it is damaged.") from error
         form = AttentionForm(dtype, header.head_dim, header.softcap)
         shape = _shape_of_graph(source.path)
-        return Known(form, bundle_limit(source.tokenizer, source.path), shape=shape)
+        limit = bundle_limit(source.tokenizer, source.path) if source.tokenizer else None
+        return Known(form, limit, shape=shape)
     if source.kind == "gguf":
         return Known(AttentionForm(dtype), shape=_shape_of_gguf(source))
     found = configuration(source)

@@ -13,7 +13,7 @@ from iq_export.errors import GraphError
 from iq_export.evaluate.final_check import MOST_LOST, FinalCheck, block_parts, broken, final_check
 from iq_export.graph import io
 from iq_export.graph.sites import Linear, Sites
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.tail import Tail
 from iq_export.passes.order import INSERTED, Lowered, begin, lower
 from iq_export.progress import Progress
@@ -117,7 +117,7 @@ def check_file(
     chosen: Decisions,
     path: Path,
     tail: Tail,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     options: Run,
 ) -> FinalCheck:
     """The finished file against fp32; GraphError if it has lost everything."""

@@ -77,10 +77,16 @@ def _closing(bundle: Bundle, seconds: float) -> str:
     manifest = in_a_line(bundle.manifest)
     model = sum(r.bytes for name, r in manifest.files.items() if name.startswith("model.onnx"))
     lines = [f"{bundle.folder}: {manifest.recipe}, model.onnx {options.size(model)}"]
-    if manifest.check is not None:
+    check = manifest.check
+    if check is not None and "cosine" in check:
         lines.append(
-            f"  against fp32 on {manifest.check['tokens']} calibration tokens: top-1 "
-            f"{manifest.check['top1']:.1%}, KL {manifest.check['kl']:.4f}"
+            f"  against fp32 on {check['tokens']} rows of features: cosine {check['cosine']:.4f}, "
+            f"squared error {check['squared_error']:.2g}"
+        )
+    elif check is not None:
+        lines.append(
+            f"  against fp32 on {check['tokens']} calibration tokens: top-1 "
+            f"{check['top1']:.1%}, KL {check['kl']:.4f}"
         )
     if manifest.mixed is not None:
         left = sum(len(site["products"]) for site in manifest.mixed["in_half"])

@@ -27,7 +27,7 @@ def cache_scales(job: Job, chosen: Decisions) -> dict[str, CacheScale]:
             indices |= {x: [index_name(n) for n in passing] for x in (site.key, site.value)}
 
     def rows(name: str, number: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        found = np.zeros(len(windows[number].ids), bool)
+        found = np.zeros(windows[number].rows, bool)
         for index in indices[name]:
             found |= values[index] > 0
         return found

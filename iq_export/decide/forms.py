@@ -34,7 +34,7 @@ def formed(job: Job, chosen: Decisions, reference: Tail) -> tuple[Decisions, lis
     since semantic rows are the same."""
     windows = job.data.windows[:FORM_WINDOWS]
     known: dict[tuple[str, ...], Decisions] = {}
-    with reference.stored_logits(windows, job.work / "logits") as exact:
+    with reference.stored_results(windows, job.work / "results") as exact:
 
         def loss(candidates: Sequence[SinkTemplates]) -> Divergence:
             tried = restored(job, replace(chosen, sinks=tuple(candidates)), ROUNDED)

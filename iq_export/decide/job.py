@@ -13,7 +13,7 @@ import onnx_ir as ir
 from iq_export.checkpoint import Checkpoint
 from iq_export.decisions import Decisions
 from iq_export.graph.sites import Sites
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.token_stats import TokenStats
 from iq_export.passes.order import Lowered, lower
 from iq_export.progress import Progress
@@ -38,17 +38,17 @@ class Calibration:
     `budget` (perplexity over the traced graph's) as few products as possible stay in half precision
     to keep within it."""
 
-    windows: Sequence[Window]
-    probes: Sequence[Window]
+    windows: Sequence[Sample]
+    probes: Sequence[Sample]
     max_relative_deviation: float
     seed: int
     providers: tuple[str, ...]
-    heldout: Sequence[Window] = ()
+    heldout: Sequence[Sample] = ()
     insertion: str = "auto"
     budget: float = math.inf
 
     @property
-    def all(self) -> list[Window]:
+    def all(self) -> list[Sample]:
         return [*self.windows, *self.probes]
 
 

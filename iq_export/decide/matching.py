@@ -11,7 +11,7 @@ from iq_export.decide.job import Job
 from iq_export.decisions import Decisions
 from iq_export.graph.sites import Sites
 from iq_export.observe.rows import collect_rows
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, walk
 from iq_export.passes.insert_sinks import index_name
@@ -66,7 +66,7 @@ def measure(
     sites: Sites,
     sinks: Sequence[SinkTemplates],
     stats: TokenStats,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     providers: Sequence[str],
     progress: Progress,

@@ -27,7 +27,7 @@ from iq_export.formats.rounding import Rounding
 from iq_export.graph.sites import Block, Linear, Sites
 from iq_export.observe.block_walk import BlockWalk
 from iq_export.observe.ranges import TensorStats, rows_per_window, sampled_rows
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.walk import Carried
 from iq_export.passes.insert_sinks import index_scopes
 from iq_export.passes.order import INSERTED, PREPARED
@@ -74,7 +74,7 @@ def calibrate_blocks(
     before: Mapping[str, TensorStats],
     sinks: Sequence[SinkTemplates],
     recipe: Recipe,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     codes: CodeStore,
     *,
     seed: int,
@@ -111,7 +111,7 @@ def calibrate_blocks(
             compensated = names if recipe.gptq else []
             grams = {name: Gram(widths[name]) for name in compensated}
             for number, values in walk.observe(names):
-                length = len(windows[number].ids)
+                length = windows[number].rows
                 sample = sampled_rows(length, per_window, seed, number)
                 for name in names:
                     masks = [

@@ -15,7 +15,7 @@ from iq_export.errors import GraphError
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.edit import copied
 from iq_export.graph.sites import Sites
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.token_stats import TokenObserver, TokenStats
 from iq_export.observe.walk import Graph, Observer, Values, loaded, observe
 from iq_export.passes.insert_sinks import index_name
@@ -54,7 +54,7 @@ def hiding_quantizer(
     sites: Sites,
     quantizers: Mapping[str, Quantizer],
     exact: FoundSinks,
-    sample: Sequence[Window],
+    sample: Sequence[Sample],
     *,
     providers: Sequence[str],
     progress: Progress,
@@ -112,7 +112,7 @@ class FoundSinks(Observer):
 def recall_of(
     graph: Graph,
     exact: FoundSinks,
-    sample: Sequence[Window],
+    sample: Sequence[Sample],
     *,
     providers: Sequence[str],
     progress: Progress,

@@ -12,7 +12,7 @@ from iq_export.decisions import Decisions
 from iq_export.graph.half import HALF_MAX
 from iq_export.graph.sites import Sites
 from iq_export.observe.rows import RowObserver
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, Observer, Values, loaded, observe
 from iq_export.progress import Progress
@@ -46,7 +46,7 @@ def fit_sinks(
     sites: Sites,
     lifecycles: Sequence[Lifecycle],
     stats: TokenStats,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     limit: float,
     seed: int,
@@ -111,7 +111,7 @@ def refit(
     sites: Sites,
     decisions: Sequence[Decision],
     stats: TokenStats,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     providers: Sequence[str],
     progress: Progress,

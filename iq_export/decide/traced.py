@@ -8,6 +8,7 @@ from iq_export.decide.job import FORM_WINDOWS, Calibration, Run
 from iq_export.graph.half import HALF_MAX
 from iq_export.observe.peaks import PeakObserver
 from iq_export.observe.ranges import MagnitudeObserver, TensorStats
+from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
 from iq_export.observe.text_check import SurpriseObserver
 from iq_export.observe.token_stats import TokenObserver, TokenStats
@@ -36,9 +37,11 @@ def observed(base: Lowered, data: Calibration, dtype: str, options: Run) -> Seen
     tokens = TokenObserver(base.sites, data.all)
     widths = {linear.input: linear.in_features for linear in base.sites.linears}
     magnitudes = MagnitudeObserver(widths, len(data.windows))
-    surprise = SurpriseObserver(data.windows)
+    text = [window for window in data.windows if isinstance(window, Window)]
+    surprise = SurpriseObserver(text) if text else None
     tail = Tail(base.model, [{} for _ in range(first)], options["providers"])
-    observers: list[Observer] = [tokens, magnitudes, surprise, tail]
+    observers: list[Observer] = [tokens, magnitudes, tail]
+    observers += [] if surprise is None else [surprise]
     heldout = TokenObserver(base.sites, data.heldout, len(data.all)) if data.heldout else None
     observers += [] if heldout is None else [heldout]
     peaks = PeakObserver(base.model, first if dtype == "fp16" else 0, HALF_MAX / 2)
@@ -48,7 +51,7 @@ def observed(base: Lowered, data: Calibration, dtype: str, options: Run) -> Seen
         tokens.stats,
         heldout.stats if heldout is not None else None,
         magnitudes.stats,
-        surprise.warning(),
+        None if surprise is None else surprise.warning(),
         peaks.peaks,
         tail.rows,
     )

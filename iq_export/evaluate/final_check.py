@@ -8,7 +8,7 @@ and the cache, each rounded to half as it is made (`round_half` of `run/ort.py`)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,10 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 from iq_export.graph.attention import attentions
 from iq_export.graph.half import HALF_MAX
-from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import NORM_OPS, Sites
-from iq_export.observe.loss import kl, log_softmax
+from iq_export.observe.outputs import Output, cosines
 from iq_export.observe.peaks import product_peak
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample, Window
 from iq_export.observe.tail import Tail
 from iq_export.observe.walk import CPU, Graph, loaded, walk
 from iq_export.progress import Progress
@@ -31,7 +30,6 @@ from iq_export.sinks.ops import DOMAIN
 WINDOWS, LENGTH = 4, 128
 # Shares of what the model knows from context (see FinalCheck.lost) that a file may lose.
 MOST_LOST, MUCH_LOST = 1.0, 0.25
-_LOGITS = name_of(Role.LOGITS)
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 
 
@@ -42,6 +40,10 @@ class FinalCheck:
     `top1`: share of tokens with fp32's likeliest next token. `kl`: KL(fp32 || file) in nats.
     `kl_no_context`: KL(fp32 || the mean of its own predictions), what guessing without context
     would cost. `tensors`: how many were looked at for NaN and infinity.
+
+    Of a graph that gives features, `tokens` counts their rows, `cosine` is the mean one between
+    both, and in place of KL stands the squared error (`Output.errors`); `top1` is the share of rows
+    whose largest feature is the same.
     """
 
     windows: int
@@ -50,20 +52,38 @@ class FinalCheck:
     kl: float
     kl_no_context: float
     tensors: int
+    cosine: float | None = None
 
     @property
     def lost(self) -> float:
         """The share of what fp32 knows from context that the file does not: 0 is all there, at 1
-        it says no more than token frequencies do. It has no unit: a model whose predictions are
-        nearly uniform is judged as one that is sure."""
+        it says no more than token frequencies do, or than the mean of all features. It has no unit:
+        a model whose predictions are nearly uniform is judged as one that is sure."""
         return self.kl / max(self.kl_no_context, 1e-12)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as `manifest.check` holds them."""
-        return {**asdict(self), "lost": self.lost}
+        found = {**asdict(self), "lost": self.lost}
+        if self.cosine is None:
+            del found["cosine"]
+            return found
+        renamed = {"kl": "squared_error", "kl_no_context": "squared_error_of_mean"}
+        return {renamed.get(key, key): value for key, value in found.items() if key != "top1"}
+
+    def figures(self) -> str:
+        """How far it is from fp32, for people."""
+        if self.cosine is not None:
+            return f"squared error {self.kl:.3g}, cosine {self.cosine:.4f}"
+        return f"KL {self.kl:.3g} nats, top-1 {self.top1:.0%}"
 
     def sentence(self) -> str:
         """For people."""
+        if self.cosine is not None:
+            return (
+                f"the finished file against fp32 on {self.tokens} rows of features: cosine "
+                f"{self.cosine:.4f}, squared error {self.kl:.2g} (of their mean: "
+                f"{self.kl_no_context:.2g}), {self.tensors} tensors finite"
+            )
         return (
             f"the finished file against fp32 on {self.tokens} tokens: top-1 {self.top1:.1%}, "
             f"KL {self.kl:.4f} (guessing without context: {self.kl_no_context:.2f}), "
@@ -75,16 +95,16 @@ class FinalCheck:
         if self.lost < MUCH_LOST:
             return None
         return (
-            f"the finished file has lost {self.lost:.0%} of what fp32 knows from context (KL "
-            f"{self.kl:.3g} of {self.kl_no_context:.3g} nats, top-1 {self.top1:.0%}): measure it "
-            "with iq-export eval before it is used"
+            f"the finished file has lost {self.lost:.0%} of what fp32 knows from context "
+            f"({self.figures()}, of {self.kl_no_context:.3g}): measure it with iq-export eval "
+            "before it is used"
         )
 
 
 def final_check(
     reference: Tail,
     shipped: Graph,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     parts: Mapping[str, str] | None = None,
     *,
     providers: Sequence[str],
@@ -93,48 +113,41 @@ def final_check(
     """Run `shipped` over the beginnings of the first of `windows`, its half values rounded, beside
     the traced graph's logits there, of which `reference` is the tail on those windows.
 
-    Raises GraphError as `finite_logits` does. Whether what is left is enough, the caller decides.
+    Raises GraphError as `finite_results` does. Whether what is left is enough, the caller decides.
     """
-    short = short_windows(windows)
+    short, output = short_windows(windows), reference.output
     tensors = len(watched(loaded(shipped)))
-    logs = [log_softmax(exact) for exact in reference.logits(short)]  # one head in memory at a time
-    found_runs = finite_logits(shipped, short, parts, providers=providers, progress=progress)
-    same, divergences = [], []
-    for p, logits in zip(logs, found_runs, strict=True):
-        q = log_softmax(logits)
-        same.append(p.argmax(axis=-1) == q.argmax(axis=-1))
-        divergences.append(kl(p, q))
+    exact = list(reference.results(short))
+    found_runs = finite_results(shipped, short, parts, providers=providers, progress=progress)
+    same, angles, errors = [], [], []
+    for right, found in zip(exact, found_runs, strict=True):
+        same.append(right.argmax(axis=-1) == found.argmax(axis=-1))
+        angles.append(cosines(right, found))
+        errors.append(output.errors(right, found))
     agree = np.concatenate(same)
     return FinalCheck(
         windows=len(short),
         tokens=agree.size,
         top1=float(agree.mean()),
-        kl=max(0.0, float(np.concatenate(divergences).mean())),  # float32 may round below zero
-        kl_no_context=_without_context(logs),
+        kl=max(0.0, float(np.concatenate(errors).mean())),  # float32 may round below zero
+        kl_no_context=output.error_of_mean(exact),
         tensors=tensors,
+        cosine=None if output.predicts else float(np.concatenate(angles).mean()),
     )
 
 
 def finite_values(graph: Graph, ids: list[int]) -> int:
     """How many tensors of `graph` are finite on the tokens `ids`; raises as
-    `finite_logits` does if one is not."""
+    `finite_results` does if one is not."""
     quiet = Progress(quiet=True)
-    for _ in finite_logits(graph, [Window(ids, False)], providers=CPU, progress=quiet):
+    for _ in finite_results(graph, [Window(ids, False)], providers=CPU, progress=quiet):
         pass
     return len(watched(loaded(graph)))
 
 
-def short_windows(windows: Sequence[Window]) -> list[Window]:
+def short_windows(windows: Sequence[Sample]) -> list[Sample]:
     """The beginnings of the first windows."""
-    return [replace(window, ids=window.ids[:LENGTH]) for window in windows[:WINDOWS]]
-
-
-def _without_context(logs: Sequence[np.ndarray]) -> float:
-    """Mean KL of predictions, log-probabilities `[rows, vocab]` each, to their own mean."""
-    count = sum(len(p) for p in logs)
-    mean = sum(np.exp(p).sum(axis=0, dtype=np.float64) for p in logs) / count
-    log_mean = np.log(np.maximum(mean, 1e-30)).astype(np.float32)
-    return sum(float(kl(p, log_mean).sum()) for p in logs) / count
+    return [window.beginning(LENGTH) for window in windows[:WINDOWS]]
 
 
 def watched(model: ir.Model) -> dict[str, str]:
@@ -182,15 +195,15 @@ def _readers(quantizer: ir.Node) -> str:
     return ", ".join(names) or f"the quantizer {quantizer.name}"
 
 
-def finite_logits(
+def finite_results(
     graph: Graph,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     parts: Mapping[str, str] | None = None,
     *,
     providers: Sequence[str],
     progress: Progress,
 ) -> Iterator[np.ndarray]:
-    """The logits float32 `[seq, vocab]` of every window, once all that is `watched` is finite.
+    """What `Output.rows` gives of every window, once all that is `watched` is finite.
 
     `parts`: node name -> the part of the model that it belongs to, for messages. In a half graph
     the products of queries and keys, which are inside an op, must fit half as well.
@@ -198,7 +211,7 @@ def finite_logits(
     Raises GraphError naming the first tensor with NaN or infinity and its place.
     """
     model = loaded(graph)
-    known, sites = watched(model), attentions(model)
+    known, sites, output = watched(model), attentions(model), Output.of(model.graph)
     half = any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.outputs)
     runs = walk(
         graph,
@@ -221,8 +234,8 @@ def finite_logits(
             if not np.isfinite(value).all():
                 where = _part(known[name], parts)
                 raise GraphError(_not_finite(name, where, value, number, half=half))
-        if _LOGITS in values:
-            yield values[_LOGITS][0].astype(np.float32)
+        if output.name in values:
+            yield output.rows(values[output.name])
 
 
 def _rows(value: np.ndarray) -> np.ndarray:
@@ -283,7 +296,7 @@ def broken(
     inserted: Graph,
     shipped: Graph,
     sites: Sites,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     providers: Sequence[str],
     progress: Progress,
@@ -319,7 +332,7 @@ def broken(
     first = next(name for name, error in middle.items() if error >= top / 2)
     return (
         f"The finished file is broken: on {check.tokens} calibration tokens it is as far from fp32 "
-        f"(KL {check.kl:.3g} nats, top-1 {check.top1:.0%}) as guessing without context is "
-        f"({check.kl_no_context:.3g} nats). Its error enters at {ends[first]} (relative "
+        f"({check.figures()}) as guessing without context is "
+        f"({check.kl_no_context:.3g}). Its error enters at {ends[first]} (relative "
         f"{middle[first]:.2g} there): use a recipe with more bits, or --dtype fp32."
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the command line reads the axes' names before anything that
 BATCH, SEQ, PAST, TOTAL = "batch", "seq", "past", "total"  # TOTAL = PAST + SEQ
 # Axes whose sizes are the model's.
 HEADS, FEATURES, VOCABULARY = "heads", "features", "vocabulary"
+CHANNELS, HEIGHT, WIDTH, BANDS, FRAMES = "channels", "height", "width", "bands", "frames"
 KINDS = ("key", "value")
 
 
@@ -33,9 +34,14 @@ class Role(Enum):
     IDS = "token ids"
     MASK = "1 where a column of past and sequence is a token, 0 where it is padding"
     POSITIONS = "of each token in its sequence"
+    SEGMENTS = "which of two texts each token is of"
+    PIXELS = "a picture"
+    SOUND = "a spectrogram"
     PAST = "keys or values of one layer before this step"
     PAST_SINKS = "which rows of the past are sinks of one lifecycle, int32"
-    LOGITS = "of the token after each one"
+    LOGITS = "of the token after each one, or of the classes of a picture"
+    ROWS = "features of each token, patch or frame"
+    POOLED = "features of the whole"
     PRESENT = "keys or values of one layer after this step"
     PRESENT_SINKS = "which rows after this step are sinks of one lifecycle, int32"
 
@@ -45,15 +51,26 @@ _FORMS = {
     Role.IDS: ("input_ids", (BATCH, SEQ)),
     Role.MASK: ("attention_mask", (BATCH, TOTAL)),
     Role.POSITIONS: ("position_ids", (BATCH, SEQ)),
+    Role.SEGMENTS: ("token_type_ids", (BATCH, SEQ)),
+    Role.PIXELS: ("pixel_values", (BATCH, CHANNELS, HEIGHT, WIDTH)),
+    Role.SOUND: ("input_features", (BATCH, BANDS, FRAMES)),
     Role.PAST: ("past_key_values.{layer}.{kind}", (BATCH, HEADS, PAST, FEATURES)),
     Role.PAST_SINKS: ("past_sinks.{layer}", (BATCH, PAST)),
     Role.LOGITS: ("logits", (BATCH, SEQ, VOCABULARY)),
+    Role.ROWS: ("last_hidden_state", (BATCH, SEQ, FEATURES)),
+    Role.POOLED: ("pooler_output", (BATCH, FEATURES)),
     Role.PRESENT: ("present.{layer}.{kind}", (BATCH, HEADS, TOTAL, FEATURES)),
     Role.PRESENT_SINKS: ("present_sinks.{layer}", (BATCH, TOTAL)),
 }
-_OUTPUTS = (Role.LOGITS, Role.PRESENT, Role.PRESENT_SINKS)
+_OUTPUTS = (Role.LOGITS, Role.ROWS, Role.POOLED, Role.PRESENT, Role.PRESENT_SINKS)
 _INPUTS = tuple(role for role in _FORMS if role not in _OUTPUTS)
 _AFTER = {Role.PAST: Role.PRESENT, Role.PAST_SINKS: Role.PRESENT_SINKS}
+# What a window of calibration is fed to, and what a graph is compared by: the first that it has.
+PRIMARY = (Role.IDS, Role.PIXELS, Role.SOUND)
+_RESULTS = (Role.LOGITS, Role.ROWS, Role.POOLED)
+# What an input of floats is where nothing is known by its name: by its axes.
+_BY_RANK = {len(_FORMS[role][1]): role for role in (Role.PIXELS, Role.SOUND)}
+_FLOATS = ("float", "float16")
 # One spelling per number, and none that takes long to read.
 _LAYER = r"(?P<layer>0|[1-9][0-9]{0,5})"
 _PATTERNS = {
@@ -171,19 +188,19 @@ class Interface:
     @classmethod
     def of_graph(cls, graph: ir.Graph) -> Interface:
         """Of a graph that passes edit."""
-        return cls(*(tuple(_of_value(value, roles) for value in values) for values, roles in (
+        return cls._read(*(tuple(_of_value(value, roles) for value in values) for values, roles in (
             (graph.inputs, _INPUTS), (graph.outputs, _OUTPUTS))))  # fmt: skip
 
     @classmethod
     def of_proto(cls, graph: onnx.GraphProto) -> Interface:
         """Of a graph as it stands in its file."""
-        return cls(*(tuple(_of_info(info, roles) for info in infos) for infos, roles in (
+        return cls._read(*(tuple(_of_info(info, roles) for info in infos) for infos, roles in (
             (graph.input, _INPUTS), (graph.output, _OUTPUTS))))  # fmt: skip
 
     @classmethod
     def of_session(cls, session: Any) -> Interface:
         """Of an ONNX Runtime session."""
-        return cls(*(
+        return cls._read(*(
             tuple(_tensor(n.name, n.type[len("tensor(") : -1], n.shape, roles) for n in nodes)
             for nodes, roles in (
                 (session.get_inputs(), _INPUTS), (session.get_outputs(), _OUTPUTS))
@@ -192,10 +209,40 @@ class Interface:
     @classmethod
     def of_tensors(cls, inputs: Iterable[Described], outputs: Iterable[Described]) -> Interface:
         """Of what a bundle's manifest lists."""
-        return cls(*(
+        return cls._read(*(
             tuple(_tensor(t.name, t.dtype, t.shape, roles) for t in tensors)
             for tensors, roles in ((inputs, _INPUTS), (outputs, _OUTPUTS))
         ))  # fmt: skip
+
+    @classmethod
+    def _read(cls, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> Interface:
+        """With a role for the only input, where no name tells one: by its type and axes."""
+        if len(inputs) == 1 and inputs[0].role is None and inputs[0].dtype in _FLOATS:
+            role = _BY_RANK.get(len(inputs[0].shape))
+            if role is not None:
+                inputs = (replace(inputs[0], role=role, axes=_FORMS[role][1]),)
+        return cls(inputs, outputs)
+
+    @property
+    def primary(self) -> Tensor | None:
+        """What a window goes into; None in a part of a graph that lacks it."""
+        found = (self.find(role) for role in PRIMARY)
+        return next((tensor for tensor in found if tensor is not None), None)
+
+    @property
+    def result(self) -> Tensor:
+        """What the graph is compared by. Raises GraphError if it gives nothing but a cache."""
+        found = [self.find(role) for role in _RESULTS]
+        known = [tensor for tensor in (*found, *self.outputs) if tensor is not None]
+        left = [tensor for tensor in known if tensor.role not in _AFTER.values()]
+        if not left:
+            raise GraphError("The graph gives nothing that it could be compared by.")
+        return left[0]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no row needs later ones: the graph takes a cache, which only such a model has."""
+        return bool(self.past)
 
     def find(self, role: Role) -> Tensor | None:
         """The one tensor of `role`, or the first."""
@@ -239,33 +286,63 @@ class Interface:
                 )
 
     def feeds(
-        self, ids: Any, given: Mapping[str, NDArray[Any]] | None = None
+        self, window: Any, given: Mapping[str, NDArray[Any]] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """A value for every input: unpadded sequences with an empty cache.
+        """A value for every input: unpadded sequences with an empty cache, or pictures, or sounds.
 
-        ids: `[seq]` or `[batch, seq]`, so sequences of one length; given: by name what is no token
-        or cache, of which a graph takes what it has. Raises GraphError for an input that is
-        neither known nor given.
+        window: ids `[seq]`, pixels `[channels, height, width]` or a spectrogram `[bands, frames]`,
+        or several of one size with a batch axis in front; given: by name what is none of that, of
+        which a graph takes what it has. Raises GraphError for an input that is neither known nor
+        given.
         """
-        import numpy as np
-
-        tokens = np.atleast_2d(np.asarray(ids, np.int64))
-        known = {
-            Role.IDS: tokens,
-            Role.MASK: np.ones_like(tokens),
-            Role.POSITIONS: np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
-        }
+        known, batch = _known(window)
         more, feeds = given or {}, {}
         for tensor in self.inputs:
             if tensor.name in more:
                 feeds[tensor.name] = more[tensor.name]
             elif tensor.role in known:
-                feeds[tensor.name] = known[tensor.role]
+                feeds[tensor.name] = known[tensor.role].astype(tensor.numpy_type, copy=False)
             elif tensor.role in _AFTER:
-                feeds[tensor.name] = tensor.empty(len(tokens))
+                feeds[tensor.name] = tensor.empty(batch)
             else:
                 raise GraphError(f"The graph has an input that is not understood: '{tensor.name}'.")
         return feeds
+
+
+def random_windows(interface: Interface, ids: int, count: int) -> list[NDArray[Any]]:
+    """Windows for a graph without a cache, to compare it with another: random numbers, or token ids
+    below `ids`; an axis without a size gets one."""
+    import numpy as np
+
+    random, primary = np.random.default_rng(0), interface.primary
+    assert primary is not None
+    sizes = {SEQ: 24, CHANNELS: 3, HEIGHT: 224, WIDTH: 224, BANDS: 80, FRAMES: 3000}
+    axes = list(zip(primary.shape, primary.axes, strict=True))[1:]
+    shape = [size if isinstance(size, int) else sizes[axis] for size, axis in axes]
+    if primary.role is Role.IDS:
+        return [random.integers(0, ids, shape) for _ in range(count)]
+    return [random.normal(size=shape).astype(np.float32) for _ in range(count)]
+
+
+def _known(window: Any) -> tuple[dict[Role, NDArray[Any]], int]:
+    """What follows from a window, by role, and the size of its batch."""
+    import numpy as np
+
+    array = np.asarray(window)
+    if array.dtype.kind == "f" and array.ndim > 1:
+        # A batch of spectrograms has as many axes as a picture: the graph has one of both roles.
+        one = {len(_FORMS[role][1]) - 1: role for role in (Role.PIXELS, Role.SOUND)}
+        alone = one.get(array.ndim)
+        values = {role: array[None] if role is alone else array for role in one.values()}
+        return values, 1
+    tokens = np.atleast_2d(array.astype(np.int64))
+    known = {
+        Role.IDS: tokens,
+        Role.MASK: np.ones_like(tokens),
+        Role.POSITIONS: np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
+        Role.SEGMENTS: np.zeros_like(tokens),
+    }
+    return known, len(tokens)
 
 
 def _tensor(

@@ -23,7 +23,9 @@ from typing import Any, Literal
 from iq_export.checksum import sha256_file
 from iq_export.errors import IqError, ModelError, UsageError
 from iq_export.files import open_belonging, read_belonging
+from iq_export.graph.interface import Interface, Role
 from iq_export.graph.model_files import model_files
+from iq_export.graph.proto import read
 from iq_export.graph.stored import Stored
 from iq_export.model import hub
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
@@ -68,7 +70,7 @@ class ModelSource:
 
     `path` is a folder or file; None for a hub id and for an embedded model until
     `materialize`. `tokenizer` is a folder with a tokenizer, if one was named; `part` what of the
-    checkpoint is wanted, None for all of it.
+    checkpoint is wanted, None for all of it. `reads_text`: whether its input is text.
     """
 
     kind: Kind
@@ -79,6 +81,7 @@ class ModelSource:
     license_note: str = ""
     trust_remote_code: bool = False
     part: str | None = None
+    reads_text: bool = True
 
 
 @dataclass
@@ -376,17 +379,28 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
                 check_tokenizer(header)
         return source
     if suffix == ".onnx":
-        if common["tokenizer"] is None:
+        text = _reads_text(path)
+        if text and common["tokenizer"] is None:
             raise UsageError(
                 f"{path.name} carries no tokenizer: give the folder that has its tokenizer.json "
                 "with --tokenizer DIR."
             )
-        return ModelSource(
-            "onnx", path.stem, path, license_note=_license_note(path.parent), **common
-        )
+        note = _license_note(path.parent)
+        return ModelSource("onnx", path.stem, path, license_note=note, reads_text=text, **common)
     raise ModelError(
         f"{path} is neither .gguf nor .onnx; for .safetensors give the folder with its config.json."
     )
+
+
+def _reads_text(path: Path) -> bool:
+    """Whether an ONNX file takes token ids, or what it takes is not known."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        primary = Interface.of_proto(read(path, ModelError).graph).primary
+    except (DecodeError, OSError):
+        return True  # which is said when it is read
+    return primary is None or primary.role is Role.IDS
 
 
 def _path(model: str) -> Path:

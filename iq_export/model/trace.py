@@ -32,7 +32,7 @@ from iq_export.errors import GraphError, ModelError, UsageError
 from iq_export.files import copy_belonging, open_belonging
 from iq_export.graph.edit import copied
 from iq_export.graph.external import external_tensors, place
-from iq_export.graph.interface import Interface, Role, input_names
+from iq_export.graph.interface import SEQ, TOTAL, Interface, Role, input_names
 from iq_export.graph.proto import read
 from iq_export.graph.stored import Stamp, settle
 from iq_export.model.capture import settled_rotations
@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 ASSETS = "assets"
 RECORD = "trace.json"
+# What says how a picture or a recording becomes the input.
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 _FORMAT = 3
 # What decides how a graph comes out, beside the model itself.
@@ -73,8 +75,8 @@ _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "copied_sizes.py", "export.py", "fuse_activations.py",
     "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
-    "latents.py", "limits.py", "load.py", "part.py", "recompose.py", "replicate.py", "tidy.py", "tokenizer.py",
-    "trace.py", "unflatten.py", "verify.py", "weights.py", "written_out.py",
+    "latents.py", "limits.py", "load.py", "part.py", "recompose.py", "replicate.py", "tidy.py",
+    "tokenizer.py", "trace.py", "unflatten.py", "verify.py", "weights.py", "written_out.py",
     "../graph/interface.py", "../graph/stored.py",
 )  # fmt: skip
 
@@ -176,8 +178,10 @@ def trace(
         pass  # not there yet, or of an older version: made anew
     with _whole_folder(Path(out_dir)) as folder:
         (folder / ASSETS).mkdir()
-        with progress.step("read tokenizer"):
-            notes = _write_tokenizer(source, folder / ASSETS, progress)
+        notes: list[str] = []
+        if source.reads_text:
+            with progress.step("read tokenizer"):
+                notes = _write_tokenizer(source, folder / ASSETS, progress)
         if source.kind == "onnx":
             remarks = _adopt_onnx(source, folder)
             for remark in remarks:
@@ -329,7 +333,7 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    assert source.path is not None and source.tokenizer is not None
+    assert source.path is not None
     with ExitStack() as held:
         with _heard() as said:
             graph, data = _read_onnx(source.path, held)
@@ -357,9 +361,11 @@ def _adopt_onnx(source: ModelSource, folder: Path) -> list[str]:
         if original is not None:
             with _heard():
                 check_same(original, folder / MODEL_FILE, str(source.path))
-    for name in ("config.json", "generation_config.json"):
-        if (source.tokenizer / name).is_file():
-            copy_belonging(source.tokenizer, name, folder / ASSETS / name, ModelError)
+    beside = source.tokenizer or source.path.parent
+    names = ("config.json", "generation_config.json") if source.tokenizer else ()
+    for name in (*names, *PREPROCESSORS):
+        if (beside / name).is_file():
+            copy_belonging(beside, name, folder / ASSETS / name, ModelError)
     _write_license(license_files(source.path.parent), source, folder / ASSETS)
     return [f"{source.path.name}: {line}" for line in said]
 
@@ -469,13 +475,40 @@ def _check_types(model: ir.Model, path: Path) -> None:
 
 
 def _check_interface(model: ir.Model, path: Path) -> None:
-    """Raise GraphError with the first input or output that a causal LM has and this lacks."""
+    """Raise GraphError with the first input or output that a causal LM has and this lacks, if it
+    is one; else with an input that nothing is known of. Its axes get the names that others know.
+    """
     interface = Interface.of_graph(model.graph)
-    interface.check_causal_lm(str(path), (Role.IDS, Role.MASK, Role.POSITIONS))
+    primary, logits = interface.primary, interface.find(Role.LOGITS)
+    text = primary is None or primary.role is Role.IDS
+    if text and (interface.is_causal or logits is not None or primary is None):
+        interface.check_causal_lm(str(path), (Role.IDS, Role.MASK, Role.POSITIONS))
     known = input_names(interface.layers)
-    extra = sorted(tensor.name for tensor in interface.inputs if tensor.name not in known)
+    extra = sorted(
+        tensor.name
+        for tensor in interface.inputs
+        if (tensor.name not in known if interface.is_causal else tensor.role is None)
+    )
     if extra:
         raise GraphError(f"{path} has an input that is not understood: '{extra[0]}'.")
+    if not interface.is_causal:
+        interface.result  # noqa: B018 - raises where nothing can be compared
+        _name_axes(model.graph, interface)
+
+
+def _name_axes(graph: ir.Graph, interface: Interface) -> None:
+    """Call the dynamic axes of inputs and outputs as an engine's shapes do."""
+    import onnx_ir as ir
+
+    named: dict[object, str] = {}
+    for tensor in interface.inputs:
+        for size, axis in zip(tensor.shape, tensor.axes, strict=False):
+            if isinstance(size, str):
+                named[size] = SEQ if axis == TOTAL else axis
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            sizes = [getattr(dim, "value", dim) for dim in value.shape]
+            value.shape = ir.Shape([named.get(size) or size for size in sizes])
 
 
 def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:

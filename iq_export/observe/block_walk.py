@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from iq_export.graph.sites import Sites
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.segments import Segment, segments
 from iq_export.observe.walk import Carried, Piece, Values, checked, cut, named
 
@@ -28,7 +28,7 @@ class BlockWalk:
 
     model: ir.Model
     sites: Sites
-    windows: Sequence[Window]
+    windows: Sequence[Sample]
     indices: Sequence[str]
     providers: Sequence[str]
     block: int = 0

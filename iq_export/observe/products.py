@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iq_export.graph.sites import Sites
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.walk import Observer, Values
 
 
@@ -25,10 +25,10 @@ class TokenSizes:
 class ProductObserver(Observer):
     """`sizes` of every value that a product of a block reads, by name; columns as in TokenStats."""
 
-    def __init__(self, sites: Sites, windows: Sequence[Window]) -> None:
+    def __init__(self, sites: Sites, windows: Sequence[Sample]) -> None:
         self.names = list(dict.fromkeys(linear.input for linear in sites.linears))
         self.of = range(len(windows))
-        self._starts = np.concatenate([[0], np.cumsum([len(w.ids) for w in windows])])
+        self._starts = np.concatenate([[0], np.cumsum([w.rows for w in windows])])
         count = int(self._starts[-1])
         self.sizes = {
             name: TokenSizes(np.zeros(count, np.float32), np.zeros(count, np.float32))

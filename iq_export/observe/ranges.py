@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.walk import Graph, Observer, Values, walk
 from iq_export.progress import Progress
 
@@ -118,7 +118,7 @@ class MagnitudeObserver(Observer):
 def observe_ranges(
     graph: Graph,
     widths: dict[str, int],
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     sinks: Callable[[str, int, Mapping[str, np.ndarray]], np.ndarray],
     *,
     always: Sequence[str] = (),
@@ -140,7 +140,7 @@ def observe_ranges(
     for number, values in walk(
         graph, list(widths), windows, always=always, providers=providers, progress=progress
     ):
-        sample = sampled_rows(len(windows[number].ids), per_window, seed, number)
+        sample = sampled_rows(windows[number].rows, per_window, seed, number)
         for name, value in values.items():
             if name in stats:
                 stats[name].add(value, sinks(name, number, values), sample)

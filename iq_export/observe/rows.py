@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.token_stats import TokenStats
 from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
@@ -40,7 +40,7 @@ def collect_rows(
     widths: Mapping[str, int],
     stats: TokenStats,
     members: np.ndarray,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     providers: Sequence[str],
     progress: Progress,

@@ -13,13 +13,14 @@ import random
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from iq_export.checksum import sha256_file
 from iq_export.errors import DataError, UsageError
 from iq_export.graph.vocabulary import Names, read_vocabulary
 
@@ -47,19 +48,86 @@ class TextTokenizer(Protocol):
         """The token ids of `text`, with a BOS in front if `add_bos`."""
 
 
+class Sample(Protocol):
+    """What a model sees in one call, and what is kept of it: one row of the stream for each token,
+    patch or frame."""
+
+    causal: ClassVar[bool]  # whether rows need no later ones
+
+    @property
+    def values(self) -> Any:
+        """What `Interface.feeds` takes."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the stream it makes."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int64 `[rows]`: the token id of each, -1 where a row is no token."""
+
+    def beginning(self, rows: int) -> Sample:
+        """What its first `rows` need."""
+
+
 @dataclass(frozen=True)
 class Window:
     """`ids` [length] of one piece of text; `bos` tells whether ids[0] is the BOS token; `start` is
-    where the piece begins among the text's tokens."""
+    where the piece begins among the text's tokens. A row needs no later one."""
 
     ids: list[int]
     bos: bool
     start: int = 0
 
+    causal: ClassVar[bool] = True
+
+    @property
+    def values(self) -> list[int]:
+        return self.ids
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return np.asarray(self.ids, np.int64)
+
+    def beginning(self, rows: int) -> Window:
+        return self if rows >= len(self.ids) else replace(self, ids=self.ids[:rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """What a model sees at once, each row beside all others: pixels float32 `[channels, height,
+    width]`, a spectrogram float32 `[bands, frames]`, or ids int64 `[seq]`. `rows` are those of the
+    stream."""
+
+    values: np.ndarray
+    rows: int
+
+    causal: ClassVar[bool] = False
+
+    @property
+    def tokens(self) -> np.ndarray:
+        if self.values.ndim == 1:
+            return self.values.astype(np.int64)
+        return np.full(self.rows, -1, np.int64)
+
+    def beginning(self, rows: int) -> Whole:
+        return self
+
 
 def text_sha256(text: str) -> str:
     """By which a text is known wherever its file lies."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """By which a folder of pictures or recordings is known wherever it lies: the contents of its
+    files, whatever their names."""
+    found = sorted(sha256_file(path) for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def is_pipe(spec: str | Path) -> bool:

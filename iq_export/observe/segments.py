@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.graph.interface import Role, name_of
+from iq_export.graph.interface import Interface
 
 # Weights of a piece, in bytes as they are run: small models stay in one piece.
 SEGMENT_BYTES = 64 << 20
@@ -82,8 +82,10 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _bound_nodes(graph: ir.Graph) -> list[ir.Node]:
-    """The nodes whose values depend on the tokens, not on their number alone, in graph order."""
-    bound = {value for value in graph.inputs if value.name == name_of(Role.IDS)}
+    """The nodes whose values depend on the tokens, or pixels, not on their number alone, in graph
+    order."""
+    primary = Interface.of_graph(graph).primary
+    bound = {value for value in graph.inputs if primary and value.name == primary.name}
     inputs = set(graph.inputs)
     found = []
     for node in graph:

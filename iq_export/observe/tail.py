@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from iq_export.graph.interface import Role, name_of
-from iq_export.observe.samples import Window
+from iq_export.observe.outputs import Output
+from iq_export.observe.samples import Sample
 from iq_export.observe.segments import segments
 from iq_export.observe.walk import (
     Graph,
@@ -26,15 +26,17 @@ from iq_export.observe.walk import (
 )
 from iq_export.progress import Progress
 
-_LOGITS = name_of(Role.LOGITS)
-
 
 class Tail(Observer):
-    """The logits of a causal LM on the first windows of a walk, as often as they are asked for: an
-    observer that keeps one row of the residual stream per token, in a dict of `rows` by window."""
+    """What a graph is compared by (`output`) on the first windows of a walk, as often as it is
+    asked for: an observer that keeps what enters the last piece, one row of the residual stream per
+    token as a rule, in a dict of `rows` by window."""
+
+    raw = True
 
     def __init__(self, graph: Graph, rows: list[Values], providers: Sequence[str]) -> None:
         self._model, self._label = loaded(graph), named(graph)
+        self.output = Output.of(self._model.graph)
         self.names = list(segments(self._model.graph)[-1].carried)
         self.of = range(len(rows))
         self._providers = providers
@@ -44,7 +46,7 @@ class Tail(Observer):
     def of_graph(
         cls,
         graph: Graph,
-        windows: Sequence[Window],
+        windows: Sequence[Sample],
         *,
         providers: Sequence[str],
         progress: Progress,
@@ -58,17 +60,17 @@ class Tail(Observer):
         self.rows[number] |= values
 
     @contextmanager
-    def stored_logits(
-        self, windows: Sequence[Window], folder: Path
+    def stored_results(
+        self, windows: Sequence[Sample], folder: Path
     ) -> Iterator[Callable[[], Iterator[np.ndarray]]]:
-        """In the block, `logits` as often as the function that is given is called, with no head in
+        """In the block, `results` as often as the function that is given is called, with no head in
         memory: they are written to a new `folder` when they are first asked for."""
         places = [folder / f"{number}.npy" for number in range(len(windows))]
 
         def read() -> Iterator[np.ndarray]:
             if not folder.exists():
                 folder.mkdir()
-                for place, found in zip(places, self.logits(windows), strict=True):
+                for place, found in zip(places, self.results(windows), strict=True):
                     np.save(place, found)
             yield from map(np.load, places)
 
@@ -77,13 +79,19 @@ class Tail(Observer):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def logits(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
-        """float32 `[seq, vocab]` of each of `windows`: those that were walked, or their beginnings.
+    def results(self, windows: Sequence[Sample]) -> Iterator[np.ndarray]:
+        """Of each of `windows`, those that were walked or their beginnings, what `Output.rows`
+        gives.
 
         Raises GraphError if one is NaN or infinite.
         """
-        part: ir.Model = cut(self._model, self.names, [_LOGITS])
-        with Piece(part, [_LOGITS], self._providers, self._label) as runner:
+        name = self.output.name
+        part: ir.Model = cut(self._model, self.names, [name])
+        with Piece(part, [name], self._providers, self._label) as runner:
             for number, (window, rows) in enumerate(zip(windows, self.rows, strict=False)):
-                given = {name: value[: len(window.ids)][None] for name, value in rows.items()}
-                yield checked(_LOGITS, runner.run(window, given)[_LOGITS], number)
+                given = rows
+                if window.causal:  # the beginning of what was walked
+                    given = {key: value[:, : window.rows] for key, value in rows.items()}
+                found = runner.run(window, given)[name]
+                checked(name, found, number)
+                yield self.output.rows(found)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iq_export.graph.sites import Sites
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.walk import Graph, Observer, Values, observe
 from iq_export.progress import Progress
 
@@ -21,6 +21,7 @@ class TokenStats:
     input| and of |residual after the block|. `residual_channel`: int32, the channel of the latter.
     `window`, `position`, `token`: int `[tokens]`, where each column comes from. `embedded`: float32
     `[tokens]`, max over channels of |residual before the first block|; None if it is not known.
+    `causal`: whether no row needs later ones.
     """
 
     down_max: np.ndarray
@@ -30,15 +31,21 @@ class TokenStats:
     position: np.ndarray
     token: np.ndarray
     embedded: np.ndarray | None = None
+    causal: bool = True
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Columns of first rows: int64, none where a row is as near to all others."""
+        return np.flatnonzero(self.position == 0) if self.causal else np.zeros(0, np.int64)
 
 
 class TokenObserver(Observer):
     """Keeps three numbers per block and token, and one before the first block. `windows` are those
     of a walk from the number `first` on."""
 
-    def __init__(self, sites: Sites, windows: Sequence[Window], first: int = 0) -> None:
+    def __init__(self, sites: Sites, windows: Sequence[Sample], first: int = 0) -> None:
         self.of = range(first, first + len(windows))
-        lengths = [len(window.ids) for window in windows]
+        lengths = [window.rows for window in windows]
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         shape = (len(sites.blocks), int(self._starts[-1]))
         self._embedding, self._embedded = sites.embedding, np.zeros(shape[1], np.float32)
@@ -48,8 +55,9 @@ class TokenObserver(Observer):
             residual_channel=np.zeros(shape, np.int32),
             window=np.repeat(np.arange(len(windows)), lengths),
             position=np.concatenate([np.arange(length) for length in lengths]),
-            token=np.concatenate([np.asarray(window.ids) for window in windows]),
+            token=np.concatenate([window.tokens for window in windows]),
             embedded=self._embedded,
+            causal=all(window.causal for window in windows),
         )
         self._down = {block.mlp.output.input: block.index for block in sites.blocks}
         self._residual = {block.mlp.residual: block.index for block in sites.blocks}
@@ -72,7 +80,7 @@ class TokenObserver(Observer):
 def observe_tokens(
     graph: Graph,
     sites: Sites,
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     providers: Sequence[str],
     progress: Progress,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from iq_export.graph import io
 from iq_export.graph.edit import separate_types
 from iq_export.graph.interface import Interface
 from iq_export.memory import give_back
-from iq_export.observe.samples import Window
+from iq_export.observe.samples import Sample
 from iq_export.observe.segments import segments
 from iq_export.progress import Progress
 from iq_export.run.ort import model_session, needed_only, ort_errors
@@ -43,7 +42,7 @@ Carried = dict[str, np.ndarray]
 def walk(
     graph: Graph,
     names: Sequence[str],
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     always: Sequence[str] = (),
     providers: Sequence[str] = CPU,
@@ -80,8 +79,8 @@ def walk(
 
     def same(order: int) -> tuple[int, ...]:
         """What windows that run together have in common: whole ones never do."""
-        ids = left[order].ids
-        return (order,) if len(ids) == len(windows[order].ids) else (-1, *ids)
+        its = left[order]
+        return (order,) if its.rows == windows[order].rows else (-1, *its.tokens.tolist())
 
     for number in range(max(ends, default=0)):
         piece = pieces[number]
@@ -120,23 +119,24 @@ def walk(
                 progress.update(number * len(inside) + done, max(ends) * len(inside))
 
 
-def _beginning(window: Window, carried: Carried, tokens: int) -> tuple[Window, Carried]:
+def _beginning(window: Sample, carried: Carried, tokens: int) -> tuple[Sample, Carried]:
     """The first `tokens` of a window and of what came to it, `[1, seq]` or `[1, seq, features]`:
     whole, where that has other axes."""
-    have = len(window.ids)
-    fits = all(v.ndim in (2, 3) and v.shape[:2] == (1, have) for v in carried.values())
-    if tokens >= have or not fits:
+    short = window.beginning(tokens)
+    fits = all(v.ndim in (2, 3) and v.shape[:2] == (1, window.rows) for v in carried.values())
+    if short is window or not fits:
         return window, carried
-    short = {name: value[:, :tokens] for name, value in carried.items()}
-    return replace(window, ids=window.ids[:tokens]), short
+    return short, {name: value[:, :tokens] for name, value in carried.items()}
 
 
 class Observer(ABC):
     """What reduces values on a walk: `names` are those that it wants of the windows whose numbers
-    are in `of`, and `add` gets those of one piece of one window, which may be a beginning only."""
+    are in `of`, and `add` gets those of one piece of one window, which may be a beginning only.
+    With `raw` as the graph has them, with their batch axis."""
 
     names: Sequence[str]
     of: range
+    raw: bool = False
 
     def reach(self, number: int) -> int:
         """How many of the first tokens of its window `number` it wants; 0: none."""
@@ -150,7 +150,7 @@ class Observer(ABC):
 def observe(
     graph: Graph,
     observers: Sequence[Observer],
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     providers: Sequence[str] = CPU,
     progress: Progress,
@@ -168,10 +168,12 @@ def observe(
     def reach(name: str, number: int) -> int:
         return max((tokens.get(number, 0) for _, its, tokens in wanted if name in its), default=0)
 
-    for number, values in walk(
-        graph, names, windows, providers=providers, progress=progress, reach=reach
+    for number, found in walk(
+        graph, names, windows, providers=providers, progress=progress, reach=reach, raw=True
     ):
+        plain = _all_checked(found, number)
         for each, its, tokens in wanted:
+            values = found if each.raw else plain
             mine = {name: value for name, value in values.items() if name in its}
             if mine and tokens.get(number):
                 each.add(number - each.of.start, mine)
@@ -214,7 +216,7 @@ class Piece:
         give_back()
 
     def run(
-        self, window: Window, carried: Mapping[str, np.ndarray], names: Sequence[str] | None = None
+        self, window: Sample, carried: Mapping[str, np.ndarray], names: Sequence[str] | None = None
     ) -> Carried:
         """The outputs of one window with an empty cache, by name, with their batch axis; only what
         `names` need is computed."""
@@ -244,13 +246,13 @@ def cut(model: ir.Model, carried: Sequence[str], outputs: Sequence[str]) -> ir.M
 
 
 def window_feeds(
-    session: Any, window: Window, given: Mapping[str, np.ndarray] | None = None
+    session: Any, window: Sample, given: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
     """Inputs of one window with an empty cache; `given` are inputs that only this graph has."""
     interface = Interface.of_session(session)
     wanted = {tensor.name for tensor in interface.inputs}
     known = {name: value for name, value in (given or {}).items() if name in wanted}
-    return interface.feeds(window.ids, known)
+    return interface.feeds(window.values, known)
 
 
 def _all_checked(values: Values, window: int) -> Values:
@@ -262,7 +264,7 @@ def checked(name: str, value: np.ndarray, window: int) -> np.ndarray:
 
     Raises GraphError if it is not finite.
     """
-    value = value[0]
+    value = value[0] if value.ndim else value
     if value.ndim == 3:  # [heads, seq, head_dim]
         value = value.transpose(1, 0, 2).reshape(value.shape[1], -1)
     if value.dtype == np.float16:
@@ -271,7 +273,7 @@ def checked(name: str, value: np.ndarray, window: int) -> np.ndarray:
         row = int(np.argwhere(~np.isfinite(value))[0][0])
         raise GraphError(
             f"Tensor {name!r} holds NaN or Inf in calibration window {window}, position {row}. "
-            "The model is not computable on this text in its own precision; check its weights."
+            "The model is not computable on this input in its own precision; check its weights."
         )
     return value
 

@@ -13,7 +13,7 @@ every attention product and of the KV cache, and one more sets the residual afte
 The norm+kv form is the norm form with the templates of keys and values besides: a quantizer behind
 a norm clips the template, and what other tokens see of a sink are its keys and values.
 
-Precondition: the traced graph with a mask and positions. Postcondition: semantic
+Precondition: the traced graph; a causal one with a mask and positions. Postcondition: semantic
 rows are computed exactly as before.
 """
 
@@ -27,7 +27,7 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import constant, insert_behind, shared_constant
-from iq_export.graph.interface import Role, name_of
+from iq_export.graph.interface import Interface, Role
 from iq_export.graph.sites import Linear, Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
@@ -58,26 +58,33 @@ def insert_sinks(model: ir.Model, sites: Sites, sinks: Sequence[SinkTemplates]) 
         return False
     io.add_sink_functions(model)
     values = {value.name: value for node in model.graph for value in node.outputs}
-    masks = _row_masks(model.graph)
+    masks = _row_masks(model.graph, values[sites.embedding])
     for number, templates in enumerate(sinks):
         _insert_one(model.graph, values, sites, number, templates, masks)
     return True
 
 
-def _row_masks(graph: ir.Graph) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """`first` (position 0 of a sequence), `never` and `valid` (not a pad), bool `[batch, seq]`.
+def _row_masks(graph: ir.Graph, stream: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """`first` (position 0 of a causal model's sequence), `never` and `valid` (not a pad), bool
+    `[batch, seq]`.
 
     A row is valid if its column of the attention mask is set: the last `seq` columns, since
     earlier ones belong to the KV cache. Left pads may have position 0 too, hence `first & valid`.
+    Without positions no row is the first, and without a mask all of `stream`, the residual before
+    the first block, are valid.
     """
+    interface = Interface.of_graph(graph)
     inputs = {value.name: value for value in graph.inputs}
-    names = [name_of(role) for role in (Role.IDS, Role.MASK, Role.POSITIONS)]
-    missing = set(names) - inputs.keys()
-    if missing:
+    ids, mask, positions = (
+        None if tensor is None else inputs[tensor.name]
+        for tensor in map(interface.find, (Role.IDS, Role.MASK, Role.POSITIONS))
+    )
+    if not interface.is_causal:
+        return _masks_of_whole(graph, stream, mask)
+    if ids is None or mask is None or positions is None:
         raise GraphError(
-            f"The graph lacks the inputs {sorted(missing)}; sinks are found by position and mask."
+            "The graph lacks input ids, a mask or positions; sinks are found by position and mask."
         )
-    ids, mask, positions = (inputs[name] for name in names)
     zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
     nodes = [
         ir.node("Shape", [ids], {"start": 1, "end": 2}, name="iq/seq"),
@@ -96,6 +103,26 @@ def _row_masks(graph: ir.Graph) -> tuple[ir.Value, ir.Value, ir.Value]:
     graph.insert_before(graph[0], nodes)
     valid, first, never = (node.outputs[0] for node in nodes[3:])
     return first, never, valid
+
+
+def _masks_of_whole(
+    graph: ir.Graph, stream: ir.Value, mask: ir.Value | None
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """As `_row_masks`, where each row is as near to all others."""
+    zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
+    no = constant(graph, "iq.false", np.zeros([1, 1], bool))
+    size = ir.node("Shape", [stream], {"start": 0, "end": 2}, name="iq/rows")
+    never = ir.node("Expand", [no, size.outputs[0]], name="iq/never")
+    if mask is None:
+        valid = ir.node("Not", [never.outputs[0]], name="iq/valid")
+    else:
+        valid = ir.node("Greater", [mask, zero], name="iq/valid")
+    nodes = [size, never, valid]
+    for node in nodes:
+        node.outputs[0].name = node.name.replace("/", ".")
+    never.outputs[0].dtype = valid.outputs[0].dtype = ir.DataType.BOOL
+    insert_behind(graph, stream, nodes)
+    return never.outputs[0], never.outputs[0], valid.outputs[0]
 
 
 def _insert_one(

@@ -61,22 +61,44 @@ def logits_of(
 ) -> list[list[NDArray[np.float32]]]:
     """`logits_in_parts` of a graph in memory, called `where` in messages; the types of its values
     must be known where it is cut."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    kept: list[list[Arrays]] = [
+        [dict(zip(names, chunk, strict=True)) for chunk in call.chunks] for call in calls
+    ]
+    _run(model, where, kept, calls, {"logits"}, part_bytes)
+    return [[values["logits"] for values in chunks] for chunks in kept]
+
+
+def outputs_of(
+    model: ir.Model, where: str, feeds: Sequence[Arrays], *, part_bytes: int = PART_BYTES
+) -> list[Arrays]:
+    """All outputs, by name, of a graph without a cache for each of `feeds`; else as `logits_of`."""
+    kept = [[dict(each)] for each in feeds]
+    wanted = {str(value.name) for value in model.graph.outputs}
+    _run(model, where, kept, [Call(())] * len(kept), wanted, part_bytes)
+    return [{name: values[name] for name in sorted(wanted)} for (values,) in kept]
+
+
+def _run(
+    model: ir.Model,
+    where: str,
+    kept: list[list[Arrays]],
+    calls: Sequence[Call],
+    wanted_outputs: set[str],
+    part_bytes: int,
+) -> None:
+    """Run the chunks of every call, `kept`, which hold their inputs and then the outputs."""
     parts = _parts(model, part_bytes)
     caches = [v for v in model.graph.inputs if str(v.name).startswith("past_key_values.")]
-    kept: list[list[Arrays]] = []
-    for call in calls:
-        names = ("input_ids", "attention_mask", "position_ids")
-        kept.append([dict(zip(names, chunk, strict=True)) for chunk in call.chunks])
     for number, part in enumerate(parts):
         later = {value for other in parts[number + 1 :] for value in other.inputs}
-        needed = {str(value.name) for value in later} | {"logits"}
+        needed = {str(value.name) for value in later} | wanted_outputs
         session = literal_session(_proto(model, part, kept[0][0]), where)
         weights = {str(v.name): v.const_value.numpy() for v in part.weights if v.const_value}
         wanted = [str(value.name) for value in part.outputs]
         read = [value for value in part.inputs if value in caches]
         for call, chunks in zip(calls, kept, strict=True):
-            batch = len(call.chunks[0][0])
-            past = {str(v.name): _past(v, caches.index(v), call, batch) for v in read}
+            past = {str(v.name): _past(v, caches.index(v), call) for v in read}
             for values in chunks:
                 crossing = {str(v.name): values[str(v.name)] for v in part.inputs if v not in read}
                 found = run_session(session, wanted, weights | crossing | past, where)
@@ -86,14 +108,14 @@ def logits_of(
         for values in (values for chunks in kept for values in chunks):
             for name in values.keys() - needed:
                 del values[name]
-    return [[values["logits"] for values in chunks] for chunks in kept]
 
 
-def _past(value: ir.Value, index: int, call: Call, batch: int) -> NDArray[Any]:
+def _past(value: ir.Value, index: int, call: Call) -> NDArray[Any]:
     if call.past:
         return call.past[index]
     assert value.shape is not None
     _, heads, _, width = value.shape
+    batch = len(call.chunks[0][0])
     return np.zeros((batch, int(str(heads)), 0, int(str(width))), np.float32)
 
 

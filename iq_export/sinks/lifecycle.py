@@ -126,8 +126,9 @@ class Lifecycle:
         return {node for nodes, _ in self.scopes(sites) for node in nodes}
 
     def common_tokens(self, stats: TokenStats, most: int = 5) -> list[tuple[int, int, int]]:
-        """The most frequent members: `(token id, times at position 0, times elsewhere)`."""
-        counts: Counter[int] = Counter(stats.token[self.members].tolist())
+        """The most frequent members: `(token id, times at position 0, times elsewhere)`; none where
+        rows are no tokens."""
+        counts: Counter[int] = Counter(t for t in stats.token[self.members].tolist() if t >= 0)
         first = Counter(stats.token[i].item() for i in self.members if stats.position[i] == 0)
         return [(t, first[t], n - first[t]) for t, n in counts.most_common(most)]
 
@@ -319,7 +320,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
     death: int | None = None
     if drops.size and drops.max() > _DEATH_SHARE * carried[birth : end + 1].max():
         death = birth + 1 + int(drops.argmax())
-    starts = np.flatnonzero(stats.position == 0)
+    starts = stats.starts
     clamp: list[int] = []
     detected: list[EarlySite] = []
     separable = True
@@ -330,7 +331,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
         others = np.delete(stats.down_max[block], found)
         separable &= bool(others.max(initial=0) < threshold)
         clamp += _stretched(stats, found, range(block, until))
-        force = bool(np.isin(starts, found).mean() >= _FIRST_RATE)
+        force = _share(starts, found) >= _FIRST_RATE
         detected.append(EarlySite(block, threshold, force, group))
     *early, definitive = detected
     return Lifecycle(
@@ -345,10 +346,15 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
         down_peak=float(stats.down_max[births[0][0] : birth + 1, members].max()),
         down_median=float(np.median(stats.down_max[birth])),
         residual_peak=float(carried[birth : end + 1].max()),
-        first_rate=float(np.isin(starts, members).mean()),
+        first_rate=_share(starts, members),
         early=tuple(early),
         separable=separable,
     )
+
+
+def _share(starts: np.ndarray, members: np.ndarray) -> float:
+    """Of first tokens, those that are among `members`."""
+    return float(np.isin(starts, members).mean()) if starts.size else 0.0
 
 
 def _stretched(stats: TokenStats, members: np.ndarray, blocks: range) -> list[int]:

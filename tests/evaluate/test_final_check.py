@@ -17,7 +17,7 @@ from iq_export.evaluate.final_check import (
     block_parts,
     broken,
     final_check,
-    finite_logits,
+    finite_results,
     finite_values,
     watched,
 )
@@ -199,4 +199,4 @@ def test_a_float32_file_is_looked_at_too(traced: Path) -> None:
     recompute(scale, lambda array: array * np.float32(np.inf))
     path = saved(model, traced, "inf32.onnx")
     with pytest.raises(GraphError, match="in float32"):
-        list(finite_logits(path, [Window(WINDOWS[0].ids, False)], **QUIET))
+        list(finite_results(path, [Window(WINDOWS[0].ids, False)], **QUIET))

@@ -21,7 +21,7 @@ OPTIONS = {"providers": CPU, "progress": Progress(quiet=True)}
 
 
 def exact(data: Planted, windows: int) -> Iterator[np.ndarray]:
-    return Tail.of_graph(data.path, data.windows[:4], **OPTIONS).logits(data.windows[:windows])
+    return Tail.of_graph(data.path, data.windows[:4], **OPTIONS).results(data.windows[:windows])
 
 
 def test_a_graph_is_no_distance_from_itself(spiky: Planted) -> None:

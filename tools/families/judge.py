@@ -127,9 +127,8 @@ def _compiled(kind: str, folder: Path, progress: Progress) -> Row:
         "int8": len(products & quantized),
         "parity": traced.parity,
         "noise_ratio": traced.noise_ratio,
-    part = None if text_part(config) is None else TEXT
-    options = CompileOptions(
-        str(model), folder / "bundle", targets=(TARGET,), samples=SAMPLES, length=LENGTH, part=part
+        **engine,
+        **({} if part is None else {"part": part}),
     }
 
 

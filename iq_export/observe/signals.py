@@ -1,0 +1,62 @@
+"""Pictures and recordings as windows of a graph that looks at them as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from iq_export.errors import DataError
+from iq_export.graph import io
+from iq_export.graph.interface import Interface, Role
+from iq_export.graph.sites import find_sites
+from iq_export.observe.samples import Whole
+from iq_export.observe.walk import walk
+from iq_export.progress import Progress
+
+
+def load_signals(folder: Path, place: Path, count: int, seed: int) -> list[np.ndarray]:
+    """Up to `count` pictures or recordings below `folder`, as the file of preprocessing at `place`,
+    or in the folder there, makes input of them.
+
+    Raises DataError if there are none or one cannot be read, ModelError if nothing says how.
+    """
+    from iq_export.observe.pictures import load_pictures
+    from iq_export.observe.preprocessor import PictureSteps, read_steps
+
+    steps = read_steps(place)
+    if not isinstance(steps, PictureSteps):
+        raise DataError(f"{folder} cannot be read: recordings are not read yet, pictures are")
+    return list(load_pictures(folder, steps, count=count, seed=seed))
+
+
+def whole_windows(graph: Path, arrays: Sequence[np.ndarray]) -> list[Whole]:
+    """Each of `arrays` as a window of the traced graph at `graph`.
+
+    Raises DataError if it does not take that size, GraphError if it is not understood.
+    """
+    model = io.load(graph)
+    stream, primary = find_sites(model).embedding, Interface.of_graph(model.graph).primary
+    rows: dict[tuple[int, ...], int] = {}
+    for array in arrays:
+        if array.shape in rows:
+            continue
+        if primary is not None and primary.role is not Role.IDS:
+            _check_size(array, primary.shape[1:])
+        sample = [Whole(array, 1)]
+        for _, values in walk(model, [stream], sample, progress=Progress(quiet=True), raw=True):
+            rows[array.shape] = values[stream].shape[1]
+    return [Whole(array, rows[array.shape]) for array in arrays]
+
+
+def _check_size(array: np.ndarray, wanted: tuple[int | str | None, ...]) -> None:
+    fits = len(wanted) == array.ndim and all(
+        not isinstance(size, int) or size == has
+        for size, has in zip(wanted, array.shape, strict=True)
+    )
+    if not fits:
+        raise DataError(
+            f"what preprocessing makes has the shape {list(array.shape)}, and the model takes "
+            f"{list(wanted)}: give the preprocessing of this model"
+        )
