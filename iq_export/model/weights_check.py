@@ -66,7 +66,9 @@ def check_unexpected(model: Any, keys: Collection[str], name: str) -> list[str]:
         most = layers[match[1]] if match and number is not None else 0
         if number is not None and number >= most:
             # Further layers that predict several tokens ahead are no part of a causal LM.
-            if number >= most + (getattr(text_config(model), "num_nextn_predict_layers", None) or 0):
+            if number >= most + (
+                getattr(text_config(model), "num_nextn_predict_layers", None) or 0
+            ):
                 raise ModelError(
                     f"{name} holds weights of layer {number} ('{key}'), but its config.json says "
                     f"num_hidden_layers {most}: correct that number, or save the shortened model "
