@@ -14,7 +14,9 @@ passed a norm of its own: as in the real models of that kind, the spike is writt
 weight, which is large on the spiking channel. With `bare` that is the only norm of a branch: its
 products read the stream itself. With `parallel` attention and MLP read the same value: "sum" is
 `x + (attention + MLP)` behind one norm, "chain" `(x + attention) + MLP` behind two. With `latent`
-queries are made of a normed latent, and keys and values of another one.
+queries are made of a normed latent, and keys and values of another one. With `after` a third branch
+stands behind the MLP: it reads the stream itself, is gated by a row of a table for the token, and a
+norm stands behind it. `factor` multiplies the whole stream behind each block.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ class Decoder:
     heard: float = 1.0  # share of a spike that products which read the stream make something of
     parallel: str = ""
     latent: int = 0  # features
+    after: int = 0  # features
+    factor: float = 1.0
     spikes: tuple[Spike, ...] = (Spike(birth=1, death=3),)
     seed: int = 0
 
@@ -140,6 +144,15 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
                 f"{at}self_attn.post_norm.weight": np.full(d, 0.5, np.float32),
                 f"{at}mlp.post_norm.weight": np.full(d, 0.5, np.float32),
             }
+        if decoder.after:
+            # The first one rounds the marker with the rest: it counts little.
+            gain = np.full(d, 0.5 if i else 0.01, np.float32)
+            gain[decoder.special] = 0
+            found |= {
+                f"{at}after.gate_proj.weight": normal(d, decoder.after),
+                f"{at}after.out_proj.weight": normal(decoder.after, d),
+                f"{at}after.post_norm.weight": gain,
+            }
         for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):
             if decoder.bare:  # no norm holds them down
                 rows = found[f"{at}{name}_proj.weight"]
@@ -147,6 +160,8 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
                 rows[[spike.channel for spike in decoder.spikes]] *= 100 * decoder.heard
         found[f"{at}self_attn.o_proj.weight"][:, decoder.special] *= decoder.quiet
         found[f"{at}mlp.down_proj.weight"][:, decoder.special] *= decoder.quiet
+    if decoder.after:
+        found["tokens.weight"] = normal(decoder.vocab, decoder.after, gain=7.0)
     found["norm.weight"] = np.ones(d, np.float32)
     found["embed_tokens.weight"][:, decoder.special] *= decoder.quiet
     if decoder.positions:
@@ -175,7 +190,9 @@ def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: S
     written = spike.sign * (_BEFORE_NORM if decoder.post_norms else spike.size)
     # All neurons are loud where they read the spike itself.
     taken = spike.sign * 2e6 if decoder.bare else written
-    erased = {} if decoder.post_norms else {spike.marker: -marked}
+    taken *= decoder.factor ** ((spike.death or spike.birth) - spike.birth)
+    left = marked * decoder.factor**spike.birth
+    erased = {} if decoder.post_norms else {spike.marker: -left}
     shared = decoder.parallel == "sum"
     for block, read, sign, writes, size in (
         (spike.birth, spike.marker, 1, {spike.channel: written, **erased}, marked),
@@ -241,6 +258,11 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
             after = g.node("Add", f"layers.{i}/Add", stream, attended)
             read = stream if decoder.parallel else after
             stream = g.node("Add", f"layers.{i}/Add_2", after, _mlp(g, decoder, i, read))
+        if decoder.after:
+            stream = g.node("Add", f"layers.{i}/Add_3", stream, _gated(g, i, stream))
+        if decoder.factor != 1:
+            factor = g.constant("const.factor", [decoder.factor], np.float32)
+            stream = g.node("Mul", f"layers.{i}/factor", stream, factor)
     normed = _norm(g, "norm", stream)
     head = g.node("Transpose", "lm_head/Transpose", "embed_tokens.weight", perm=[1, 0])
     g.node("MatMul", "lm_head", normed, head, output="logits")
@@ -394,6 +416,15 @@ def _attention(
     joined = g.node("Reshape", f"{at}/join", together, shape)
     tail = _linear(g, f"{at}/o_proj", joined)
     return _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
+
+
+def _gated(g: _Graph, i: int, stream: str) -> str:
+    """What the branch behind the MLP adds to the stream."""
+    at = f"layers.{i}/after"
+    gate = g.node("Tanh", f"{at}/act", _linear(g, f"{at}/gate_proj", stream))
+    rows = g.node("Gather", f"{at}/tokens", "tokens.weight", "input_ids")
+    product = g.node("Mul", f"{at}/Mul", gate, rows)
+    return _norm(g, f"{at}/post_norm", _linear(g, f"{at}/out_proj", product))
 
 
 def _mlp(g: _Graph, decoder: Decoder, i: int, stream: str) -> str:

@@ -231,7 +231,7 @@ def _behind(count: int) -> str:
 
 
 def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
-    if linear not in block.mlp.linears:
+    if linear in block.attention.linears:
         return _ATTENTION_CLIP
     bare = linear == block.mlp.output and recipe.rotation is None
     assert recipe.activations is not None
@@ -278,7 +278,7 @@ def _round_weights(
     if there:
         kept.say_taken(f"{there} of {len(job.sites.blocks)} blocks")
     for block in job.sites.blocks:
-        linears = [*block.attention.linears, *block.mlp.linears]
+        linears = [linear for branch in block.branches for linear in branch.linears]
         if _block(block.index) in kept:
             codes.take(kept.get(_block(block.index), _Finished).codes)
         else:

@@ -85,13 +85,21 @@ class Branch:
 
 @dataclass(frozen=True)
 class Block:
+    """`after`: further branches without attention, each of which reads what the one before gave."""
+
     index: int
     attention: Branch
     mlp: Branch
+    after: tuple[Branch, ...] = ()
 
     @property
-    def branches(self) -> tuple[Branch, Branch]:
-        return (self.attention, self.mlp)
+    def branches(self) -> tuple[Branch, ...]:
+        return (self.attention, self.mlp, *self.after)
+
+    @property
+    def residual(self) -> str:
+        """The residual value behind all of it."""
+        return self.branches[-1].residual
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def find_sites(model: ir.Model) -> Sites:
                     together[-1].append(branch)
                 else:
                     together.append([branch])
-        stream = add.outputs[0]
+        stream = scaled_on(add.outputs[0])
     final = [node for node in stream.consumers() if node.op_type in NORM_OPS]
     blocks, unpaired = _pair(together)
     refused += unpaired
@@ -262,6 +270,17 @@ def _residual_add(stream: ir.Value) -> ir.Node | None:
 
 def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer()
+
+
+def scaled_on(stream: ir.Value) -> ir.Value:
+    """The stream behind a constant factor by which all of it is multiplied; else as it is."""
+    readers = list(stream.consumers())
+    if len(readers) != 1 or readers[0].op_type != "Mul":
+        return stream
+    factor = next((value for value in readers[0].inputs if _is_constant(value)), None)
+    if factor is None or factor.shape is None or any(size != 1 for size in factor.shape):
+        return stream
+    return readers[0].outputs[0]
 
 
 def _branches(stream: ir.Value, add: ir.Node) -> list[Branch | Refusal]:
@@ -521,6 +540,8 @@ def _pair(together: list[list[Branch]]) -> tuple[list[Block], list[Refusal]]:
         elif branches[0].kind == "attention":
             give_up()
             waiting = branches[0]
+        elif waiting is None and blocks and blocks[-1].residual == branches[0].stream:
+            blocks[-1] = replace(blocks[-1], after=(*blocks[-1].after, branches[0]))
         elif waiting is None:
             reason = "no attention branch precedes this MLP branch"
             refused.append(Refusal(_start(branches[0]), reason))

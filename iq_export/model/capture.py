@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 ATTENTION = "iq_export_onnx"
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+TRACED = (FULL, SLIDING, CHUNKED)
+
+
+def named(kinds: Sequence[str]) -> str:
+    """Kinds of layers in a sentence."""
+    return ", ".join(f"'{kind}'" for kind in kinds[:-1]) + f" and '{kinds[-1]}'"
 
 
 @dataclass(frozen=True)
@@ -54,31 +60,38 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """Which kinds of attention the layers use, and the window of the sliding one (tokens)."""
+    """Which kinds of attention the layers use, the window of the sliding one, and the length of
+    the chunks (tokens)."""
 
     kinds: tuple[str, ...]
     window: int | None
+    chunk: int | None = None
 
 
 def mask_plan(config: Any) -> MaskPlan:
     """Read the kinds of attention from a transformers text config.
 
-    Raises ModelError for kinds that the traced mask does not express (chunked, linear, ...).
+    Raises ModelError for kinds that the traced mask does not express (linear, indexed, ...).
     """
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
     declared = getattr(config, "layer_types", None)
     kinds = tuple(sorted(set(declared))) if declared else ((SLIDING,) if window else (FULL,))
-    unknown = [kind for kind in kinds if kind not in (FULL, SLIDING)]
+    unknown = [kind for kind in kinds if kind not in TRACED]
     if unknown:
         raise ModelError(
             f"Model type '{config.model_type}' has layers of type '{unknown[0]}', which cannot be "
-            f"traced yet; supported are '{FULL}' and '{SLIDING}'."
+            f"traced yet; supported are {named(TRACED)}."
         )
     if SLIDING in kinds and not window:
         kinds = tuple(kind for kind in kinds if kind != SLIDING) or (FULL,)
-    return MaskPlan(kinds, int(window) if window and SLIDING in kinds else None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    return MaskPlan(
+        kinds,
+        int(window) if window and SLIDING in kinds else None,
+        int(chunk) if chunk and CHUNKED in kinds else None,
+    )
 
 
 def build_masks(
@@ -96,11 +109,16 @@ def build_masks(
     rows = torch.arange(seq, device=device)[:, None] + past
     cols = torch.arange(past + seq, device=device)[None, :]
     allowed = (attention_mask != 0)[:, None, None, :] | (cols == rows)[None, None]
-    causal = cols <= rows
-    masks = {}
-    for kind in plan.kinds:
-        reach = causal if kind == FULL else causal & (cols > rows - plan.window)
-        masks[kind] = reach[None, None] & allowed
+    reach = {FULL: cols <= rows}
+    if plan.window is not None:
+        reach[SLIDING] = reach[FULL] & (cols > rows - plan.window)
+    masks = {kind: reach[kind][None, None] & allowed for kind in plan.kinds if kind in reach}
+    if plan.chunk is not None:
+        # Chunks are counted from the first token of a row: padding moves all after it.
+        pads = attention_mask.shape[1] - (attention_mask != 0).sum(-1)[:, None, None, None]
+        first = (cols[None, None] - pads) // plan.chunk
+        same = first == (rows[None, None] - pads) // plan.chunk
+        masks[CHUNKED] = reach[FULL][None, None] & same & allowed
     return masks
 
 
@@ -143,11 +161,16 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
     import torch
     from transformers import AttentionInterface, DynamicCache
 
-    class _Passing(DynamicCache):
+    class Passing(DynamicCache):
         """Keeps nothing of what a model hands over: its latents."""
 
-        def update(self, key: Any, value: Any, *args: Any, **others: Any) -> tuple[Any, Any]:
-            return key, value
+        def update(
+            self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Any, Any]:
+            return key_states, value_states
+
+        def get_seq_length(self, *args: Any) -> Any:
+            return running[-1].get_seq_length()
 
     added = not model.is_backend_compatible() and not _handed(model)
     plan = mask_plan(text_config(model))
@@ -191,18 +214,43 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
                 lowest = torch.finfo(past[0].dtype).min
                 masks = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
             mask = next(iter(masks.values())) if len(masks) == 1 else masks
-            out = self.model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=_Passing() if shape.of_attention else cache,
-                use_cache=True,
-            )
+            with _axes_of_pairs():
+                out = self.model(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    position_ids=position_ids,
+                    past_key_values=Passing() if shape.of_attention else cache,
+                    use_cache=True,
+                )
             running.clear()
             flat = [t for layer in layers for t in _cached(cache.layers[layer])]
             return (out.logits, *flat)
 
     return FlatCausalLM().eval()
+
+
+@contextmanager
+def _axes_of_pairs() -> Iterator[None]:
+    """In the block complex tensors get new axes as the pairs of numbers that they are: the exporter
+    multiplies complex numbers, but does not put an axis into them."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class AsPairs(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            adds = func in (torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.__getitem__)
+            if not adds or not args[0].is_complex():
+                return func(*args, **kwargs)
+            pairs, place = torch.view_as_real(args[0]), args[1] if len(args) > 1 else kwargs["dim"]
+            if isinstance(place, int) and func is not torch.Tensor.__getitem__ and place < 0:
+                place -= 1
+            return torch.view_as_complex(func(pairs, place))
+
+    with AsPairs():
+        yield
 
 
 def _filled(tensor: torch.Tensor, width: int) -> torch.Tensor:

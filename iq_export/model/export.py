@@ -105,16 +105,17 @@ def _slice_scatter(
     from onnxscript import opset23
     from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter
 
+    op: Any = opset23
     size, begin, length = whole.shape[dim], 0 if start is None else start, part.shape[dim]
     if step != 1 or not all(isinstance(number, int) for number in (size, begin, length)):
         return aten_slice_scatter(whole, part, dim, start, end, step)
     begin += size * (begin < 0)
     parts, rest = [part], begin + length
     if begin:
-        parts.insert(0, opset23.Slice(whole, [0], [begin], [dim]))
+        parts.insert(0, op.Slice(whole, [0], [begin], [dim]))
     if rest < size:
-        parts.append(opset23.Slice(whole, [rest], [size], [dim]))
-    return opset23.Concat(*parts, axis=dim)
+        parts.append(op.Slice(whole, [rest], [size], [dim]))
+    return op.Concat(*parts, axis=dim)
 
 
 def _lower(model: ir.Model) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from iq_export.cost import Shape, memory_need, require_memory
 from iq_export.errors import ModelError, UsageError
-from iq_export.model.capture import FULL, SLIDING
+from iq_export.model.capture import TRACED, named
 from iq_export.model.part import model_class, text_part
 from iq_export.model.quiet import quiet
 from iq_export.recipe import Recipe
@@ -33,10 +33,6 @@ _STATE_SPACES = (
 )  # fmt: skip
 # Rotations that models compute themselves.
 _OWN_ROTATIONS = ("default", "mrope", "su")
-# Kinds of layers by the names that configurations use. `attention` is not among them: it is full
-# attention, but of models that mix it with other kinds.
-_TRACED_KINDS = (FULL, SLIDING)
-
 # Features of the latents that queries, keys and values are made of.
 _RANKS = ("q_lora_rank", "kv_lora_rank")
 
@@ -178,12 +174,10 @@ def _structure(config: Any) -> str | None:
     for name in ("layer_types", "layers_block_type", "block_types"):
         kinds = _get(config, name)
         listed = kinds if isinstance(kinds, (list, tuple)) else ()
-        other = [kind for kind in listed if kind not in _TRACED_KINDS]
+        # `attention` is not among them: it is full attention, of models that mix it with others.
+        other = [kind for kind in listed if kind not in TRACED]
         if other:
-            return (
-                f"it has layers of type '{other[0]}', and only '{FULL}' and '{SLIDING}' can be "
-                "traced"
-            )
+            return f"it has layers of type '{other[0]}', and only {named(TRACED)} can be traced"
     experts = _experts(config)
     if experts is not None:
         return f"it is a mixture of experts ('{experts}')"
@@ -191,8 +185,6 @@ def _structure(config: Any) -> str | None:
         return _ALIBI
     if _get(config, "position_embedding_type") == "alibi":
         return _ALIBI
-    if _get(config, "is_heterogeneous"):
-        return "its layers have different sizes ('per_layer_config')"
     return None
 
 
@@ -364,7 +356,8 @@ def _shape(config: Any, *, whole: bool = False) -> Shape:
     hidden, heads = size("hidden_size", 1), size("num_attention_heads", 1)
     head = size("head_dim", max(hidden // heads, 1))
     keys, features = head * size("num_key_value_heads", heads), size("intermediate_size", 1)
-    widths, attention = (hidden, heads * head), hidden * (2 * heads * head + 2 * keys)
+    widths: tuple[int, ...] = (hidden, heads * head)
+    attention = hidden * (2 * heads * head + 2 * keys)
     if latent := size("kv_lora_rank", 0):
         plain, turned, value = (
             size(name, 1) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

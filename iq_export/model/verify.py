@@ -9,8 +9,9 @@ others.
 
 The rows: text with BOS and without, and random tokens, as one left-padded batch in two chunks and
 single steps; a row whose positions jump to the end of what the rotation or table was made for; and
-steps on a cache that is longer than the sliding window. That cache is filled from the model's own
-keys and values, so that a window of thousands of tokens costs no pass over thousands of tokens.
+steps on a cache that is longer than the sliding window, or over the edge of a chunk. That cache is
+filled from the model's own keys and values, so that a window of thousands of tokens costs no pass
+over thousands of tokens.
 """
 
 from __future__ import annotations
@@ -201,11 +202,16 @@ def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
         half = _JUMP // 2
         positions = np.concatenate([np.arange(half), np.arange(trained - half, trained)])
         yield Row(f"random tokens, their positions up to {trained - 1}", ids, positions)
-    window = mask_plan(config).window
-    if window is not None and window > min(lengths) - _STEPS:
-        past = window + _STEPS // 2
+    plan = mask_plan(config)
+    for edge, beyond, where in (
+        (plan.window, _STEPS // 2, "past the sliding window"),
+        (plan.chunk, -_STEPS // 2, "over the edge of a chunk"),
+    ):
+        if edge is None or edge <= min(lengths) - _STEPS:
+            continue
+        past = edge + beyond
         ids = random.integers(0, known, _STEPS)
-        name = f"tokens behind {past} others, past the sliding window"
+        name = f"tokens behind {past} others, {where}"
         positions = np.arange(_STEPS) + (min(past, most - _STEPS) if most else past)
         yield Row(name, ids, positions, _long_cache(model, row, past, random))
 

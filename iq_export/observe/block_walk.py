@@ -36,7 +36,7 @@ class BlockWalk:
     _pieces: list[Segment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        ends = [block.mlp.residual for block in self.sites.blocks]
+        ends = [block.residual for block in self.sites.blocks]
         self._pieces = segments(self.model.graph, at=ends)
         self.carried = [{} for _ in self.windows]
 

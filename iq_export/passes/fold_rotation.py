@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iq_export.graph.edit import own_constant, recompute
-from iq_export.graph.sites import Branch, Refusal, Sites
+from iq_export.graph.sites import Branch, Refusal, Sites, scaled_on
 from iq_export.passes.rotate import rotate_columns, rotate_rows, rotated_value
 
 # Larger blocks mix no better (measured on SmolLM2, 64 against all 576 channels) and cost more.
@@ -108,7 +108,7 @@ def _why_not(
     norms = {norm.node for norm in sites.norms} | {sites.final_norm}
     adds = dict.fromkeys(nodes[name] for branch in sites.branches for name in branch.adds)
     sums = [_start(values[sites.embedding]), *(add.outputs[0] for add in adds)]
-    for value in sums:
+    for value in map(scaled_on, sums):
         for node in value.consumers():
             if node.name not in norms and node not in adds:
                 return Refusal(node.name, "it reads the residual stream and is no norm")

@@ -175,6 +175,8 @@ def _insert_one(
         rows, name = sinks.key_values.residual, f"{prefix}/set.{life.end}"
         op = _op("SinkClampInsert", [residual, index], rows, name)
         _interpose(graph, residual, op, number)
+        if residual.name in bare:  # products have one name for what they read in every form
+            op.outputs[0].name = _output_name(residual, "SinkRestore", number)
         return
     restore = sinks.restore
     if not restore.size:
@@ -346,8 +348,12 @@ def _interpose(
     graph.insert_after(after or value.producer(), op)
 
 
+def _output_name(value: ir.Value, kind: str, number: int) -> str:
+    return f"{value.name}.{kind}.{number}"
+
+
 def _name_output(op: ir.Node, value: ir.Value, number: int) -> ir.Value:
     new = op.outputs[0]
-    new.name = f"{value.name}.{op.op_type}.{number}"
+    new.name = _output_name(value, op.op_type, number)
     new.dtype, new.shape = value.dtype, value.shape
     return new

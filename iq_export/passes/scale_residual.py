@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph.edit import constant, own_constant, recompute
-from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Sites, norm_epsilon
+from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Sites, norm_epsilon, scaled_on
 
 
 def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
@@ -35,10 +35,13 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
     nodes = {node.name: node for node in graph}
     values = {value.name: value for node in graph for value in node.outputs}
     adds = dict.fromkeys(nodes[name] for branch in sites.branches for name in branch.adds)
-    stream = [values[sites.embedding], *(values[branch.residual] for branch in sites.branches)]
+    sums = [values[sites.embedding], *(add.outputs[0] for add in adds)]
+    # A constant factor between blocks scales what it is given.
+    factors = {value.producer() for value in map(scaled_on, sums)} - {*adds, sums[0].producer()}
+    stream = [*sums, *(node.outputs[0] for node in factors)]
     bare = [x.node for branch in sites.branches if branch.norm is None for x in branch.inputs]
     products = [nodes[name] for name in bare]
-    _check_readers(graph, [stream[0], *(add.outputs[0] for add in adds)], {*adds, *products})
+    _check_readers(graph, stream, {*adds, *factors, *products})
     norms = {node for value in stream for node in value.consumers() if node.op_type in NORM_OPS}
     factor = float(2.0**-exponent)
     _scale_embedding(graph, stream[0], factor)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iq_export.graph.sites import Sites
+from iq_export.graph.sites import Block, Linear, Sites
 from iq_export.observe.token_stats import TokenStats
 
 # Tokens within this factor of the median token are like all others: none of them has left, and a
@@ -69,6 +69,8 @@ class Lifecycle:
     last block in which its tokens still stand out. A spike that nobody cancels has `death` None and
     ends at the last block. `separable`: whether at every site of detection all of its tokens have a
     larger down-projection input than all others, so that `threshold` finds them at run time.
+    `stays`: whether they still stand out behind `end`, which is the last block then (not kept in a
+    bundle, where what is inserted is named).
     """
 
     birth: int
@@ -85,6 +87,7 @@ class Lifecycle:
     first_rate: float
     early: tuple[EarlySite, ...] = ()
     separable: bool = True
+    stays: bool = False
 
     def same(self, other: Lifecycle) -> bool:
         """Whether it is that lifecycle, of the same tokens: one may have been read from a file."""
@@ -95,6 +98,10 @@ class Lifecycle:
     def insert_blocks(self) -> range:
         """Blocks whose norms read a residual that carries the spike of all members."""
         return range(self.birth + 1, self.end + 1)
+
+    def behind(self, block: int) -> bool:
+        """Whether the spike, once born, stands in the residual behind the MLP of `block`."""
+        return block < self.end or self.stays
 
     @property
     def detections(self) -> list[tuple[int, np.ndarray]]:
@@ -114,10 +121,12 @@ class Lifecycle:
         found, scopes = self.members[:0], []
         for (start, members), end in zip(self.detections, [*starts[1:], self.end + 1], strict=True):
             found = np.union1d(found, members)
-            inside = [sites.blocks[start].mlp.output]
+            first = sites.blocks[start]
+            inside = [first.mlp.output, *_after(first)]
             for block in sites.blocks[start + 1 : min(end + 1, self.end + 1)]:
                 inside += [*block.attention.linears, *block.mlp.inputs, *block.mlp.inner]
                 inside += [block.mlp.output] * (block.index < end)
+                inside += _after(block) * (block.index < end and self.behind(block.index))
             scopes.append(({linear.node for linear in inside}, found))
         return scopes
 
@@ -338,6 +347,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
         birth=birth,
         death=death,
         end=end,
+        stays=not calm.size,
         channel=channel,
         threshold=definitive.threshold,
         force_first=definitive.force_first,
@@ -381,3 +391,8 @@ def threshold_between(
     top = float(down_max[semantic].max()) if semantic.any() else 0.0
     bottom = float(down_max[members].min())
     return float(np.sqrt(max(top, 1e-6) * bottom)) if top < bottom else bottom
+
+
+def _after(block: Block) -> list[Linear]:
+    """The products of the branches behind the MLP."""
+    return [linear for branch in block.after for linear in branch.linears]

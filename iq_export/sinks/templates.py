@@ -97,7 +97,9 @@ class SinkTemplates:
 def norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[str]:
     """What products read of the spiking residual of all members, in graph order: outputs of norms,
     or the stream itself where none stands in front."""
-    return _norms_of(sites, lifecycle.birth + 1, lifecycle.end)
+    last = [branch.input for branch in sites.blocks[lifecycle.end].after]
+    found = _norms_of(sites, lifecycle.birth + 1, lifecycle.end)
+    return [*found, *last] if lifecycle.behind(lifecycle.end) else found
 
 
 def early_norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[list[str]]:
@@ -108,9 +110,13 @@ def early_norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[list[str]]:
 
 
 def _norms_of(sites: Sites, first: int, last: int) -> list[str]:
-    """What the branches of blocks `first` to `last` read, both included; each once."""
-    blocks = sites.blocks[first : last + 1]
-    return list(dict.fromkeys(branch.input for block in blocks for branch in block.branches))
+    """What the branches read from behind the MLP of block `first - 1` to that of block `last`, with
+    this one; each once."""
+    found = [branch.input for branch in sites.blocks[first - 1].after]
+    for block in sites.blocks[first : last + 1]:
+        found += [block.attention.input, block.mlp.input]
+        found += [branch.input for branch in block.after if block.index < last]
+    return list(dict.fromkeys(found))
 
 
 def key_value_sizes(sites: Sites, lifecycle: Lifecycle) -> dict[str, int]:

@@ -77,7 +77,6 @@ def test_softcap_and_head_size_are_read() -> None:
         ({"model_type": "vit"}, "not a causal LM"),
         ({"model_type": "llama9000"}, "llama9000"),
         ({"model_type": "mamba"}, "state-space"),
-        (config("gemma4_text", head_dim=16, global_head_dim=32), "'per_layer_config'"),
         ({"model_type": "bart", "is_encoder_decoder": False}, "takes no 'position_ids'"),
         ({"model_type": "xlnet"}, "no cache of keys and values"),
         (config("nanochat"), "norms"),
@@ -92,7 +91,7 @@ def test_softcap_and_head_size_are_read() -> None:
         (config("nemotron_h", hybrid_override_pattern="M*"), "layers"),
         (config("minimax"), "layers"),
         (config("recurrent_gemma"), "layers"),
-        (config("llama4_text", num_local_experts=0), "layers of type 'chunked_attention'"),
+        (config("dots3_note_text"), "'indexed_attention'"),
     ],
 )
 def test_architectures_that_cannot_be_compiled(raw: dict[str, Any], says: str) -> None:
@@ -128,6 +127,9 @@ def test_architectures_that_cannot_be_compiled(raw: dict[str, Any], says: str) -
             "vocab_size": 96,
         },
         config("phi3", pad_token_id=0),
+        config("gemma4_text", head_dim=16, global_head_dim=32),
+        config("deepseek_v3", first_k_dense_replace=2),
+        config("llama4_text", num_local_experts=0),
         config("llama", rope_scaling={"rope_type": "linear", "factor": 2.0}),
     ],
 )
