@@ -221,6 +221,8 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
             "reached): the model is checked after its download"
         )
         return Known(AttentionForm(dtype), notes=(note,) if hub else ())
+    if source.is_encoder:
+        return Known(AttentionForm(dtype), position_limit(found) if source.reads_text else None)
     support = check_support(
         found, source.name, recipe, remote_code=source.trust_remote_code and "auto_map" in found
     )
@@ -253,7 +255,7 @@ def model_source(options: CompileOptions) -> ModelSource:
 
     return resolve(
         options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code,
-        accept_terms=options.accept_terms,
+        accept_terms=options.accept_terms, task=options.task,
     )  # fmt: skip
 
 
