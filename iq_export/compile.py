@@ -84,7 +84,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
         with atomic_folder(out, options.force, say=progress.waits) as folder:
             traced = trace_model(options, work, progress, earlier)
             made = traced.digests()
-            checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
+            if checked.source.reads_text:
+                checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
             options = checked.options
             if earlier is None:
                 done = calibrate_and_rewrite(options, checked, traced, work, progress)

@@ -17,6 +17,8 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 
 NORM_OPS = frozenset({"RMSNormalization", "LayerNormalization"})
+# What takes some rows of a value, and leaves their channels as they are.
+_ROWS = frozenset({"Gather", "Slice", "Squeeze"})
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 # Of a norm that states none: the operators' default.
 _EPSILON = 1e-5
@@ -183,7 +185,7 @@ def find_sites(model: ir.Model) -> Sites:
                 else:
                     together.append([branch])
         stream = add.outputs[0]
-    final = [node for node in stream.consumers() if node.op_type in NORM_OPS]
+    final = _final_norms(stream)
     blocks, unpaired = _pair(together)
     refused += unpaired
     if not blocks:
@@ -204,6 +206,20 @@ def find_sites(model: ir.Model) -> Sites:
         refused=tuple(refused),
         convolutions=tuple(_convolutions(graph)),
     )
+
+
+def _final_norms(stream: ir.Value) -> list[ir.Node]:
+    """The norms that read the end of the stream; else those that read some of its rows."""
+    readers = list(stream.consumers())
+    norms = [node for node in readers if node.op_type in NORM_OPS]
+    if norms:
+        return norms
+    chosen = [node for node in readers if node.op_type in _ROWS]
+    while chosen and not norms:
+        behind = [reader for node in chosen for reader in node.outputs[0].consumers()]
+        norms = [node for node in behind if node.op_type in NORM_OPS]
+        chosen = [node for node in behind if node.op_type in _ROWS]
+    return norms
 
 
 def _convolutions(graph: ir.Graph) -> Iterator[Convolution]:

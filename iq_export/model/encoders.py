@@ -85,8 +85,10 @@ _SPEECH = {"WhisperForConditionalGeneration": "automatic-speech-recognition"}
 
 def _takes(architecture: str) -> Role | None:
     """The main input of a class of transformers; None if it is not known, or a decoder's."""
-    import transformers
-
+    try:
+        import transformers
+    except ImportError:  # which is said when the model is loaded
+        return None
     found = getattr(transformers, architecture, None)
     name = getattr(found, "main_input_name", None)
     role = next((role for role in _FEATURES if name_of(role) == name), None)
@@ -128,6 +130,7 @@ def flat_encoder(model: Any, task: str, sizes: tuple[int, ...]) -> tuple[torch.n
 
     takes = TASKS[task].takes
     part = _part(model, takes)
+    turned = takes is Role.IDS and any("rotary" in name for name, _ in part.named_modules())
 
     class FlatEncoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -140,6 +143,9 @@ def flat_encoder(model: Any, task: str, sizes: tuple[int, ...]) -> tuple[torch.n
         ) -> tuple[torch.Tensor, ...]:
             names = input_names_of(takes)
             given = dict(zip(names, (values, mask)[: len(names)], strict=True))
+            if turned:  # TensorRT wants angles for each row of a batch
+                batch, seq = values.shape
+                given["position_ids"] = torch.arange(seq)[None].expand(batch, seq)
             out = self.model(**given)
             return tuple(out[name] for name in self.names)
 
@@ -183,9 +189,9 @@ def _part(model: Any, takes: Role) -> Any:
 
         def forward(self, **given: torch.Tensor) -> dict[str, torch.Tensor]:
             out = dict(self.tower(**given))
-            if self.projection is not None:
-                out[embeds] = self.projection(out[name_of(Role.POOLED)])
-            return out
+            if self.projection is None:
+                return out
+            return {embeds: self.projection(out[name_of(Role.POOLED)])}
 
     return Tower().eval()
 
