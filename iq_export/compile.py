@@ -84,7 +84,8 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
         with atomic_folder(out, options.force, say=progress.waits) as folder:
             traced = trace_model(options, work, progress, earlier)
             made = traced.digests()
-            checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
+            if checked.source.reads_text:
+                checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
             options = checked.options
             if earlier is None:
                 done = calibrate_and_rewrite(options, checked, traced, work, progress)
@@ -278,12 +279,19 @@ def _check_whole(options: CompileOptions, checked: Checked) -> None:
 
 def _wholes(options: CompileOptions, checked: Checked, traced: Any) -> list[Whole]:
     """Windows to calibrate on, and behind them those held out."""
-    from iq_export.observe.signals import load_signals, whole_windows
+    from iq_export.observe.signals import load_signals, sentences, whole_windows
 
-    arrays = load_signals(
-        Path(options.calibration), options.preprocessor or traced.assets,
-        options.samples + HELD_OUT, options.seed,
-    )  # fmt: skip
+    count = options.samples + HELD_OUT
+    if checked.source.reads_text:
+        from iq_export.run.generate import Tokenizer
+
+        tokenizer = Tokenizer(traced.assets)
+        arrays = sentences(tokenizer, checked.calibration, options.length, count, options.seed)
+        cut = [Window(array.tolist(), False) for array in arrays]
+        check_windows(cut, tokenizer, traced.model, f"text {options.calibration}")
+    else:
+        place = options.preprocessor or traced.assets
+        arrays = load_signals(Path(options.calibration), place, count, options.seed)
     return whole_windows(traced.model, arrays)
 
 

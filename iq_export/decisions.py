@@ -7,7 +7,7 @@ and a variant is tried by replacing a field and measuring what is lowered from i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -71,6 +71,10 @@ class Decisions:
     codes: Mapping[str, StoredCodes] = field(default_factory=dict)
     cache: Mapping[str, float] = field(default_factory=dict)
     left: frozenset[str] = frozenset()
+
+    def with_activations(self, scales: Mapping[str, float]) -> Decisions:
+        """These and `scales` of more values."""
+        return replace(self, activations={**self.activations, **scales})
 
     @property
     def half(self) -> bool:

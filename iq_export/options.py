@@ -232,6 +232,17 @@ class CompileOptions:
             group="source", metavar="DIR", kept="repeated",
         ),
     )  # fmt: skip
+    task: str | None = field(
+        default=None,
+        metadata=option(
+            "what the model is for, as Hugging Face calls it (default: what its architecture says)",
+            about="what the model is for, as Hugging Face calls it: `text-generation`, "
+            "`feature-extraction`, `fill-mask`, `image-feature-extraction`, "
+            "`image-classification`, `automatic-speech-recognition` (its encoder); by default what "
+            "the architecture in `config.json` is for",
+            group="source", metavar="TASK", kept="repeated",
+        ),
+    )  # fmt: skip
     preprocessor: Path | None = field(
         default=None,
         metadata=option(

@@ -14,6 +14,7 @@ from iq_export.checkpoint import Checkpoint
 from iq_export.decide.budget import MixedPlan, Site
 from iq_export.decide.cache import cache_scales
 from iq_export.decide.codes import CodeStore
+from iq_export.decide.convolutions import convolution_scales
 from iq_export.decide.forms import Insertion, formed
 from iq_export.decide.job import OBSERVED_WINDOWS, Calibration, Job, Run
 from iq_export.decide.matching import MatchQuality, match_quality, sink_warnings
@@ -126,6 +127,7 @@ def rewrite(
         matching = kept.step("matching", match_quality, job, chosen, seen.heldout)
     warn(seen.surprise, *everyone_warning(stats), *sink_warnings(chosen.sinks, matching))
     chosen, quantizers = calibrate_quantizers(job, chosen, before, power, store)
+    chosen = kept.step("convolutions", convolution_scales, job, chosen)
     cache: dict[str, CacheScale] = {}
     if recipe.cache is not None:
         with progress.step("Calibrate the KV cache"):

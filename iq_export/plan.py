@@ -49,6 +49,11 @@ def plan_record(done: Rewrite, tokenizer: Names | None) -> dict[str, Any]:
             for name, c in choices.items()
         },
         "quantizers": [_quantizer_record(q) for q in done.quantizers.values()],
+        "convolutions": {
+            each.node: done.chosen.activations[each.input]
+            for each in done.sites.convolutions
+            if each.input in done.chosen.activations
+        },
         "kv_cache": {name: asdict(found) for name, found in done.cache.items()},
         "mixed": mixed_record(done),
         "int4_blocks": done.blocks,

@@ -11,6 +11,7 @@ from iq_export.bundle.package import check_output, require_space
 from iq_export.cost import Shape, disk_need, memory_need, memory_note, minutes_need, require_memory
 from iq_export.engine.onnx_header import read_header
 from iq_export.engine.plugin import find_headers, why_no_plugin
+from iq_export.engine.profile import Range
 from iq_export.engine.targets import (
     AttentionForm,
     Target,
@@ -109,6 +110,8 @@ def check(options: CompileOptions) -> Checked:
     known = _known(source, recipe, options.dtype)
     built = () if recipe.simulated else targets
     gaps = _gaps(built, known.form, asked=options.targets is not None)
+    if source.is_encoder or not source.reads_text:  # nothing is past
+        options = replace(options, profile=replace(options.profile, past=Range(0, 0, 0)))
     settled, remarks = _within(
         replace(options, targets=tuple(t.name for t in targets)), known.limit
     )
@@ -221,6 +224,8 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
             "reached): the model is checked after its download"
         )
         return Known(AttentionForm(dtype), notes=(note,) if hub else ())
+    if source.is_encoder:
+        return Known(AttentionForm(dtype), position_limit(found) if source.reads_text else None)
     remote = source.trust_remote_code and "auto_map" in found
     support = check_support(found, source.name, recipe, part=source.part, remote_code=remote)
     return Known(
@@ -252,7 +257,7 @@ def model_source(options: CompileOptions) -> ModelSource:
 
     return resolve(
         options.model, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code,
-        accept_terms=options.accept_terms, part=options.part,
+        accept_terms=options.accept_terms, part=options.part, task=options.task,
     )  # fmt: skip
 
 

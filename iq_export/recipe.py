@@ -64,6 +64,13 @@ class Recipe:
         return self.activations is not None or self.gptq
 
     @property
+    def rounds_convolutions(self) -> bool:
+        """Whether convolutions are quantized as products are: a weight's scale is an output
+        channel's."""
+        weights = self.weights if self.activations is not None else None
+        return weights is not None and weights.per_channel
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """Those of all roles that are quantized."""
         found = (self.weights, self.activations, self.cache, self.head)

@@ -30,6 +30,9 @@ from iq_export.sinks.ops import DOMAIN
 WINDOWS, LENGTH = 4, 128
 # Shares of what the model knows from context (see FinalCheck.lost) that a file may lose.
 MOST_LOST, MUCH_LOST = 1.0, 0.25
+# Of features that hardly differ from their mean on calibration data, the squared error that counts
+# as all that there is.
+_LEAST_CONTEXT = 0.01
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 
 
@@ -59,7 +62,8 @@ class FinalCheck:
         """The share of what fp32 knows from context that the file does not: 0 is all there, at 1
         it says no more than token frequencies do, or than the mean of all features. It has no unit:
         a model whose predictions are nearly uniform is judged as one that is sure."""
-        return self.kl / max(self.kl_no_context, 1e-12)
+        least = _LEAST_CONTEXT if self.cosine is not None else 1e-12
+        return self.kl / max(self.kl_no_context, least)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as `manifest.check` holds them."""

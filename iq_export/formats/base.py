@@ -56,9 +56,11 @@ class Format(ABC):
 
 
 class WeightFormat(Format):
-    """Rounds weights `[in, out]`, which stand behind a DequantizeLinear."""
+    """Rounds weights `[in, out]`, which stand behind a DequantizeLinear. `per_channel`: whether an
+    output channel has one scale."""
 
     role: ClassVar[str] = "weights"
+    per_channel: ClassVar[bool] = False
 
     @abstractmethod
     def round(self, weight: np.ndarray, importance: np.ndarray | None = None) -> Codes:
@@ -100,6 +102,29 @@ class WeightFormat(Format):
         """The codes as a tensor called `name`, rounded now or when it is read, and the scales."""
         codes, scales = self.round(source.numpy(), importance)
         return ir.Tensor(codes, dtype=self.dtype, name=name), scales
+
+    def write_channels(
+        self, graph: ir.Graph, weight: ir.Value, node: ir.Node, axis: int
+    ) -> ir.Value:
+        """`weight`, of a convolution, dequantized for `node`, one scale for each index of `axis`:
+        for formats that are `per_channel`. Codes are computed when they are read."""
+        source = weight.const_value
+        assert source is not None and self.per_channel
+        name, shape = f"{weight.name}.{self.dtype.name.lower()}", source.shape.numpy()
+
+        def matrix() -> np.ndarray:
+            moved = np.moveaxis(source.numpy(), axis, -1)
+            return moved.reshape(-1, moved.shape[-1])
+
+        def codes() -> ir.Tensor:
+            found, _ = self.round(matrix())
+            outside = [size for place, size in enumerate(shape) if place != axis]
+            back = np.moveaxis(found.reshape(*outside, shape[axis]), -1, axis)
+            return ir.Tensor(np.ascontiguousarray(back), dtype=self.dtype, name=name)
+
+        tensor = ir.LazyTensor(codes, dtype=self.dtype, shape=ir.Shape(shape), name=name)
+        scales = self.round(matrix())[1]
+        return qdq.dequantized_weight(graph, weight, node, tensor, scales, {"axis": axis})
 
     def write(
         self,

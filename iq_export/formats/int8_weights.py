@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,6 +18,8 @@ _ROWS = 256
 
 class Int8Weights(WeightFormat):
     """Scale `[out]`, that of the largest magnitude."""
+
+    per_channel: ClassVar[bool] = True
 
     def round(self, weight: np.ndarray, importance: np.ndarray | None = None) -> Codes:
         scale = self.scales(weight)

@@ -9,6 +9,7 @@ is reported with its node and the reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -16,6 +17,9 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 
 NORM_OPS = frozenset({"RMSNormalization", "LayerNormalization"})
+# What takes some rows of a value, and leaves their channels as they are.
+_ROWS = frozenset({"Gather", "Slice", "Squeeze"})
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 # Of a norm that states none: the operators' default.
 _EPSILON = 1e-5
 # What may stand between a product and the tensor it belongs to without changing any element.
@@ -112,6 +116,17 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A convolution with stored weights, in front of the first block or behind the last one; `axis`
+    of the weight counts output channels."""
+
+    node: str
+    input: str
+    weight: str
+    axis: int
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A part of the graph that is left as it is: its node and why."""
 
@@ -126,6 +141,7 @@ class Sites:
     blocks: tuple[Block, ...]
     final_norm: str  # node name
     refused: tuple[Refusal, ...]
+    convolutions: tuple[Convolution, ...] = ()
 
     @property
     def linears(self) -> list[Linear]:
@@ -185,7 +201,7 @@ def find_sites(model: ir.Model) -> Sites:
                 else:
                     together.append([branch])
         stream = scaled_on(add.outputs[0])
-    final = [node for node in stream.consumers() if node.op_type in NORM_OPS]
+    final = _final_norms(stream)
     blocks, unpaired = _pair(together)
     refused += unpaired
     if not blocks:
@@ -204,7 +220,34 @@ def find_sites(model: ir.Model) -> Sites:
         blocks=tuple(blocks),
         final_norm=final[0].name,
         refused=tuple(refused),
+        convolutions=tuple(_convolutions(graph)),
     )
+
+
+def _final_norms(stream: ir.Value) -> list[ir.Node]:
+    """The norms that read the end of the stream; else those that read some of its rows."""
+    readers = list(stream.consumers())
+    norms = [node for node in readers if node.op_type in NORM_OPS]
+    if norms:
+        return norms
+    chosen = [node for node in readers if node.op_type in _ROWS]
+    while chosen and not norms:
+        behind = [reader for node in chosen for reader in node.outputs[0].consumers()]
+        norms = [node for node in behind if node.op_type in NORM_OPS]
+        chosen = [node for node in behind if node.op_type in _ROWS]
+    return norms
+
+
+def _convolutions(graph: ir.Graph) -> Iterator[Convolution]:
+    for node in graph:
+        if node.op_type not in _CONVOLUTIONS or not _is_constant(node.inputs[1]):
+            continue
+        groups = node.attributes.get("group")
+        turned = node.op_type == "ConvTranspose"
+        if turned and groups is not None and groups.as_int() > 1:
+            continue  # its axis of outputs is that of one group
+        read, weight = node.inputs[0], node.inputs[1]
+        yield Convolution(str(node.name), str(read.name), str(weight.name), int(turned))
 
 
 _NO_STREAM = (

@@ -7,6 +7,7 @@ that `replicate` can swap one layer's parameters for another's and `tidy` can na
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
@@ -55,6 +56,23 @@ def export_module(
         tuple({0: batch, 2: past} for _ in args[3]),
     )
     kind = str(getattr(getattr(module.model, "config", None), "model_type", "unknown"))
+    names = input_names(cache.num_layers), output_names(cache.num_layers)
+    return exported(module, args, shapes, *names, opset=opset, kind=kind)
+
+
+def exported(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    shapes: tuple[Any, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    opset: int,
+    kind: str,
+) -> ir.Model:
+    """The graph of a module of type `kind`, with these names. Raises as `export_module`."""
+    import torch
+
     try:
         program = torch.onnx.export(
             module,
@@ -62,8 +80,8 @@ def export_module(
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=shapes,
-            input_names=input_names(cache.num_layers),
-            output_names=output_names(cache.num_layers),
+            input_names=list(inputs),
+            output_names=list(outputs),
             custom_translation_table={
                 torch.ops.aten.scaled_dot_product_attention.default: _attention,
                 torch.ops.aten.slice_scatter.default: _slice_scatter,

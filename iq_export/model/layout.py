@@ -22,8 +22,10 @@ def check_layout(
     index: Mapping[str, Any] | None = None,
     *,
     tokenizer: bool = True,
+    encoder: bool = False,
 ) -> None:
-    """Refuse a set of files that is no causal LM's, or from which weights or tokenizer are missing.
+    """Refuse a set of files that is no causal LM's, or `encoder`'s, or from which weights or
+    tokenizer are missing.
 
     `names` are the files at `where`, `config` and `index` the contents of config.json and of
     model.safetensors.index.json if there are such; `tokenizer` whether one must be among them.
@@ -31,10 +33,14 @@ def check_layout(
     """
     if config is None:
         raise ModelError(_no_config(names, where))
-    if "modules.json" in names and "CausalLM" not in str(config.get("architectures")):
+    if (
+        "modules.json" in names
+        and not encoder
+        and "CausalLM" not in str(config.get("architectures"))
+    ):
         raise ModelError(
-            f"{where} is a sentence-transformers model (modules.json), which embeds text; only "
-            "causal LMs can be compiled."
+            f"{where} is a sentence-transformers model (modules.json), which embeds text: compile "
+            "it with --task feature-extraction."
         )
     _check_weights(names, where, index)
     if tokenizer and not _matching(names, _TOKENIZERS):

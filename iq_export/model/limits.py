@@ -14,9 +14,9 @@ from typing import Any
 
 # Model types that look positions up in a table (learned, or sines computed once).
 _TABLES = frozenset({
-    "bert", "bert-generation", "biogpt", "codegen", "ctrl", "electra", "gpt-sw3", "gpt2",
-    "gpt_bigcode", "gpt_neo", "gptj", "imagegpt", "megatron-bert", "openai-gpt", "opt", "rembert",
-    "roc_bert", "roformer", "xglm", "xlm",
+    "bert", "bert-generation", "biogpt", "clip_text_model", "codegen", "ctrl", "electra", "gpt-sw3",
+    "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "imagegpt", "megatron-bert", "openai-gpt", "opt",
+    "rembert", "roc_bert", "roformer", "siglip_text_model", "xglm", "xlm",
 })  # fmt: skip
 # These call longrope by other names.
 _LONGROPE_ALIASES = {"su": (), "yarn": ("phi3", "phi4_multimodal", "phimoe")}
@@ -41,6 +41,9 @@ def position_limit(config: Mapping[str, Any]) -> PositionLimit | None:
     `config` is as on disk or as transformers saves it: `rope_parameters` or the older
     `rope_scaling`, in one or by type of layer.
     """
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping) and "max_position_embeddings" not in config:
+        return position_limit(inner)
     kind = str(config.get("model_type") or "")
     trained = _size(config, "max_position_embeddings") or _size(config, "n_positions")
     if kind in _TABLES and trained:

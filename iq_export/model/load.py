@@ -28,6 +28,7 @@ from iq_export.graph.model_files import model_files
 from iq_export.graph.proto import read
 from iq_export.graph.stored import Stored
 from iq_export.model import hub
+from iq_export.model.encoders import TASKS, TEXT_GENERATION, load_encoder, task_of
 from iq_export.model.fetch import EMBEDDED, announcement, check_terms, embedded_model
 from iq_export.model.gguf import apply_keys, check_kind, check_loaded, read_weights
 from iq_export.model.gguf_file import GgufHeader, check_whole, read_header, without_tokens
@@ -70,7 +71,8 @@ class ModelSource:
 
     `path` is a folder or file; None for a hub id and for an embedded model until
     `materialize`. `tokenizer` is a folder with a tokenizer, if one was named; `part` what of the
-    checkpoint is wanted, None for all of it. `reads_text`: whether its input is text.
+    checkpoint is wanted, None for all of it. `reads_text`: whether its input is text. `task`: one
+    of `encoders.TASK_NAMES`.
     """
 
     kind: Kind
@@ -82,6 +84,12 @@ class ModelSource:
     trust_remote_code: bool = False
     part: str | None = None
     reads_text: bool = True
+    task: str = TEXT_GENERATION
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is a model of transformers without a cache."""
+        return self.task != TEXT_GENERATION
 
 
 @dataclass
@@ -103,6 +111,7 @@ def resolve(
     trust_remote_code: bool = False,
     accept_terms: bool = False,
     part: str | None = None,
+    task: str | None = None,
 ) -> ModelSource:
     """Decide what `model` is, without loading or downloading it.
 
@@ -114,10 +123,14 @@ def resolve(
         _check_tokenizer(tokenizer, trust_remote_code)
     common: dict[str, Any] = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
     path = _path(model)
+    asked = task_of({}, task)
     if path.is_dir():
-        _check_folder(path, trust_remote_code, tokenizer=tokenizer is None)
-        name, note = path.resolve().name, _license_note(path)
-        return ModelSource("folder", name, path, license_note=note, part=part, **common)
+        config = path / "config.json"
+        found = task_of(read_object(config) if config.is_file() else {}, task)
+        common |= {"task": found, "reads_text": _task_reads_text(found), "part": part}
+        _check_folder(path, trust_remote_code, found, tokenizer=tokenizer is None)
+        name = path.resolve().name
+        return ModelSource("folder", name, path, license_note=_license_note(path), **common)
     if part is not None and (path.is_file() or model in EMBEDDED):
         raise UsageError(f"{model} is a text decoder as a whole: leave out --part {part}.")
     if path.is_file():
@@ -127,7 +140,8 @@ def resolve(
         note = EMBEDDED[model].license_note
         return ModelSource("gguf", model, license_note=note, **common)
     if _HUB_ID.match(model) and not model.endswith((".gguf", ".onnx", ".safetensors")):
-        return ModelSource("hub", model, revision=revision, part=part, **common)
+        common |= {"task": asked, "reads_text": _task_reads_text(asked), "part": part}
+        return ModelSource("hub", model, revision=revision, **common)
     raise ModelError(_unknown(model))
 
 
@@ -151,7 +165,10 @@ def configuration(source: ModelSource) -> dict[str, Any] | None:
     if seen.sizes or seen.config is None:
         # Whether shards are missing is seen after the download.
         names = seen.sizes.keys()
-        check_layout(names, source.name, seen.config, tokenizer=source.tokenizer is None)
+        check_layout(
+            names, source.name, seen.config, encoder=source.is_encoder,
+            tokenizer=source.tokenizer is None and source.reads_text,
+        )  # fmt: skip
     return seen.config
 
 
@@ -170,7 +187,7 @@ def materialize(source: ModelSource, progress: Progress | None = None) -> ModelS
         return dataclasses.replace(source, path=embedded_model(source.name))
     _need_transformers()
     folder = hub.download(source.name, source.revision, _HUB_FILES)
-    _check_folder(folder, source.trust_remote_code, tokenizer=source.tokenizer is None)
+    _check_folder(folder, source.trust_remote_code, source.task, tokenizer=source.tokenizer is None)
     revision = folder.name if folder.parent.name == "snapshots" else source.revision
     return dataclasses.replace(
         source, path=folder, revision=revision, license_note=_license_note(folder)
@@ -194,6 +211,8 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
     """
     assert source.path is not None and source.kind != "onnx"
     _need_transformers()
+    if source.is_encoder:
+        return _load_encoder(source, folder)
     import transformers
 
     gguf = source.kind == "gguf"
@@ -225,13 +244,7 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
         loaded = _load_whole(source, config, remote)
     model, info, left = loaded
     check_sizes(info["mismatched_keys"], source.name)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        made_as = ", ".join(map(str, getattr(config, "architectures", None) or ()))
-        raise ModelError(
-            f"{source.name} is incomplete{made_as and f' (it was saved as {made_as})'}: "
-            f"{len(missing)} weights are missing, the first is '{missing[0]}'."
-        )
+    _check_complete(source, config, info)
     notes = [*left, *check_unexpected(model, info["unexpected_keys"], source.name), *notes]
     model.eval().requires_grad_(False)
     named = ((name, weights.read(tensor)) for name, tensor in model.named_parameters())
@@ -246,6 +259,32 @@ def load_model(source: ModelSource, folder: Path) -> LoadedModel:
         with data_file(folder) as data:
             moved(weights, model, data)
     return LoadedModel(model, license_files(home), weights, tuple(notes))
+
+
+def _load_encoder(source: ModelSource, folder: Path) -> LoadedModel:
+    assert source.path is not None
+    with quiet(), readable(source):
+        model, info = load_encoder(
+            source.path, source.task, trust_remote_code=source.trust_remote_code
+        )
+    check_sizes(info["mismatched_keys"], source.name)
+    _check_complete(source, model.config, info)
+    notes = check_unexpected(model, info["unexpected_keys"], source.name)
+    check_finite(model.named_parameters(), source.name)
+    weights = Weights()
+    with data_file(folder) as data:
+        moved(weights, model, data)
+    return LoadedModel(model, license_files(source.path), weights, tuple(notes))
+
+
+def _check_complete(source: ModelSource, config: Any, info: dict[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        made_as = ", ".join(map(str, getattr(config, "architectures", None) or ()))
+        raise ModelError(
+            f"{source.name} is incomplete{made_as and f' (it was saved as {made_as})'}: "
+            f"{len(missing)} weights are missing, the first is '{missing[0]}'."
+        )
 
 
 def _load_lazily(
@@ -465,7 +504,11 @@ def _check_places(folder: Path) -> None:
                 open_belonging(folder, name, ModelError).close()
 
 
-def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> None:
+def _task_reads_text(task: str) -> bool:
+    return task == TEXT_GENERATION or TASKS[task].takes is Role.IDS
+
+
+def _check_folder(folder: Path, trust_remote_code: bool, task: str, *, tokenizer: bool) -> None:
     """Refuse early what transformers would refuse late, or after running foreign code."""
     check_adapters(folder)
     try:
@@ -479,7 +522,9 @@ def _check_folder(folder: Path, trust_remote_code: bool, *, tokenizer: bool) -> 
     )
     if config is not None:
         _check_header(config, folder.name, str(folder / "config.json"), trust_remote_code)
-    check_layout(names, str(folder), config, index, tokenizer=tokenizer)
+    tokenizer = tokenizer and _task_reads_text(task)
+    encoder = task != TEXT_GENERATION
+    check_layout(names, str(folder), config, index, tokenizer=tokenizer, encoder=encoder)
     if tokenizer:
         _check_tokenizer_code(folder, trust_remote_code)
     for file in sorted(folder.glob("*.safetensors")):

@@ -73,11 +73,11 @@ _FORMAT = 3
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
-    "arithmetic.py", "capture.py", "copied_sizes.py", "export.py", "fuse_activations.py",
-    "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py", "gguf_tokenizer.py",
-    "latents.py", "limits.py", "load.py", "part.py", "recompose.py", "replicate.py", "tidy.py",
-    "tokenizer.py", "trace.py", "unflatten.py", "verify.py", "weights.py", "written_out.py",
-    "../graph/interface.py", "../graph/stored.py",
+    "arithmetic.py", "capture.py", "copied_sizes.py", "encoders.py", "export.py",
+    "fuse_activations.py", "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py",
+    "gguf_tokenizer.py", "latents.py", "limits.py", "load.py", "part.py", "recompose.py",
+    "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "unflatten.py", "verify.py",
+    "weights.py", "written_out.py", "../graph/interface.py", "../graph/stored.py",
 )  # fmt: skip
 
 
@@ -186,10 +186,14 @@ def trace(
             remarks = _adopt_onnx(source, folder)
             for remark in remarks:
                 progress.note(f"warning: {remark}")
-            parity, layers, notes = None, 0, [*notes, *remarks]
+            layers, notes = 0, [*notes, *remarks]
+            error = ratio = None
+        elif source.is_encoder:
+            error, left = _trace_encoder(source, folder, opset, progress)
+            ratio, layers, notes = None, 0, [*notes, *left]
         else:
             parity, layers, left = _trace_torch(source, folder, opset, progress)
-            notes = [*notes, *left]
+            error, ratio, notes = parity.largest, parity.ratio, [*notes, *left]
         if fingerprint(source) != sha256:
             raise ModelError(
                 f"The files of {source.name} changed while they were read; compile it again."
@@ -201,8 +205,8 @@ def trace(
             seconds=time.perf_counter() - begin,
             license_note=source.license_note,
             revision=source.revision,
-            parity=None if parity is None else parity.largest,
-            noise_ratio=None if parity is None else parity.ratio,
+            parity=error,
+            noise_ratio=ratio,
             layers_traced=layers,
             notes=tuple(notes),
         )
@@ -251,6 +255,49 @@ def _trace_torch(
         f"The traced graph of {source.name} (model type '{loaded.model.config.model_type}') "
         f"{problem}; this architecture is not supported."
     )
+
+
+def _trace_encoder(
+    source: ModelSource, folder: Path, opset: int, progress: Progress
+) -> tuple[float, list[str]]:
+    """As `_trace_torch`, of a model without a cache: its largest error, and notes."""
+    import onnx_ir as ir
+
+    from iq_export.model import encoders
+    from iq_export.model.tidy import tidy
+
+    assert source.path is not None
+    takes = encoders.TASKS[source.task].takes
+    with progress.step("load model"):
+        loaded = load_model(source, folder)
+        loaded.model.config.save_pretrained(folder / ASSETS)
+        _write_license(loaded.license_files, source, folder / ASSETS)
+        for name in PREPROCESSORS:
+            if (source.path / name).is_file():
+                copy_belonging(source.path, name, folder / ASSETS / name, ModelError)
+    notes = [f"compiled for the task '{source.task}'", *loaded.notes]
+    for note in notes:
+        progress.note(note)
+    model, weights = loaded.model, loaded.weights
+    with quiet(), readable(source), weights.streamed(model, []):
+        sizes = encoders.input_sizes(model.config, source.task, source.path)
+        flat, example = encoders.flat_encoder(model, source.task, sizes)
+        said = encoders.refer(flat, example, takes)
+    with progress.step("trace to ONNX"), quiet(), readable(source):
+        graph = encoders.export_encoder(flat, example, takes, opset=opset)
+        refer_to_files(graph, weights)
+        tidy(graph, module_prefix="model")
+        settle(graph)
+        ir.save(graph, folder / MODEL_FILE)
+    with progress.step("compare with the model"):
+        error = encoders.parity(folder / MODEL_FILE, said)
+    if not error <= encoders.TOLERANCE:
+        raise GraphError(
+            f"The traced graph of {source.name} (model type '{model.config.model_type}') does not "
+            f"equal the model: its outputs differ by {error:.2g} of their range (allowed is "
+            f"{encoders.TOLERANCE:g}); this architecture is not supported."
+        )
+    return error, notes
 
 
 def _compared(path: Path, reference: Reference) -> tuple[Parity | None, str]:
@@ -518,6 +565,7 @@ def _cache_key(source: ModelSource, sha256: str, opset: int) -> str:
     parts = [
         _FORMAT,
         source.kind,
+        source.task,
         sha256,
         opset,
         versions,

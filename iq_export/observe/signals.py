@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -11,9 +13,11 @@ from iq_export.errors import DataError
 from iq_export.graph import io
 from iq_export.graph.interface import Interface, Role
 from iq_export.graph.sites import find_sites
-from iq_export.observe.samples import Whole
+from iq_export.observe.samples import TextTokenizer, Whole, windows
 from iq_export.observe.walk import walk
 from iq_export.progress import Progress
+
+_WORD = "word"
 
 
 def load_signals(folder: Path, place: Path, count: int, seed: int) -> list[np.ndarray]:
@@ -29,6 +33,33 @@ def load_signals(folder: Path, place: Path, count: int, seed: int) -> list[np.nd
     if not isinstance(steps, PictureSteps):
         raise DataError(f"{folder} cannot be read: recordings are not read yet, pictures are")
     return list(load_pictures(folder, steps, count=count, seed=seed))
+
+
+class WholeTokenizer(TextTokenizer, Protocol):
+    """What `sentences` needs besides."""
+
+    def encode(self, text: str, add_bos: bool | None) -> list[int]:
+        """The token ids of `text`; with None those that the tokenizer itself puts around it too."""
+
+
+def sentences(
+    tokenizer: WholeTokenizer, text: str, length: int, count: int, seed: int
+) -> list[np.ndarray]:
+    """Up to `count` windows of `length` ids of one text, with what the tokenizer puts around each.
+
+    Fewer if the text is short. Raises DataError if it is shorter than one window.
+    """
+    bare, whole = tokenizer.encode(_WORD, False), tokenizer.encode(_WORD, None)
+    places = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+    if not places:
+        raise DataError("the tokenizer changes a text by what it puts around it: that is not known")
+    front, back = whole[: places[0]], whole[places[0] + len(bare) :]
+    inner = length - len(front) - len(back)
+    cut = windows(tokenizer, text, length=inner, count=count, seed=seed, bos="without")
+    order = random.Random(seed).sample(
+        range(len(cut)), len(cut)
+    )  # what is held out is so by chance
+    return [np.asarray([*front, *cut[i].ids, *back], np.int64) for i in order]
 
 
 def whole_windows(graph: Path, arrays: Sequence[np.ndarray]) -> list[Whole]:

@@ -21,7 +21,7 @@ from iq_export.passes.fold_smoothing import fold_smoothing
 from iq_export.passes.insert_sinks import insert_sinks, set_restore
 from iq_export.passes.level_rows import level_rows
 from iq_export.passes.own_weights import own_weights
-from iq_export.passes.quantize import QuantizePlan, quantize
+from iq_export.passes.quantize import QuantizePlan, quantize, quantize_convolutions
 from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.scale_query import scale_queries
@@ -187,6 +187,7 @@ def _quantize(graph: Lowered, decisions: Decisions) -> None:
     linears = tuple(x for x in graph.sites.linears if x.node not in decisions.left)
     rounding, scales = decisions.recipe.rounding, decisions.activations
     quantize(graph.model, QuantizePlan(linears, rounding, scales, codes=decisions.codes))
+    quantize_convolutions(graph.model, graph.sites.convolutions, rounding, scales)
 
 
 def _quantize_cache(graph: Lowered, decisions: Decisions) -> None:

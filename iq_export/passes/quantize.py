@@ -11,7 +11,7 @@ reads only DequantizeLinear outputs (activations too, if they have scales).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from iq_export.errors import GraphError
 from iq_export.formats.base import StoredCodes
 from iq_export.formats.rounding import Rounding
-from iq_export.graph.sites import Linear
+from iq_export.graph.sites import Convolution, Linear
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,31 @@ def quantize(model: ir.Model, plan: QuantizePlan) -> bool:
             node.replace_input_with(1, new)
     RemoveUnusedNodesPass()(model)  # the float weights
     return bool(plan.linears)
+
+
+def quantize_convolutions(
+    model: ir.Model,
+    convolutions: Sequence[Convolution],
+    rounding: Rounding,
+    scales: Mapping[str, float],
+) -> bool:
+    """Rewrite those that read a value in `scales`; returns whether the graph changed. A weight has
+    one scale per output channel; a bias stays as it is."""
+    weights, activations = rounding.weights, rounding.activations
+    nodes = {node.name: node for node in model.graph}
+    dequantized: dict[str, ir.Value] = {}
+    for each in convolutions:
+        if activations is None or weights is None or each.input not in scales:
+            continue
+        node = nodes[each.node]
+        value, weight = node.inputs[0], node.inputs[1]
+        assert value is not None and weight is not None
+        if each.input not in dequantized:
+            dequantized[each.input] = activations.write(model.graph, value, scales[each.input])
+        node.replace_input_with(0, dequantized[each.input])
+        node.replace_input_with(1, weights.write_channels(model.graph, weight, node, each.axis))
+    RemoveUnusedNodesPass()(model)
+    return bool(dequantized)
 
 
 def _check_opset(model: ir.Model, rounding: Rounding) -> None:
