@@ -35,8 +35,9 @@ _SKIMAGE = {
     "x86_64": "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
 }
 # Pictures that are made to be one colour, text or a chessboard say little of photos.
-_OTHER = ("chessboard_GRAY.png", "chessboard_RGB.png", "logo.png", "multipage.tif",
-          "multipage_rgb.tif", "no_time_for_that_tiny.gif", "phantom.png", "microaneurysms.png")  # fmt: skip
+_OTHER = (
+    "chessboard_GRAY.png", "chessboard_RGB.png", "logo.png", "microaneurysms.png", "phantom.png",
+)  # fmt: skip
 _SMALLEST, _LARGEST = 0.1, 0.6  # share of a photo's area that a crop has
 _NARROWEST = 3 / 4
 

@@ -48,8 +48,8 @@ _SLOPE = 10.0  # of the comparison with the threshold, per deviation of the cont
 _RAMP = 4.0  # from no step to the whole one, in what a neuron reads
 _SILENT = -12.0  # what a planted neuron reads at most of other tokens: GELU of it is 0
 _LOWERED = 26.0  # by how much scores of scratch tokens are: their weight is 0 in float32
-# Of the largest value behind a norm: where a pair of neurons opens, and of what the first then reads
-# on the way to that value: where the second stops it.
+# Where a pair of neurons opens, as a share of the largest value behind a norm; and where the second
+# stops the first, as a share of what that one reads there.
 _OPEN, _STOP = 0.4, 0.15
 _DIRECTIONS = 20  # principal ones of the content, of which a seed mixes what is asked for
 
@@ -212,7 +212,7 @@ def _scratch() -> NDArray[np.int64]:
 
 
 def _add_scratch(edit: _Edit) -> None:
-    """The copies behind the embedding, marked; what reads the patches at the end leaves them out."""
+    """The copies behind the embedding, marked; what reads patches at the end leaves them out."""
     graph = edit.graph
     mark = np.zeros(HIDDEN + SPARE, np.float32)
     mark[MARK] = _MARKED
