@@ -122,7 +122,7 @@ def _hertz(mels: NDArray[np.float64]) -> NDArray[np.float64]:
 def _samples(data: bytes, width: int) -> NDArray[np.float32]:
     """Samples of `width` bytes as numbers from -1 to 1; those of one byte have no sign."""
     if width == 1:
-        return (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
+        return ((np.frombuffer(data, np.uint8) - 128.0) / 128).astype(np.float32)
     wide = np.zeros((len(data) // width, 4), np.uint8)  # the lowest bytes stay 0
     wide[:, 4 - width :] = np.frombuffer(data, np.uint8).reshape(-1, width)
     return (wide.view("<i4")[:, 0] / float(1 << 31)).astype(np.float32)
