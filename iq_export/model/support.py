@@ -34,7 +34,6 @@ _OWN_ROTATIONS = ("default", "mrope", "su")
 # attention, but of models that mix it with other kinds.
 _TRACED_KINDS = (FULL, SLIDING)
 
-_POST_NORM = "its norms stand behind the residual additions, in the stream itself (post-norm)"
 _ALIBI = "its attention adds position biases (ALiBi)"
 _ENCODER = "it is an encoder"
 _UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
@@ -53,12 +52,11 @@ class _Kind:
 _TYPES: dict[str, _Kind] = {
     **dict.fromkeys(
         ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
-         "git", "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm",
-         "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-        _Kind(_ENCODER),
+         "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+         "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        _Kind(_ENCODER, unless=lambda config: config.is_decoder),
     ),
-    "openai-gpt": _Kind(_POST_NORM),
-    "opt": _Kind(_POST_NORM, unless=lambda config: config.do_layer_norm_before),
+    **dict.fromkeys(("git", "xlm"), _Kind(_ENCODER)),
     **dict.fromkeys(("gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
     **dict.fromkeys(
         ("beam", "doge", "helium", "hrm_text", "moshi", "nanochat"),

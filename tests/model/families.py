@@ -45,6 +45,7 @@ def config(name: str) -> Any:
         "apertus": lambda: hf.ApertusConfig(**_SIZES),
         "arcee": lambda: hf.ArceeConfig(**_SIZES),
         "biogpt": lambda: hf.BioGptConfig(**_ONE_KIND),
+        "bert": lambda: hf.BertConfig(**_ONE_KIND, is_decoder=True),
         "bitnet": lambda: hf.BitNetConfig(**_SIZES),
         "cohere": lambda: hf.CohereConfig(**_SIZES),
         "cohere2": lambda: hf.Cohere2Config(**_SIZES, sliding_window=WINDOW),
@@ -99,6 +100,10 @@ def config(name: str) -> Any:
             **{k: v for k, v in _ONE_KIND.items() if k != "intermediate_size"},
             ffn_dim=96, word_embed_proj_dim=64,
         ),
+        "opt-behind": lambda: hf.OPTConfig(
+            **{k: v for k, v in _ONE_KIND.items() if k != "intermediate_size"},
+            ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False,
+        ),
         "persimmon": lambda: hf.PersimmonConfig(**_ONE_KIND),
         "phi": lambda: hf.PhiConfig(**_SIZES),
         "phi3": lambda: hf.Phi3Config(**_SIZES),
@@ -136,8 +141,8 @@ TRACED = (
 # Those whose blocks are not serial with a norm in front of each branch, or whose products, norms
 # or attention the exporter leaves in pieces.
 STRUCTURES = (
-    "codegen", "cohere", "cohere2", "exaone4", "falcon", "falcon-grouped", "gpt2",
-    "gpt_neox-parallel", "gptj", "olmo2", "olmo3", "opt", "phi", "stablelm-parallel",
+    "bert", "codegen", "cohere", "cohere2", "exaone4", "falcon", "falcon-grouped", "gpt2",
+    "gpt_neox-parallel", "gptj", "olmo2", "olmo3", "opt", "opt-behind", "phi", "stablelm-parallel",
 )  # fmt: skip
 
 
