@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
+from iq_export.model.positions import positions_of
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,7 @@ def flat_module(model: Any) -> torch.nn.Module:
     model.set_attn_implementation(ATTENTION)
     plan = mask_plan(model.config)
     added = not model.is_backend_compatible() and not _hands_over(model)
+    positions = positions_of(model)
 
     class FlatCausalLM(torch.nn.Module):
         def __init__(self) -> None:
@@ -152,13 +154,14 @@ def flat_module(model: Any) -> torch.nn.Module:
                 lowest = torch.finfo(past[0].dtype).min
                 masks = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
             mask = next(iter(masks.values())) if len(masks) == 1 else masks
-            out = self.model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with positions.given(position_ids) as told:
+                out = self.model(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **told,
+                )
             flat = [t for layer in cache.layers for t in _cached(layer)]
             return (out.logits, *flat)
 

@@ -17,6 +17,7 @@ from typing import Any
 from iq_export.cost import Shape, memory_need, require_memory
 from iq_export.errors import ModelError, UsageError
 from iq_export.model.capture import FULL, SLIDING
+from iq_export.model.positions import ARGUMENT, counts_positions
 from iq_export.model.quiet import quiet
 from iq_export.recipe import Recipe
 
@@ -38,6 +39,7 @@ _ALIBI = "its attention adds position biases (ALiBi)"
 _ENCODER = "it is an encoder"
 _UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
 _SINKS = "its attention has sinks of its own (s_aux)"
+_COUNTS = "its code counts positions by itself and takes no 'position_ids'"
 _UNTRACEABLE = "its code cannot be traced with dynamic lengths"
 
 
@@ -53,7 +55,7 @@ _TYPES: dict[str, _Kind] = {
     **dict.fromkeys(
         ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
          "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
-         "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+         "xlm-roberta", "xlm-roberta-xl", "xmod"),
         _Kind(_ENCODER, unless=lambda config: config.is_decoder),
     ),
     **dict.fromkeys(("git", "xlm"), _Kind(_ENCODER)),
@@ -63,6 +65,7 @@ _TYPES: dict[str, _Kind] = {
         _Kind(_UNRECOGNISED),
     ),
     "bloom": _Kind(_ALIBI),
+    **dict.fromkeys(("prophetnet", "roformer"), _Kind(_COUNTS)),
     "gemma3n_text": _Kind("its layers share keys and values"),
     "granite_swa": _Kind(_SINKS),
 }  # fmt: skip
@@ -236,36 +239,46 @@ def _check_functions(config: Any, name: str) -> None:
 def _check_class(config: Any, name: str) -> None:
     """What the traced graph is given must have a place in the model's code."""
     taken = _arguments(type(config))
-    for argument, otherwise in (
-        ("past_key_values", "its code takes no cache of keys and values"),
-        ("position_ids", "its code counts positions by itself and takes no 'position_ids'"),
-    ):
-        if taken and argument not in taken:
-            raise ModelError(
-                f"{name} has architecture '{config.model_type}', which is not supported: "
-                f"{otherwise}."
-            )
+    lacks = None
+    if taken and "past_key_values" not in taken:
+        lacks = "its code takes no cache of keys and values"
+    elif taken and ARGUMENT not in taken and not _has_table(type(config)):
+        lacks = _COUNTS
+    if lacks is not None:
+        raise ModelError(
+            f"{name} has architecture '{config.model_type}', which is not supported: {lacks}."
+        )
 
 
 def _arguments(config_class: Any) -> set[str]:
     """What the forward methods of the models beside a configuration's causal LM take, which hands
     down what it does not name itself; none if its code cannot be imported here."""
     from transformers import PreTrainedModel
+
+    return {
+        argument
+        for other in _classes(config_class)
+        if issubclass(other, PreTrainedModel)
+        for argument in inspect.signature(other.forward).parameters
+    }
+
+
+def _has_table(config_class: Any) -> bool:
+    """Whether the code beside a configuration's causal LM has a table that counts positions."""
+    return any(counts_positions(other) for other in _classes(config_class))
+
+
+def _classes(config_class: Any) -> list[type]:
+    """The classes of the file in which a configuration's causal LM stands."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         with quiet():
             found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     except (KeyError, ImportError):  # a library that only this model's code needs
-        return set()
-    return {
-        argument
-        for other in vars(sys.modules[found.__module__]).values()
-        if isinstance(other, type)
-        and issubclass(other, PreTrainedModel)
-        and other.__module__ == found.__module__
-        for argument in inspect.signature(other.forward).parameters
-    }
+        return []
+    here = vars(sys.modules[found.__module__]).values()
+    return [one for one in here if isinstance(one, type) and one.__module__ == found.__module__]
 
 
 def _check_numbers(raw: Mapping[str, Any], keys: Mapping[str, str], name: str) -> None:

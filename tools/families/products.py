@@ -39,7 +39,7 @@ def _passed_by(graph: ir.Graph, product: str) -> bool:
     """Whether the ids reach the logits without it; their number is no way."""
     reached = {name_of(Role.IDS)}
     for node in graph:
-        if node.name != product and node.op_type != "Shape":
-            if any(value is not None and value.name in reached for value in node.inputs):
-                reached |= {str(value.name) for value in node.outputs}
+        read = {value.name for value in node.inputs if value is not None}
+        if node.name != product and node.op_type != "Shape" and read & reached:
+            reached |= {str(value.name) for value in node.outputs}
     return graph.outputs[0].name in reached
