@@ -182,7 +182,7 @@ def _check_sinks(sinks: SinkTemplates, number: int, sites: Sites) -> None:
     forced = [life.force_first, *(early.site.force_first for early in sinks.early)]
     if sinks.form not in (NORM, KV, NORM_AND_KV) or any(type(x) is not bool for x in forced):
         raise ValueError(f"the form of lifecycle {number} is none")
-    if (sinks.form != NORM) != (sinks.key_values is not None) or life.birth >= life.end:
+    if (sinks.form != NORM) != (sinks.key_values is not None) or life.birth > life.end:
         raise ValueError(f"lifecycle {number} is not whole")
     thresholds = [sinks.threshold, *(early.threshold for early in sinks.early)]
     if any(not isinstance(x, float) or not 0 < x <= _MOST_THRESHOLD for x in thresholds):

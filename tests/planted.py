@@ -12,11 +12,13 @@ downwards, which makes a second template. `death=None` leaves the spike in the s
 With `post_norms`, queries and keys are normalised too, and what a branch adds to the stream has
 passed a norm of its own: as in the real models of that kind, the spike is written by that norm's
 weight, which is large on the spiking channel. With `bare` that is the only norm of a branch: its
-products read the stream itself. With `parallel` attention and MLP read the same value: "sum" is
-`x + (attention + MLP)` behind one norm, "chain" `(x + attention) + MLP` behind two. With `latent`
-queries are made of a normed latent, and keys and values of another one. With `after` a third branch
-stands behind the MLP: it reads the stream itself, is gated by a row of a table for the token, and a
-norm stands behind it. `factor` multiplies the whole stream behind each block.
+products read the stream itself. With `within` the norms stand in the stream, behind its additions,
+and nowhere else: what a spike leaves there is a row of the usual size. With `parallel` attention
+and MLP read the same value: "sum" is `x + (attention + MLP)` behind one norm, "chain"
+`(x + attention) + MLP` behind two. With `latent` queries are made of a normed latent, and keys and
+values of another one. With `after` a third branch stands behind the MLP: it reads the stream
+itself, is gated by a row of a table for the token, and a norm stands behind it. `factor` multiplies
+the whole stream behind each block.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ class Decoder:
     cache: bool = True
     rotary: bool = True
     post_norms: bool = False
-    bare: bool = False  # goes with `post_norms`
+    bare: bool = False  # goes with `post_norms` or `within`
+    within: bool = False  # goes with `bare`
     heard: float = 1.0  # share of a spike that products which read the stream make something of
     parallel: str = ""
     latent: int = 0  # features
@@ -171,9 +174,9 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
     for neuron, spike in enumerate(decoder.spikes):
         _plant(found, decoder, neuron, spike)
     for i in range(decoder.blocks):
-        if decoder.bare:
+        if decoder.bare and not decoder.within:
             del found[f"layers.{i}.input_layernorm.weight"]
-        if decoder.bare or decoder.parallel == "sum":
+        if (decoder.bare and not decoder.within) or decoder.parallel == "sum":
             del found[f"layers.{i}.post_attention_layernorm.weight"]
     return found
 
@@ -256,6 +259,8 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
             stream = g.node("Add", f"layers.{i}/Add_2", stream, both)
         else:
             after = g.node("Add", f"layers.{i}/Add", stream, attended)
+            if decoder.within:
+                after = _norm(g, f"layers.{i}/input_layernorm", after)
             read = stream if decoder.parallel else after
             stream = g.node("Add", f"layers.{i}/Add_2", after, _mlp(g, decoder, i, read))
         if decoder.after:
@@ -263,6 +268,8 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
         if decoder.factor != 1:
             factor = g.constant("const.factor", [decoder.factor], np.float32)
             stream = g.node("Mul", f"layers.{i}/factor", stream, factor)
+            if decoder.within and i < decoder.blocks - 1:
+                stream = _norm(g, f"layers.{i}/post_attention_layernorm", stream)
     normed = _norm(g, "norm", stream)
     head = g.node("Transpose", "lm_head/Transpose", "embed_tokens.weight", perm=[1, 0])
     g.node("MatMul", "lm_head", normed, head, output="logits")
@@ -471,9 +478,15 @@ class Planted:
         return path
 
 
-def observe(decoder: Decoder, folder: Path, *, limit: float = 0.1) -> Planted:
+def observe(
+    decoder: Decoder,
+    folder: Path,
+    *,
+    limit: float = 0.1,
+    values: dict[str, np.ndarray] | None = None,
+) -> Planted:
     """Everything from the file to inserted sinks, as `rewrite` does it without smoothing."""
-    path, progress = save(decoder, folder), Progress(quiet=True)
+    path, progress = save(decoder, folder, values), Progress(quiet=True)
     options = {"providers": CPU, "progress": progress}
     sites, data = find_sites(io.load(path)), windows(decoder)
     stats = observe_tokens(path, sites, data, **options)

@@ -148,6 +148,7 @@ def _spiking(lives: Sequence[Lifecycle], wanted: Lifecycle, tokens: int) -> np.n
     spikes = np.zeros(tokens, bool)
     for life in lives:
         overlap = life.birth < wanted.end and wanted.birth < life.end
+        overlap |= life.birth == wanted.birth
         if life.channel == wanted.channel and overlap:
             spikes[life.members] = True
     return np.flatnonzero(spikes)

@@ -2,9 +2,9 @@
 
 No model family is named here. A block is two branches that are added to the stream; the one with an
 attention product is the attention branch, the other one the MLP. A branch starts at a norm of the
-stream, or reads the stream itself and ends in a norm. The second branch of a block reads what the
-first one gave, or the same value as the first one (parallel branches). Everything that does not fit
-is reported with its node and the reason.
+stream; or it reads the stream itself, and it ends in a norm or its sum with the stream passes one.
+The second branch of a block reads what the first one gave, or the same value as the first one
+(parallel branches). Everything that does not fit is reported with its node and the reason.
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: [norm ->] `inputs` -> ... -> `output` [-> norm] -> residual Add.
+    """One residual branch: [norm ->] `inputs` -> ... -> `output` [-> norm] -> residual Add
+    [-> norm].
 
-    Without a norm in front there is one behind, and the products read the stream itself.
+    Without a norm in front there is one behind the branch or behind the addition, and the products
+    read the stream itself.
     """
 
     kind: str  # "attention" or "mlp"
@@ -72,6 +74,8 @@ class Branch:
     # Node names of the Adds that take it there; of parallel branches one is theirs alone.
     adds: tuple[str, ...]
     residual: str  # residual value after these: parallel branches have the same
+    # What the next branch reads and is added to: `residual`, or the norm that stands behind it.
+    onward: str
     # Index in `inputs` of the product that enters `output` by an elementwise product alone
     # (the "up" of a gated MLP), so that a per-channel scale passes through; None otherwise.
     linear_path: int | None = None
@@ -154,11 +158,12 @@ class Sites:
 
     @property
     def bare(self) -> dict[str, tuple[Linear, ...]]:
-        """The products that read a residual value as it is, with no norm in front, by the value's
+        """The products that read a sum of the stream as it is, with no norm between, by the sum's
         name: those of both branches, where these are parallel."""
         found: dict[str, tuple[Linear, ...]] = {}
+        sums = {self.embedding, *(branch.residual for branch in self.branches)}
         for branch in self.branches:
-            if branch.norm is None:
+            if branch.norm is None and branch.input in sums:
                 found[branch.input] = (*found.get(branch.input, ()), *branch.inputs)
         return found
 
@@ -201,6 +206,12 @@ def find_sites(model: ir.Model) -> Sites:
                 else:
                     together.append([branch])
         stream = scaled_on(add.outputs[0])
+        norm = _norm_within(stream)
+        if norm is not None:
+            if together and together[-1][0].residual == add.outputs[0].name:
+                onward = str(norm.outputs[0].name)
+                together[-1] = [replace(branch, onward=onward) for branch in together[-1]]
+            stream = norm.outputs[0]
     final = _final_norms(stream)
     blocks, unpaired = _pair(together)
     refused += unpaired
@@ -254,6 +265,28 @@ _NO_STREAM = (
     "no residual stream starts here: expected a norm and an Add that both read the embedding "
     "(pre-norm transformer), or products whose branch ends in a norm and is added to it"
 )
+
+
+def _norm_within(stream: ir.Value) -> ir.Node | None:
+    """The norm that alone reads `stream` and gives what the next branch reads and is added to."""
+    norm = _sole_norm(stream)
+    add = None if norm is None else _residual_add(norm.outputs[0])
+    if norm is None or add is None or not _has_vector(norm):
+        return None
+    found = _branches(norm.outputs[0], add)
+    return norm if any(isinstance(branch, Branch) for branch in found) else None
+
+
+def _sole_norm(value: ir.Value) -> ir.Node | None:
+    """The norm that reads `value`, if nothing else does."""
+    readers = value.consumers()
+    return readers[0] if len(readers) == 1 and readers[0].op_type in NORM_OPS else None
+
+
+def _is_normed(stream: ir.Value) -> bool:
+    """Whether the residual value is a norm's own output."""
+    node = stream.producer()
+    return node is not None and node.op_type in NORM_OPS
 
 
 _NO_VECTOR = "the weight of this norm is no stored vector with a number for each channel"
@@ -345,7 +378,8 @@ def _joined(before: list[Branch], stream: ir.Value, add: ir.Node) -> list[Branch
     if len(parallel) < len(found):
         return None
     end, name = str(add.name), str(add.outputs[0].name)
-    return [*(replace(b, adds=(*b.adds, end), residual=name) for b in before), *parallel]
+    longer = [replace(b, adds=(*b.adds, end), residual=name, onward=name) for b in before]
+    return [*longer, *parallel]
 
 
 def _other(add: ir.Node, operand: ir.Value) -> ir.Value:
@@ -367,7 +401,7 @@ def _terms(
 def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Branch | Refusal:
     add = adds[-1]
     norms = [node for node in stream.consumers() if node.op_type in NORM_OPS]
-    behind = _norm_behind(tail)
+    behind = _norm_behind(tail) or (not norms and _sole_norm(add.outputs[0]) is not None)
     if not norms and not behind:
         return Refusal(_label(add), f"no norm reads the residual value {stream.name!r} before it")
     output = _producing_linear(tail)
@@ -384,7 +418,8 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
     read = stream if norm is None else norm.outputs[0]
     inputs = [node for node in read.consumers() if _is_linear(node) and node in inside]
     others = [node for node in read.consumers() if node in inside and node not in inputs]
-    if norm is None and inputs and others:  # they would read a clamped spike, and no template
+    if norm is None and inputs and others and not _is_normed(stream):
+        # They would read a clamped spike, and no template.
         return Refusal(_label(others[0]), f"it reads the residual value {read.name!r} as it is")
     if not inputs:
         if norm is None:
@@ -403,6 +438,7 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
         added=tail.name,
         adds=tuple(str(node.name) for node in adds),
         residual=add.outputs[0].name,
+        onward=add.outputs[0].name,
         linear_path=_linear_path(inputs, output) if kind == "mlp" else None,
         attention=_attention_site(products[0]) if len(products) == 1 else None,
         inner=tuple(_linear(node) for node in inner),

@@ -69,9 +69,10 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def position_rows(path: Path) -> int | None:
-    """Rows of the smallest table that positions index in the graph at `path`.
+    """How many positions the smallest table that they index has in the graph at `path`: its rows
+    from that of position 0 on.
 
-    None without one, behind arithmetic (positions from 2 on), or if the file cannot be read.
+    None without one, behind other arithmetic than an addition, or if the file cannot be read.
     """
     graph = _graph(path)
     return None if graph is None else _table_rows(graph, Role.POSITIONS)
@@ -87,20 +88,36 @@ def _graph(path: Path) -> onnx.GraphProto | None:
 
 
 def _table_rows(graph: onnx.GraphProto, role: Role) -> int | None:
-    """Rows of the smallest table that the input of `role` indexes."""
+    """Rows of the smallest table that the input of `role` indexes, without those in front of what
+    is added to it."""
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in graph.value_info:
         sizes.setdefault(value.name, _shape(value))
-    ids = {name_of(role)}
+    numbers = {tensor.name: number for tensor in graph.initializer if (number := _number(tensor))}
+    first = {name_of(role): 0}  # by the name of a value: the row of 0
     rows = []
     for node in graph.node:  # in topological order
-        if node.op_type in _PASSING and node.input[0] in ids:
-            ids.update(node.output)
-        elif node.op_type == "Gather" and node.input[1] in ids:
+        if node.op_type in _PASSING and node.input[0] in first:
+            first |= dict.fromkeys(node.output, first[node.input[0]])
+        elif node.op_type == "Add" and (known := first.keys() & set(node.input)):
+            added = [numbers[name] for name in node.input if name in numbers]
+            if added:
+                first[node.output[0]] = first[known.pop()] + added[0]
+        elif node.op_type == "Gather" and node.input[1] in first:
             table = sizes.get(node.input[0], [])
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-            rows += [size for size in table[axis : axis + 1] if size]
+            rows += [size - first[node.input[1]] for size in table[axis : axis + 1] if size]
     return min(rows, default=None)
+
+
+def _number(tensor: onnx.TensorProto) -> int | None:
+    """A single whole number that the file holds itself; None for anything else."""
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_type != TensorProto.INT64 or tensor.data_location == TensorProto.EXTERNAL:
+        return None
+    array = numpy_helper.to_array(tensor)
+    return int(array.item()) if array.size == 1 else None
 
 
 def _shape(value: object) -> list[int]:

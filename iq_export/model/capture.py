@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
 from iq_export.model.part import text_config
+from iq_export.model.positions import positions_of
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,9 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
         out, _ = onnx_attention(module, query, key, value, *args, **others)
         return (out if size == width else out[..., :size]), None
 
+    positions = positions_of(model)
     AttentionInterface.register(ATTENTION, attention)
+    model.set_attn_implementation(ATTENTION)
 
     class FlatCausalLM(torch.nn.Module):
         def __init__(self) -> None:
@@ -214,13 +217,13 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
                 lowest = torch.finfo(past[0].dtype).min
                 masks = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
             mask = next(iter(masks.values())) if len(masks) == 1 else masks
-            with _axes_of_pairs():
+            with _axes_of_pairs(), positions.given(position_ids) as told:
                 out = self.model(
                     input_ids=input_ids,
                     attention_mask=mask,
-                    position_ids=position_ids,
                     past_key_values=Passing() if shape.of_attention else cache,
                     use_cache=True,
+                    **told,
                 )
             running.clear()
             flat = [t for layer in layers for t in _cached(cache.layers[layer])]

@@ -18,6 +18,7 @@ from iq_export.cost import Shape, memory_need, require_memory
 from iq_export.errors import ModelError, UsageError
 from iq_export.model.capture import TRACED, named
 from iq_export.model.part import model_class, text_part
+from iq_export.model.positions import ARGUMENT, counts_positions
 from iq_export.model.quiet import quiet
 from iq_export.recipe import Recipe
 
@@ -36,11 +37,11 @@ _OWN_ROTATIONS = ("default", "mrope", "su")
 # Features of the latents that queries, keys and values are made of.
 _RANKS = ("q_lora_rank", "kv_lora_rank")
 
-_POST_NORM = "its norms stand behind the residual additions, in the stream itself (post-norm)"
 _ALIBI = "its attention adds position biases (ALiBi)"
 _ENCODER = "it is an encoder"
 _UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
 _SINKS = "its attention has sinks of its own (s_aux)"
+_COUNTS = "its code counts positions by itself and takes no 'position_ids'"
 _UNTRACEABLE = "its code cannot be traced with dynamic lengths"
 
 
@@ -55,18 +56,18 @@ class _Kind:
 _TYPES: dict[str, _Kind] = {
     **dict.fromkeys(
         ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
-         "git", "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm",
-         "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-        _Kind(_ENCODER),
+         "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+         "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        _Kind(_ENCODER, unless=lambda config: config.is_decoder),
     ),
-    "openai-gpt": _Kind(_POST_NORM),
-    "opt": _Kind(_POST_NORM, unless=lambda config: config.do_layer_norm_before),
+    **dict.fromkeys(("git", "xlm"), _Kind(_ENCODER)),
     **dict.fromkeys(("gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
     **dict.fromkeys(
         ("beam", "doge", "helium", "hrm_text", "moshi", "nanochat"),
         _Kind(_UNRECOGNISED),
     ),
     "bloom": _Kind(_ALIBI),
+    **dict.fromkeys(("prophetnet", "roformer"), _Kind(_COUNTS)),
     "gemma3n_text": _Kind("its layers share keys and values"),
     "granite_swa": _Kind(_SINKS),
 }  # fmt: skip
@@ -255,21 +256,38 @@ def _check_functions(config: Any, name: str) -> None:
 def _check_class(config: Any, name: str) -> None:
     """What the traced graph is given must have a place in the model's code."""
     taken = _arguments(config)
-    for argument, otherwise in (
-        ("past_key_values", "its code takes no cache of keys and values"),
-        ("position_ids", "its code counts positions by itself and takes no 'position_ids'"),
-    ):
-        if taken and argument not in taken:
-            raise ModelError(
-                f"{name} has architecture '{config.model_type}', which is not supported: "
-                f"{otherwise}."
-            )
+    lacks = None
+    if taken and "past_key_values" not in taken:
+        lacks = "its code takes no cache of keys and values"
+    elif taken and ARGUMENT not in taken and not _has_table(config):
+        lacks = _COUNTS
+    if lacks is not None:
+        raise ModelError(
+            f"{name} has architecture '{config.model_type}', which is not supported: {lacks}."
+        )
 
 
 def _arguments(config: Any) -> set[str]:
     """What the forward methods of the models beside a configuration's causal LM take, or beside its
     text part, which hand down what they do not name; none if their code cannot be imported here."""
     from transformers import PreTrainedModel
+
+    return {
+        argument
+        for other in _classes(config)
+        if issubclass(other, PreTrainedModel)
+        for argument in inspect.signature(other.forward).parameters
+    }
+
+
+def _has_table(config: Any) -> bool:
+    """Whether the code of a configuration's causal LM has a table that counts positions."""
+    return any(counts_positions(other) for other in _classes(config))
+
+
+def _classes(config: Any) -> list[type]:
+    """The classes of the files in which a configuration's causal LM and its text part stand; none
+    if their code cannot be imported here."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     text = text_part(config)
@@ -279,16 +297,13 @@ def _arguments(config: Any) -> set[str]:
             if text is not None and type(text) in MODEL_MAPPING:
                 found.append(MODEL_MAPPING[type(text)])
     except (KeyError, ImportError):  # a library that only this model's code needs
-        return set()
-    return {
-        argument
+        return []
+    return [
+        one
         for module in {one.__module__ for one in found}
-        for other in vars(sys.modules[module]).values()
-        if isinstance(other, type)
-        and issubclass(other, PreTrainedModel)
-        and other.__module__ == module
-        for argument in inspect.signature(other.forward).parameters
-    }
+        for one in vars(sys.modules[module]).values()
+        if isinstance(one, type) and one.__module__ == module
+    ]
 
 
 def _check_numbers(raw: Mapping[str, Any], keys: Mapping[str, str], name: str) -> None:

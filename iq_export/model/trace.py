@@ -75,9 +75,9 @@ _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
     "arithmetic.py", "capture.py", "copied_sizes.py", "encoders.py", "export.py",
     "fuse_activations.py", "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py",
-    "gguf_tokenizer.py", "latents.py", "limits.py", "load.py", "part.py", "recompose.py",
-    "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "unflatten.py", "verify.py",
-    "weights.py", "written_out.py", "../graph/interface.py", "../graph/stored.py",
+    "gguf_tokenizer.py", "latents.py", "limits.py", "load.py", "part.py", "positions.py",
+    "recompose.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "unflatten.py",
+    "verify.py", "weights.py", "written_out.py", "../graph/interface.py", "../graph/stored.py",
 )  # fmt: skip
 
 

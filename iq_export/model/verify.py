@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from iq_export.errors import ModelError
 from iq_export.model.limits import position_limit
 from iq_export.model.part import text_config
+from iq_export.model.positions import Positions, positions_of
 from iq_export.model.replicate import layers_of
 from iq_export.model.weights import Weights
 
@@ -130,11 +131,12 @@ def refer(model: Any, tokenizer: Any = None, weights: Weights | None = None) -> 
     model.set_attn_implementation("eager")
     held = nullcontext() if weights is None else weights.streamed(model, layers_of(model))
     with torch.no_grad(), held:
-        rows = tuple(_rows(model, tokenizer))
+        places = positions_of(model)
+        rows = tuple(_rows(model, tokenizer, places))
         ((exact,), floats, varied) = (
-            _all_logits(model, rows, float64()),
-            _all_logits(model, rows, nullcontext()),
-            _all_logits(model, rows, jittered(_JITTER_SEED), _JITTERS),
+            _all_logits(model, rows, places, float64()),
+            _all_logits(model, rows, places, nullcontext()),
+            _all_logits(model, rows, places, jittered(_JITTER_SEED), _JITTERS),
         )
     noise = [np.zeros(len(row.ids)) for row in rows]
     for logits in (*floats, *varied):
@@ -175,13 +177,15 @@ def compare(path: Path, reference: Reference) -> Parity:
     return Parity(worst.error, worst.noise, largest, worst.where)
 
 
-def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
-    """The rows for a model; the first ones have no past and positions from 0 on."""
+def _rows(model: Any, tokenizer: Any, places: Positions) -> Iterator[Row]:
+    """The rows for a model; the first ones have no past and positions from 0 on, which the model
+    counts by itself: pads among their tokens it might not count."""
     from iq_export.model.capture import mask_plan
 
     config, random = text_config(model), np.random.default_rng(_SEED)
     limit = position_limit(config.to_dict())
-    most = limit.positions if limit is not None and limit.hard else None
+    limits = [limit.positions if limit is not None and limit.hard else None, places.rows]
+    most = min((number for number in limits if number is not None), default=None)
     share = _REFERENCE_BYTES / (8 * config.vocab_size * (sum(_LENGTHS) + _JUMP + _STEPS))
     lengths = [max(8, int(length * min(1.0, share))) for length in _LENGTHS]
     lengths = [min(length, most or length) for length in lengths]
@@ -194,6 +198,8 @@ def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
     for name, start, length in zip(names, starts, lengths, strict=True):
         ids = random.integers(0, known, length)
         ids[: len(start)] = start[:length]
+        if not places.as_counted:
+            ids[ids == getattr(config, "pad_token_id", None)] = names.index(name)
         row = Row(name, ids, np.arange(length))
         yield row
     trained = most or _reach(config)
@@ -213,7 +219,7 @@ def _rows(model: Any, tokenizer: Any) -> Iterator[Row]:
         ids = random.integers(0, known, _STEPS)
         name = f"tokens behind {past} others, {where}"
         positions = np.arange(_STEPS) + (min(past, most - _STEPS) if most else past)
-        yield Row(name, ids, positions, _long_cache(model, row, past, random))
+        yield Row(name, ids, positions, _long_cache(model, row, places, past, random))
 
 
 def _reach(config: Any) -> int | None:
@@ -242,12 +248,12 @@ def _bos(config: Any, known: int) -> list[int]:
 
 
 def _long_cache(
-    model: Any, row: Row, length: int, random: np.random.Generator
+    model: Any, row: Row, places: Positions, length: int, random: np.random.Generator
 ) -> tuple[NDArray[np.float32], ...]:
     """Keys and values that the model gave to `row`, drawn again and again; the first stays first,
     since it is the one that attention sinks to."""
     cache = _torch_cache(())
-    _forward(model, row, cache)
+    _forward(model, row, places, cache)
     drawn = random.integers(0, len(row.ids), length)
     drawn[0] = 0
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
@@ -266,23 +272,30 @@ def _torch_cache(past: Sequence[NDArray[np.float32]], copies: int = 1) -> Any:
     return cache
 
 
-def _forward(model: Any, row: Row, cache: Any = None, copies: int = 1) -> list[Logits]:
+def _forward(
+    model: Any, row: Row, places: Positions, cache: Any = None, copies: int = 1
+) -> list[Logits]:
     """Logits `[seq, vocab]` of one row by transformers, of each of its `copies`."""
     import torch
 
     past = row.past[0].shape[2] if row.past else 0
-    out = model(
-        input_ids=torch.from_numpy(row.ids).expand(copies, -1),
-        attention_mask=torch.ones(copies, past + len(row.ids), dtype=torch.long),
-        position_ids=torch.from_numpy(row.positions).expand(copies, -1),
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
+    with places.given(torch.from_numpy(row.positions).expand(copies, -1)) as told:
+        out = model(
+            input_ids=torch.from_numpy(row.ids).expand(copies, -1),
+            attention_mask=torch.ones(copies, past + len(row.ids), dtype=torch.long),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **told,
+        )
     return [logits.numpy() for logits in out.logits]
 
 
 def _all_logits(
-    model: Any, rows: Sequence[Row], context: AbstractContextManager[Any], copies: int = 1
+    model: Any,
+    rows: Sequence[Row],
+    places: Positions,
+    context: AbstractContextManager[Any],
+    copies: int = 1,
 ) -> list[tuple[Logits, ...]]:
     """Logits of all rows, `copies` times; those that start at 0 in one pass, filled up on the
     right, where a causal model does not look."""
@@ -298,7 +311,9 @@ def _all_logits(
             for i, row in enumerate(plain)
         ]
         rest = [
-            _forward(model, row, _torch_cache(row.past, copies) if row.past else None, copies)
+            _forward(
+                model, row, places, _torch_cache(row.past, copies) if row.past else None, copies
+            )
             for row in rows[len(plain) :]
         ]
     return list(zip(*first, *rest, strict=True))

@@ -22,6 +22,8 @@ class TokenStats:
     `window`, `position`, `token`: int `[tokens]`, where each column comes from. `embedded`: float32
     `[tokens]`, max over channels of |residual before the first block|; None if it is not known.
     `causal`: whether no row needs later ones.
+    `onward_max`, `onward_channel`: as `residual_max` and its channel, behind the norm that the
+    residual passes; None if it passes none.
     """
 
     down_max: np.ndarray
@@ -32,11 +34,20 @@ class TokenStats:
     token: np.ndarray
     embedded: np.ndarray | None = None
     causal: bool = True
+    onward_max: np.ndarray | None = None
+    onward_channel: np.ndarray | None = None
 
     @property
     def starts(self) -> np.ndarray:
         """Columns of first rows: int64, none where a row is as near to all others."""
         return np.flatnonzero(self.position == 0) if self.causal else np.zeros(0, np.int64)
+
+    @property
+    def onward(self) -> tuple[np.ndarray, np.ndarray]:
+        """What goes on into the next block: magnitudes and channels `[blocks, tokens]`."""
+        if self.onward_max is None or self.onward_channel is None:
+            return self.residual_max, self.residual_channel
+        return self.onward_max, self.onward_channel
 
 
 class TokenObserver(Observer):
@@ -49,6 +60,7 @@ class TokenObserver(Observer):
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         shape = (len(sites.blocks), int(self._starts[-1]))
         self._embedding, self._embedded = sites.embedding, np.zeros(shape[1], np.float32)
+        normed = any(block.mlp.onward != block.mlp.residual for block in sites.blocks)
         self.stats = TokenStats(
             down_max=np.zeros(shape, np.float32),
             residual_max=np.zeros(shape, np.float32),
@@ -58,10 +70,13 @@ class TokenObserver(Observer):
             token=np.concatenate([window.tokens for window in windows]),
             embedded=self._embedded,
             causal=all(window.causal for window in windows),
+            onward_max=np.zeros(shape, np.float32) if normed else None,
+            onward_channel=np.zeros(shape, np.int32) if normed else None,
         )
         self._down = {block.mlp.output.input: block.index for block in sites.blocks}
         self._residual = {block.mlp.residual: block.index for block in sites.blocks}
-        self.names = [self._embedding, *self._down, *self._residual]
+        self._onward = {block.mlp.onward: block.index for block in sites.blocks if normed}
+        self.names = [self._embedding, *self._down, *self._residual, *self._onward]
 
     def add(self, number: int, values: Values) -> None:
         columns = slice(int(self._starts[number]), int(self._starts[number + 1]))
@@ -71,10 +86,14 @@ class TokenObserver(Observer):
                 self.stats.down_max[self._down[name], columns] = magnitude.max(1)
             elif name == self._embedding:
                 self._embedded[columns] = magnitude.max(1)
-            else:
+            if name in self._residual:
                 block = self._residual[name]
                 self.stats.residual_max[block, columns] = magnitude.max(1)
                 self.stats.residual_channel[block, columns] = magnitude.argmax(1)
+            if name in self._onward:
+                sizes, channels = self.stats.onward
+                sizes[self._onward[name], columns] = magnitude.max(1)
+                channels[self._onward[name], columns] = magnitude.argmax(1)
 
 
 def observe_tokens(

@@ -6,7 +6,8 @@ Per lifecycle, in the norm form:
 2. SinkClampInsert with zero templates clamps the down-projection inputs of `clamp_blocks`.
 3. SinkClampInsert writes the template after every norm of the persistence phase, or in front of
    the products of a branch with no norm in front.
-4. SinkRestore adds what the clamped residual lacks after the last block.
+4. SinkRestore adds what the clamped residual lacks after the last block. A lifecycle that ends in
+   its own block, in a norm that the stream passes, has this alone: no product reads its spike.
 
 In the kv form 3 writes zeros, SinkClampInsert writes the templates of keys and values in front of
 every attention product and of the KV cache, and one more sets the residual after the last block.
@@ -164,7 +165,7 @@ def _insert_one(
 
     clamped = [block for block in life.clamp_blocks if block >= life.birth]
     _clamp(graph, values, sites, number, clamped, sinks.count, index, detected_at=life.birth)
-    for name, templates in sinks.norms.items():
+    for name, templates in sinks.norms.items() if life.insert_blocks else ():
         rows = np.zeros_like(templates) if sinks.form == KV else templates
         _insert_rows(graph, values[name], bare.get(name), number, rows, index)
     if sinks.form != NORM:

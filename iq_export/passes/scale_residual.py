@@ -3,8 +3,9 @@
 A norm gives the same rows for `x` and for `x / 2^n` with its epsilon divided by `4^n`. So the
 embedding and whatever each branch adds to the stream may be divided by `2^n`, folded into constants
 (a post-norm's weight, or the output product's), and every norm of the stream still gives the same
-rows. It is what half precision needs where tokens that must be computed exceed its largest number:
-a spike that is constant can be taken out by sink ops, one that varies from token to token cannot.
+rows; one that stands in the stream itself gives them over `2^n`. It is what half precision needs
+where tokens that must be computed exceed its largest number: a spike that is constant can be taken
+out by sink ops, one that varies from token to token cannot.
 
 Precondition: float32 graph, before quantization; every value of the stream is read by norms, by
 the next residual Add and by products of blocks only. Postcondition: equal outputs, to the bit
@@ -41,12 +42,18 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
     stream = [*sums, *(node.outputs[0] for node in factors)]
     bare = [x.node for branch in sites.branches if branch.norm is None for x in branch.inputs]
     products = [nodes[name] for name in bare]
+    passed = [values[branch.onward].producer() for branch in sites.branches]
+    within = dict.fromkeys(node for node in passed if node.op_type in NORM_OPS)
+    stream += (node.outputs[0] for node in within)
     _check_readers(graph, stream, {*adds, *factors, *products})
     norms = {node for value in stream for node in value.consumers() if node.op_type in NORM_OPS}
     factor = float(2.0**-exponent)
     _scale_embedding(graph, stream[0], factor)
     for branch in sites.branches:
         _scale_tail(graph, values[branch.added], factor)
+    for norm in within:
+        for position in range(1, len(norm.inputs)):  # weight, and bias of a LayerNorm
+            _multiply(graph, norm, position, factor)
     for product in products:  # what reads the stream itself gets as much as before
         _multiply(graph, product, 1, 1 / factor)
     for norm in norms:

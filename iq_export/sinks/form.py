@@ -12,8 +12,11 @@ def possible_forms(
     """The forms that `wanted` (see `--insertion`) leaves open, those that change least first.
 
     A sink's keys and values do not fit an int8 cache, so with `int8_cache` they are always
-    templates. Raises GraphError if a form needs them and the attention is no single op.
+    templates. A spike that passes no block has none: it is taken out in its own. Raises GraphError
+    if a form needs them and the attention is no single op.
     """
+    if not templates.lifecycle.insert_blocks:
+        return (NORM,)
     if wanted == "norm" or templates.key_values is None:
         forms: tuple[str, ...] = (NORM_AND_KV,) if int8_cache else (NORM,)
     elif wanted == "kv":

@@ -66,8 +66,9 @@ class Lifecycle:
     `members`: indices of its tokens among the calibration tokens (columns of TokenStats).
     `birth` is the last block at which tokens join, the definitive site of detection; `early` are
     the sites before it, by block. `death` is the block that cancels the largest part; `end` the
-    last block in which its tokens still stand out. A spike that nobody cancels has `death` None and
-    ends at the last block. `separable`: whether at every site of detection all of its tokens have a
+    last block in which its tokens still stand out: the birth itself, if the norm that the stream
+    passes behind it leaves too little. A spike that nobody cancels has `death` None and ends at the
+    last block. `separable`: whether at every site of detection all of its tokens have a
     larger down-projection input than all others, so that `threshold` finds them at run time.
     `stays`: whether they still stand out behind `end`, which is the last block then (not kept in a
     bundle, where what is inserted is named).
@@ -319,16 +320,17 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
     blocks = stats.down_max.shape[0]
     birth = births[-1][0]
     members = np.sort(np.concatenate([group for _, group in births]))
-    on_channel = stats.residual_channel[:, members] == channel
-    carried = np.median(np.where(on_channel, stats.residual_max[:, members], 0.0), axis=1)
-    typical = np.median(stats.residual_max, axis=1)
+    written = _carried(stats.residual_max, stats.residual_channel, members, channel)
+    carried = _carried(*stats.onward, members, channel)
+    typical = np.median(stats.onward[0], axis=1)
     calm = np.flatnonzero(carried[birth:] < _CALM * typical[birth:])
     # The same channel of the same tokens may spike again later: only the first life counts.
     end = birth + int(calm[0]) if calm.size else blocks - 1
-    drops = carried[birth:end] - carried[birth + 1 : end + 1]
+    # The first drop is that of a norm that the stream passes.
+    drops = np.append(written[birth], carried[birth:end]) - carried[birth : end + 1]
     death: int | None = None
-    if drops.size and drops.max() > _DEATH_SHARE * carried[birth : end + 1].max():
-        death = birth + 1 + int(drops.argmax())
+    if drops.max() > _DEATH_SHARE * max(written[birth], carried[birth : end + 1].max()):
+        death = birth + int(drops.argmax())
     starts = stats.starts
     clamp: list[int] = []
     detected: list[EarlySite] = []
@@ -355,7 +357,7 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
         members=members,
         down_peak=float(stats.down_max[births[0][0] : birth + 1, members].max()),
         down_median=float(np.median(stats.down_max[birth])),
-        residual_peak=float(carried[birth : end + 1].max()),
+        residual_peak=float(written[birth : end + 1].max()),
         first_rate=_share(starts, members),
         early=tuple(early),
         separable=separable,
@@ -365,6 +367,14 @@ def _follow(stats: TokenStats, births: Sequence[tuple[int, np.ndarray]], channel
 def _share(starts: np.ndarray, members: np.ndarray) -> float:
     """Of first tokens, those that are among `members`."""
     return float(np.isin(starts, members).mean()) if starts.size else 0.0
+
+
+def _carried(
+    sizes: np.ndarray, channels: np.ndarray, members: np.ndarray, channel: int
+) -> np.ndarray:
+    """Per block, what the median of `members` has on `channel`, where that is its largest."""
+    on_channel = channels[:, members] == channel
+    return np.median(np.where(on_channel, sizes[:, members], 0.0), axis=1)
 
 
 def _stretched(stats: TokenStats, members: np.ndarray, blocks: range) -> list[int]:

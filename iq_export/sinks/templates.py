@@ -96,7 +96,11 @@ class SinkTemplates:
 
 def norm_outputs(sites: Sites, lifecycle: Lifecycle) -> list[str]:
     """What products read of the spiking residual of all members, in graph order: outputs of norms,
-    or the stream itself where none stands in front."""
+    or the stream itself where none stands in front. Of a lifecycle that ends in its own block, in
+    a norm that the stream passes, that norm's output."""
+    birth = sites.blocks[lifecycle.birth].mlp
+    if not lifecycle.insert_blocks and birth.onward != birth.residual:
+        return [birth.onward]
     last = [branch.input for branch in sites.blocks[lifecycle.end].after]
     found = _norms_of(sites, lifecycle.birth + 1, lifecycle.end)
     return [*found, *last] if lifecycle.behind(lifecycle.end) else found

@@ -231,32 +231,20 @@ def test_no_attention_at_all_is_an_error() -> None:
         sites_of(change)
 
 
-def test_post_norm_is_an_error_with_the_node() -> None:
-    """`x = norm(x + f(x))`: the stream is never read by a norm and an Add together."""
+def test_what_else_reads_a_sum_keeps_its_norm_from_standing_in_the_stream() -> None:
+    """`x = norm(x + f(x))` where `x + f(x)` is read too."""
 
     def change(model: onnx.ModelProto) -> None:
-        for i in range(SMALL.blocks):
-            stream = "embed/out" if i == 0 else f"layers.{i - 1}/Add_2/norm/out"
-            for norm, short, readers in (
-                ("input_layernorm", "Add", [f"self_attn/{kind}_proj" for kind in "qkv"]),
-                ("post_attention_layernorm", "Add_2", ["mlp/gate_proj", "mlp/up_proj"]),
-            ):
-                old, add = node(model, f"layers.{i}/{norm}"), f"layers.{i}/{short}"
-                names = tuple(f"layers.{i}/{reader}" for reader in readers)
-                reroute(model, old.output[0], stream, names)
-                node(model, add).input[0] = stream
-                new = helper.make_node(
-                    "RMSNormalization", [f"{add}/out", old.input[1]], [f"{add}/norm/out"],
-                    name=f"{add}/norm",
-                )  # fmt: skip
-                position = [n.name for n in model.graph.node].index(add)
-                model.graph.node.insert(position + 1, new)
-                model.graph.node.remove(old)
-                stream = f"{add}/norm/out"
-        node(model, "norm").input[0] = stream
+        reader = helper.make_node("Tanh", ["layers.0/Add/out"], ["other"], name="reader")
+        model.graph.node.append(reader)
+        model.graph.output.append(helper.make_tensor_value_info("other", 1, None))
 
-    with pytest.raises(GraphError, match=r"embed_tokens \(Gather\).*pre-norm"):
-        sites_of(change)
+    decoder = replace(SMALL, bare=True, within=True)
+    assert len(sites_of(decoder=decoder).blocks) == SMALL.blocks
+    sites = sites_of(change, decoder=decoder)
+    assert sites.embedding == "layers.0/input_layernorm/out"
+    assert len(sites.blocks) == SMALL.blocks - 1
+    assert [r.reason for r in sites.refused] == ["no attention branch precedes this MLP branch"]
 
 
 def test_decomposed_norms_are_an_error_with_the_way_out() -> None:

@@ -45,6 +45,11 @@ def config(name: str) -> Any:
         "apertus": lambda: hf.ApertusConfig(**_SIZES),
         "arcee": lambda: hf.ArceeConfig(**_SIZES),
         "biogpt": lambda: hf.BioGptConfig(**_ONE_KIND),
+        "bart": lambda: hf.BartConfig(
+            **{k: v for k, v in _ONE_KIND.items() if k not in ("hidden_size", "intermediate_size")},
+            d_model=64, decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=96,
+        ),
+        "bert": lambda: hf.BertConfig(**_ONE_KIND, is_decoder=True),
         "bitnet": lambda: hf.BitNetConfig(**_SIZES),
         "cohere": lambda: hf.CohereConfig(**_SIZES),
         "cohere2": lambda: hf.Cohere2Config(**_SIZES, sliding_window=WINDOW),
@@ -99,11 +104,16 @@ def config(name: str) -> Any:
             **{k: v for k, v in _ONE_KIND.items() if k != "intermediate_size"},
             ffn_dim=96, word_embed_proj_dim=64,
         ),
+        "opt-behind": lambda: hf.OPTConfig(
+            **{k: v for k, v in _ONE_KIND.items() if k != "intermediate_size"},
+            ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False,
+        ),
         "persimmon": lambda: hf.PersimmonConfig(**_ONE_KIND),
         "phi": lambda: hf.PhiConfig(**_SIZES),
         "phi3": lambda: hf.Phi3Config(**_SIZES),
         "qwen2": lambda: hf.Qwen2Config(**_SIZES),
         "qwen3": lambda: hf.Qwen3Config(**(_SIZES | {"num_key_value_heads": 1}), head_dim=32),
+        "roberta": lambda: hf.RobertaConfig(**_ONE_KIND, is_decoder=True),
         "seed_oss": lambda: hf.SeedOssConfig(**_SIZES, head_dim=16),
         "smollm3": lambda: hf.SmolLM3Config(**_SIZES, no_rope_layer_interval=2),
         "stablelm": lambda: hf.StableLmConfig(**_SIZES),
@@ -136,8 +146,8 @@ TRACED = (
 # Those whose blocks are not serial with a norm in front of each branch, or whose products, norms
 # or attention the exporter leaves in pieces.
 STRUCTURES = (
-    "codegen", "cohere", "cohere2", "exaone4", "falcon", "falcon-grouped", "gpt2",
-    "gpt_neox-parallel", "gptj", "olmo2", "olmo3", "opt", "phi", "stablelm-parallel",
+    "bart", "bert", "codegen", "cohere", "cohere2", "exaone4", "falcon", "falcon-grouped", "gpt2",
+    "gpt_neox-parallel", "gptj", "olmo2", "olmo3", "opt", "opt-behind", "phi", "stablelm-parallel",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from iq_export.pipeline import rewrite
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from tests.model import families, parity
+from tools.families.products import block_products
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
@@ -36,13 +37,7 @@ def test_every_product_of_a_block_is_int8(name: str, tmp_path: Path) -> None:
     sites = find_sites(graph)
     assert sites.refused == ()
     assert len(sites.blocks) == 3
-    heads = {"lm_head", "embed_out"}
-    products = {
-        node.name
-        for node in graph.graph
-        if node.op_type in ("MatMul", "Gemm") and node.inputs[1].is_initializer()
-    }
-    assert products - heads == {linear.node for linear in sites.linears}
+    assert block_products(graph) == {linear.node for linear in sites.linears}
     (tmp_path / "work").mkdir()
     data = Calibration(
         windows=windows()[:5], probes=windows()[5:], max_relative_deviation=0.1, seed=0,

@@ -152,22 +152,26 @@ def test_rows_of_another_transformers_are_not_mixed_in(tmp_path: Path) -> None:
     assert Record.read(tmp_path / "rows.json").rows == {}
 
 
-def test_block_products_are_all_but_the_head() -> None:
+def test_block_products_are_those_that_a_residual_connection_passes_by() -> None:
     """A tied head reads its table through a Transpose; attention multiplies no weights."""
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 23]>
-        causal_lm (float[b, 2] x, int64[b] ids) => (float[b, 3] logits)
+        causal_lm (float[b, 2] x, int64[b] input_ids) => (float[b, 3] logits)
         <float[3, 2] table = {1, 2, 3, 4, 5, 6}, float[2, 2] up = {1, 2, 3, 4},
          float[2, 2] down = {1, 2, 3, 4}, float[2] bias = {1, 2}>
         {
-            stream = Gather (table, ids)
+            narrow = Gather (table, input_ids)
+            size = Shape (input_ids)
+            [before] stream = MatMul (narrow, down)
+            longer = Reshape (x, size)
             [n1] a = MatMul (stream, up)
-            [n2] scores = MatMul (a, x)
+            [n2] scores = MatMul (a, longer)
             [n3] c = MatMul (scores, down)
             biased = Add (c, bias)
             sum = Add (stream, biased)
+            [behind] dense = MatMul (sum, up)
             turned = Transpose <perm = [1, 0]> (table)
-            [n4] product = MatMul (sum, turned)
+            [n4] product = MatMul (dense, turned)
             logits = Add (product, product)
         }"""
     )

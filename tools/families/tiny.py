@@ -77,6 +77,7 @@ _MORE: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"], "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [32, 32],
     },
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
