@@ -147,7 +147,7 @@ def _check(chosen: Decisions, bundle: Bundle, sites: Sites) -> None:
     if not 0 <= chosen.exponent <= _MOST_EXPONENT:
         raise ValueError(f"the stream cannot be divided by 2^{chosen.exponent}")
     attention = {b.attention.attention.node for b in sites.blocks if b.attention.attention}
-    norms = {n.output: n.linears[0].in_features for n in (*sites.norms, *sites.inner_norms)}
+    norms = {n.output: n.linears[0].in_features for n in (*sites.norms, *sites.latent_norms)}
     downs = {b.mlp.output.input: b.mlp.output for b in sites.blocks}
     for named, known in (
         (chosen.scaled_queries, attention), (chosen.left, linears), (chosen.side, linears),

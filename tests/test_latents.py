@@ -29,9 +29,9 @@ def test_products_that_widen_a_latent_are_found(data: planted.Planted) -> None:
     assert sites.refused == () and len(sites.linears) == 9 * LATENT.blocks
     attention = sites.blocks[1].attention
     assert [x.node for x in attention.inputs] == [f"{at}/kv_a_proj", f"{at}/q_a_proj"]
-    assert {x.node for x in attention.inner} == {f"{at}/{kind}_proj" for kind in "qkv"}
-    assert {x.in_features for x in attention.inner} == {24}
-    found = {norm.node: [x.node for x in norm.linears] for norm in attention.inner_norms}
+    assert {x.node for x in attention.widening} == {f"{at}/{kind}_proj" for kind in "qkv"}
+    assert {x.in_features for x in attention.widening} == {24}
+    found = {norm.node: [x.node for x in norm.linears] for norm in attention.latent_norms}
     assert found == {
         f"{at}/q_a_norm": [f"{at}/q_proj"],
         f"{at}/kv_a_norm": [f"{at}/k_proj", f"{at}/v_proj"],
@@ -47,7 +47,7 @@ def test_a_norm_that_others_read_is_not_folded_into() -> None:
     joined = ir.node("Add", [product.inputs[0], other.outputs[0]], name="joined")
     model.graph.insert_before(product, [other, joined])
     product.replace_input_with(0, joined.outputs[0])
-    (only,) = find_sites(model).blocks[1].attention.inner_norms
+    (only,) = find_sites(model).blocks[1].attention.latent_norms
     assert isinstance(only, Norm) and only.node == "layers.1/self_attn/q_a_norm"
 
 

@@ -44,7 +44,7 @@ def find_smoothing(
 
     norms: dict[str, SmoothingChoice] = {}
     paths: dict[str, SmoothingChoice] = {}
-    for norm in (*sites.norms, *sites.inner_norms):
+    for norm in (*sites.norms, *sites.latent_norms):
         if norm.output in stats and readers[norm.output] == {x.node for x in norm.linears}:
             found = stats[norm.output]
             weights = [weight(linear.weight) for linear in norm.linears]

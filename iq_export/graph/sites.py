@@ -83,12 +83,12 @@ class Branch:
     attention: AttentionSite | None = None
     # Products between `inputs` and `output`: those that widen a latent; and the norms in front of
     # them, of which they are the only readers.
-    inner: tuple[Linear, ...] = ()
-    inner_norms: tuple[Norm, ...] = ()
+    widening: tuple[Linear, ...] = ()
+    latent_norms: tuple[Norm, ...] = ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return (*self.inputs, *self.inner, self.output)
+        return (*self.inputs, *self.widening, self.output)
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class Sites:
         return list(found.values())
 
     @property
-    def inner_norms(self) -> list[Norm]:
+    def latent_norms(self) -> list[Norm]:
         """The norms within branches, in front of products that widen a latent."""
-        return [norm for branch in self.branches for norm in branch.inner_norms]
+        return [norm for branch in self.branches for norm in branch.latent_norms]
 
 
 def find_sites(model: ir.Model) -> Sites:
@@ -441,8 +441,8 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
         onward=add.outputs[0].name,
         linear_path=_linear_path(inputs, output) if kind == "mlp" else None,
         attention=_attention_site(products[0]) if len(products) == 1 else None,
-        inner=tuple(_linear(node) for node in inner),
-        inner_norms=_norms_of(inner),
+        widening=tuple(_linear(node) for node in inner),
+        latent_norms=_norms_of(inner),
     )
 
 

@@ -20,7 +20,7 @@ def fold_smoothing(model: ir.Model, sites: Sites, smoothing: Smoothing) -> bool:
     """Apply `smoothing`; returns whether the graph changed."""
     graph = model.graph
     nodes = {node.name: node for node in graph}
-    for norm in (*sites.norms, *sites.inner_norms):
+    for norm in (*sites.norms, *sites.latent_norms):
         choice = smoothing.norms.get(norm.output)
         if choice is not None:
             node = nodes[norm.node]

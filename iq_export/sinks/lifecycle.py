@@ -125,7 +125,7 @@ class Lifecycle:
             first = sites.blocks[start]
             inside = [first.mlp.output, *_after(first)]
             for block in sites.blocks[start + 1 : min(end + 1, self.end + 1)]:
-                inside += [*block.attention.linears, *block.mlp.inputs, *block.mlp.inner]
+                inside += [*block.attention.linears, *block.mlp.inputs, *block.mlp.widening]
                 inside += [block.mlp.output] * (block.index < end)
                 inside += _after(block) * (block.index < end and self.behind(block.index))
             scopes.append(({linear.node for linear in inside}, found))
