@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,6 +64,13 @@ class Stored:
     def nbytes(self) -> int:
         """Size in the file."""
         return math.prod(self.shape) * np.dtype(_RAW[self.dtype]).itemsize
+
+    def part(self, number: int, start: int, stop: int) -> Stored:
+        """Of a tensor of several axes: entries `start` to `stop` of entry `number`."""
+        size = np.dtype(_RAW[self.dtype]).itemsize
+        row = math.prod(self.shape[2:]) * size
+        offset = self.offset + (number * self.shape[1] + start) * row
+        return replace(self, shape=(stop - start, *self.shape[2:]), offset=offset)
 
     def is_there(self) -> bool:
         """Whether the file is there and what it was."""

@@ -153,9 +153,6 @@ def _structure(config: Any) -> str | None:
                 f"it has layers of type '{other[0]}', and only '{FULL}' and '{SLIDING}' can be "
                 "traced"
             )
-    experts = _experts(config)
-    if experts is not None:
-        return f"it is a mixture of experts ('{experts}')"
     if _get(config, "alibi") or _nested(config, "attn_config", "alibi"):
         return _ALIBI
     if _get(config, "position_embedding_type") == "alibi":

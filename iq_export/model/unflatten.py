@@ -4,16 +4,22 @@ Some models flatten the tokens in front of a product, or of a whole MLP with its
 residual addition, and restore the axes behind it. A product is then a Gemm between two Reshapes,
 and the residual stream changes its shape within a block. What stands between works row by row: the
 Reshapes go, and a Gemm becomes a MatMul and the Add of its bias.
+
+In a graph with a mixture of experts a region may have other neighbours: routers choose among flat
+rows. They get them as before, and what comes from them gets its axes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
+from iq_export.graph.edit import shared_constant
 from iq_export.graph.sites import NORM_OPS
-from iq_export.model.written_out import as_matmul, is_plain
+from iq_export.model.experts import marked
+from iq_export.model.written_out import as_matmul, insert, is_plain
 
 _BY_ELEMENT = frozenset({
     "Add", "Cast", "Clip", "Div", "Erf", "Gelu", "Identity", "LeakyRelu", "Max", "Min", "Mul",
@@ -28,9 +34,13 @@ class _Region:
     order in which they were found (each once). `axes`: what was flattened."""
 
     axes: tuple[object, object]
+    rows: str  # how many, by their name
+    mixture: bool  # whether it may have neighbours
     inside: dict[ir.Node, None] = field(default_factory=dict)
     entries: dict[ir.Node, None] = field(default_factory=dict)
     exits: dict[ir.Node, None] = field(default_factory=dict)
+    leaving: dict[ir.Node, None] = field(default_factory=dict)  # neighbours that read it
+    arriving: dict[ir.Value, None] = field(default_factory=dict)  # what neighbours give
 
 
 def unflatten(graph: ir.Graph) -> None:
@@ -41,10 +51,11 @@ def unflatten(graph: ir.Graph) -> None:
     settles them.
     """
     done: set[ir.Node] = set()
+    mixture = marked(graph)
     for node in list(graph):
         if node not in done and _flattens(node):
-            region = _region(node)
-            if region is not None:
+            region = _region(node, mixture)
+            if region is not None and (region.inside or not mixture):
                 done |= {*region.entries, *region.exits}
                 _widen(graph, region)
 
@@ -64,15 +75,16 @@ def _flattens(node: ir.Node) -> bool:
     return after[1] == width
 
 
-def _region(start: ir.Node) -> _Region | None:
-    """All that works on the same flat rows as `start`; None if a node among it does not."""
+def _region(start: ir.Node, mixture: bool) -> _Region | None:
+    """All that works on the same flat rows as `start`; None if a node among it does not, unless
+    there is a `mixture` of experts."""
     shape = start.inputs[0].shape
     assert shape is not None
-    found = _Region((str(shape[0]), str(shape[1])))
+    found = _Region((str(shape[0]), str(shape[1])), _rows(start.outputs[0]), mixture)
     todo = [start]
     while todo:
         node = todo.pop()
-        if node in found.inside or node in found.entries or node in found.exits:
+        if any(node in part for part in (found.inside, found.entries, found.exits, found.leaving)):
             continue
         if _flattens(node):
             if _axes(node.inputs[0]) != found.axes:
@@ -88,7 +100,15 @@ def _region(start: ir.Node) -> _Region | None:
                     producer = value.producer()
                     if producer is None:
                         return None
-                    todo.append(producer)
+                    if not mixture or _flattens(producer) or _by_row(producer):
+                        todo.append(producer)
+                    elif _rows(value) == found.rows:
+                        found.arriving[value] = None
+                    else:
+                        return None
+        elif mixture:
+            found.leaving[node] = None
+            continue
         else:
             return None
         if any(value.is_graph_output() for value in node.outputs):
@@ -113,6 +133,12 @@ def _axes(value: ir.Value) -> tuple[object, object] | None:
     return str(shape[0]), str(shape[1])
 
 
+def _rows(value: ir.Value) -> str:
+    """How many rows a value `[rows, features]` has."""
+    shape = value.shape
+    return str(shape[0]) if shape is not None and len(shape) == 2 else ""
+
+
 def _by_row(node: ir.Node) -> bool:
     """Whether it works on every row of `[rows, features]` alone, and as well with more axes."""
     if node.op_type in _PRODUCTS:
@@ -135,11 +161,24 @@ def _is_constant(value: ir.Value) -> bool:
 
 def _widen(graph: ir.Graph, region: _Region) -> None:
     first = next(iter(region.entries)).inputs[0]
+    for node in region.leaving:
+        for position, value in enumerate(node.inputs):
+            if value is not None and value.producer() in region.inside:
+                assert value.shape is not None
+                sizes = _constant(graph, [-1, value.shape[-1]])
+                again = insert(node, "Reshape", [value, sizes])
+                again.type, again.shape = value.type, value.shape
+                node.replace_input_with(position, again)
+    for value in region.arriving:
+        _give_axes(graph, region, value, first)
     for entry in region.entries:
         source, flat = entry.inputs[0], entry.outputs[0]
         if len(source.shape or ()) == 3:
-            flat.replace_all_uses_with(source)
-            graph.remove(entry, safe=True)
+            for node, position in list(flat.uses()):
+                if node not in region.leaving:
+                    node.replace_input_with(position, source)
+            if not flat.uses():
+                graph.remove(entry, safe=True)
         else:  # heads are joined
             flat.shape = _wider(source, flat)
     for node in region.inside:
@@ -154,6 +193,24 @@ def _widen(graph: ir.Graph, region: _Region) -> None:
         if whole and not out.is_graph_output():
             out.replace_all_uses_with(leave.inputs[0])
             graph.remove(leave, safe=True)
+
+
+def _give_axes(graph: ir.Graph, region: _Region, value: ir.Value, like: ir.Value) -> None:
+    """Let the region read `value`, flat rows, on the axes of `like`."""
+    for node, position in list(value.uses()):
+        if node in region.inside:
+            assert value.shape is not None
+            size = insert(node, "Shape", [like], {"start": 0, "end": 2}, ir.DataType.INT64)
+            width = _constant(graph, [value.shape[-1]])
+            sizes = insert(node, "Concat", [size, width], {"axis": 0}, ir.DataType.INT64)
+            wide = insert(node, "Reshape", [value, sizes])
+            wide.type, wide.shape = value.type, _wider(like, value)
+            node.replace_input_with(position, wide)
+
+
+def _constant(graph: ir.Graph, sizes: list[object]) -> ir.Value:
+    array = np.array(sizes, np.int64)
+    return shared_constant(graph, f"shape_{'_'.join(map(str, sizes))}", array)
 
 
 def _wider(source: ir.Value, flat: ir.Value) -> ir.Shape | None:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph.edit import constant, own_constant, recompute
-from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Sites, norm_epsilon
+from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Branch, Sites, norm_epsilon
 
 
 def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
@@ -36,20 +36,35 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
     values = {value.name: value for node in graph for value in node.outputs}
     adds = dict.fromkeys(nodes[name] for branch in sites.branches for name in branch.adds)
     stream = [values[sites.embedding], *(values[branch.residual] for branch in sites.branches)]
-    bare = [x.node for branch in sites.branches if branch.norm is None for x in branch.inputs]
-    products = [nodes[name] for name in bare]
-    _check_readers(graph, [stream[0], *(add.outputs[0] for add in adds)], {*adds, *products})
+    products = [nodes[x.node] for linears in sites.bare.values() for x in linears]
+    readers = {nodes[name] for its in sites.bare_readers.values() for name in its}
+    _check_readers(graph, [stream[0], *(add.outputs[0] for add in adds)], {*adds, *readers})
     norms = {node for value in stream for node in value.consumers() if node.op_type in NORM_OPS}
     factor = float(2.0**-exponent)
     _scale_embedding(graph, stream[0], factor)
     for branch in sites.branches:
-        _scale_tail(graph, values[branch.added], factor)
+        for value in _tails(values, branch):
+            _scale_tail(graph, value, factor)
     for product in products:  # what reads the stream itself gets as much as before
         _multiply(graph, product, 1, 1 / factor)
     for norm in norms:
         epsilon = norm_epsilon(norm) * factor**2
         norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
     return True
+
+
+def _tails(values: dict[str | None, ir.Value], branch: Branch) -> list[ir.Value]:
+    """What a branch adds, back from which the factor finds a constant; of a mixture's sum, what
+    each of its routes adds."""
+    if not branch.is_mixture or not branch.straight:
+        return [values[branch.added]]
+    found = []
+    for output in branch.outputs:
+        value = values[output.output]
+        (reader,) = value.consumers()
+        biased = reader.op_type == "Add" and any(v.is_initializer() for v in reader.inputs if v)
+        found.append(reader.outputs[0] if biased else value)
+    return found
 
 
 def _check_readers(graph: ir.Graph, sums: list[ir.Value], known: set[ir.Node]) -> None:

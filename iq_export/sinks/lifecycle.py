@@ -114,10 +114,10 @@ class Lifecycle:
         found, scopes = self.members[:0], []
         for (start, members), end in zip(self.detections, [*starts[1:], self.end + 1], strict=True):
             found = np.union1d(found, members)
-            inside = [sites.blocks[start].mlp.output]
+            inside = [*sites.blocks[start].mlp.outputs]
             for block in sites.blocks[start + 1 : min(end + 1, self.end + 1)]:
                 inside += [*block.attention.linears, *block.mlp.inputs]
-                inside += [block.mlp.output] * (block.index < end)
+                inside += block.mlp.outputs if block.index < end else ()
             scopes.append(({linear.node for linear in inside}, found))
         return scopes
 

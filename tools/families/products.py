@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from iq_export.graph.sites import LAYOUT_OPS
@@ -11,12 +13,14 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 
 def block_products(model: ir.Model) -> set[str]:
     """Names of the nodes that multiply by a matrix of weights, but for those behind all others,
-    which make the logits.
+    which make the logits, and those by which tokens choose their experts.
 
     Whether the block they stand in is understood does not matter: these are what a share is of.
     """
     found = {node.name for node in model.graph if _is_weighted(node)}
-    return {name for name in found if name is not None} - _heads(model)
+    logits = [model.graph.outputs[0]]
+    choices = [node.inputs[0] for node in model.graph if node.op_type == "TopK"]
+    return {name for name in found if name is not None} - _last(logits) - _last(choices)
 
 
 def _is_weighted(node: ir.Node) -> bool:
@@ -33,10 +37,11 @@ def _is_matrix(value: ir.Value | None) -> bool:
     return value.is_initializer() and len(value.shape or ()) > 1
 
 
-def _heads(model: ir.Model) -> set[str]:
-    """The weighted products from which the logits are reached with no other on the way."""
-    heads, seen = set(), set()
-    waiting = [model.graph.outputs[0]]
+def _last(values: Sequence[ir.Value | None]) -> set[str]:
+    """The weighted products from which `values` are reached with no other on the way."""
+    found: set[str] = set()
+    seen: set[ir.Value] = set()
+    waiting = [value for value in values if value is not None]
     while waiting:
         value = waiting.pop()
         node = value.producer()
@@ -44,7 +49,7 @@ def _heads(model: ir.Model) -> set[str]:
             continue
         seen.add(value)
         if _is_weighted(node):
-            heads.add(str(node.name))
+            found.add(str(node.name))
         else:
             waiting += [operand for operand in node.inputs if operand is not None]
-    return heads
+    return found
