@@ -468,12 +468,27 @@ def _mixture(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bra
         added=tail.name,
         adds=tuple(str(node.name) for node in adds),
         residual=add.outputs[0].name,
-        readers=frozenset(str(node.name) for node in read.consumers() if node in inside),
+        readers=_readers(read, {*used, *routers}, inside),
         inner=str(inner.name) if inner is not None and isinstance(width, int) else "",
         inner_features=width if isinstance(width, int) else 0,
         routers=tuple(_linear(node) for node in sorted(routers, key=place.__getitem__)),
         straight=_straight(tail),
     )
+
+
+def _readers(read: ir.Value, products: set[ir.Node], inside: set[ir.Node]) -> frozenset[str]:
+    """The nodes of the branch that read `read` for its `products`: none, if some do for others."""
+    todo, seen = [node for node in read.consumers() if node in inside], set()
+    found = frozenset(str(node.name) for node in todo)
+    while todo:
+        node = todo.pop()
+        if node in seen or node in products or node.op_type == "Shape":
+            continue
+        seen.add(node)
+        if node.op_type not in LAYOUT_OPS and node.op_type != "Gather":
+            return frozenset()
+        todo += node.outputs[0].consumers()
+    return found
 
 
 def _summands(value: ir.Value) -> list[ir.Node]:

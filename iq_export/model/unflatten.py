@@ -52,12 +52,27 @@ def unflatten(graph: ir.Graph) -> None:
     """
     done: set[ir.Node] = set()
     mixture = marked(graph)
+    if mixture:
+        _drop_idle_reshapes(graph)
     for node in list(graph):
         if node not in done and _flattens(node):
             region = _region(node, mixture)
             if region is not None and (region.inside or not mixture):
                 done |= {*region.entries, *region.exits}
                 _widen(graph, region)
+
+
+def _drop_idle_reshapes(graph: ir.Graph) -> None:
+    """Those of flat rows to what they are: routers flatten again what has been."""
+    for node in list(graph):
+        if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None or len(before) != 2:
+            continue
+        if [str(size) for size in before] == [str(size) for size in after]:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            graph.remove(node, safe=True)
 
 
 def _flattens(node: ir.Node) -> bool:
@@ -93,14 +108,14 @@ def _region(start: ir.Node, mixture: bool) -> _Region | None:
         elif _ends(node, found.axes):
             found.exits[node] = None
             continue
-        elif _by_row(node):
+        elif _by_row(node) or (mixture and _splits(node)):
             found.inside[node] = None
             for value in node.inputs:
                 if value is not None and not _is_constant(value):
                     producer = value.producer()
                     if producer is None:
                         return None
-                    if not mixture or _flattens(producer) or _by_row(producer):
+                    if not mixture or any(f(producer) for f in (_flattens, _by_row, _splits)):
                         todo.append(producer)
                     elif _rows(value) == found.rows:
                         found.arriving[value] = None
@@ -113,7 +128,7 @@ def _region(start: ir.Node, mixture: bool) -> _Region | None:
             return None
         if any(value.is_graph_output() for value in node.outputs):
             return None
-        todo += node.outputs[0].consumers()
+        todo += [reader for out in node.outputs for reader in out.consumers()]
     return found
 
 
@@ -152,6 +167,12 @@ def _by_row(node: ir.Node) -> bool:
     return node.op_type in _BY_ELEMENT and all(s is not None and len(s) <= 1 for s in constants)
 
 
+def _splits(node: ir.Node) -> bool:
+    """Whether it takes the features of each row apart."""
+    axis = node.attributes.get("axis")
+    return node.op_type == "Split" and axis is not None and axis.as_int() in (-1, 1)
+
+
 def _is_constant(value: ir.Value) -> bool:
     """A stored weight, or one that is transposed as it is read."""
     producer = value.producer()
@@ -182,8 +203,9 @@ def _widen(graph: ir.Graph, region: _Region) -> None:
         else:  # heads are joined
             flat.shape = _wider(source, flat)
     for node in region.inside:
-        node.outputs[0].shape = _wider(first, node.outputs[0])
-        if node.op_type in NORM_OPS:
+        for out in node.outputs:
+            out.shape = _wider(first, out)
+        if node.op_type in NORM_OPS or node.op_type == "Split":
             node.attributes["axis"] = ir.AttrInt64("axis", -1)
         elif node.op_type == "Gemm":
             as_matmul(node)

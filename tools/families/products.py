@@ -19,7 +19,7 @@ def block_products(model: ir.Model) -> set[str]:
     """
     found = {node.name for node in model.graph if _is_weighted(node)}
     logits = [model.graph.outputs[0]]
-    choices = [node.inputs[0] for node in model.graph if node.op_type == "TopK"]
+    choices = [node.inputs[0] for node in model.graph if node.op_type in ("TopK", "ArgMax")]
     return {name for name in found if name is not None} - _last(logits) - _last(choices)
 
 
