@@ -245,7 +245,7 @@ def _products(
                 found[linear.input] = {
                     "input": linear.input,
                     "block": block.index,
-                    "place": f"{branch.kind} {'out' if linear is branch.output else 'in'}",
+                    "place": f"{branch.kind} {'out' if linear in branch.outputs else 'in'}",
                     "products": [linear.node],
                     "lifecycles": whose,
                     "absmax": largest,

@@ -126,7 +126,8 @@ def rewrite(
         chosen = kept.step("inserted", restored, job, chosen, INSERTED)
         matching = kept.step("matching", match_quality, job, chosen, seen.heldout)
     warn(seen.surprise, *everyone_warning(stats), *sink_warnings(chosen.sinks, matching))
-    chosen, quantizers = calibrate_quantizers(job, chosen, before, power, store)
+    chosen, quantizers, rare = calibrate_quantizers(job, chosen, before, power, store)
+    warn(rare)
     chosen = kept.step("convolutions", convolution_scales, job, chosen)
     cache: dict[str, CacheScale] = {}
     if recipe.cache is not None:
@@ -189,9 +190,9 @@ def _observed_after(
     """As `_per_block`, with the down-projections' inputs as their quantizers see them."""
     found = _per_block(stats, windows)
     after = {q.linears: q.after.absmax for q in quantizers.values()}
-    downs = [(block.mlp.output.node,) for block in sites.blocks]
-    if all(down in after for down in downs):
-        found["down_proj_max_per_block"] = [after[down] for down in downs]
+    downs = [[(x.node,) for x in block.mlp.outputs] for block in sites.blocks]
+    if all(down in after for its in downs for down in its):
+        found["down_proj_max_per_block"] = [max(after[down] for down in its) for its in downs]
     return found
 
 

@@ -124,11 +124,12 @@ def _hold(bundle: Bundle, folder: Path, progress: Progress, hold: ExitStack | No
 def _weights_are_there(traced: Path) -> bool:
     """Whether the files that a traced graph refers to are what they were."""
     from iq_export.graph import io
-    from iq_export.graph.stored import StoredTensor
+    from iq_export.graph.stored import Stored, StoredTensor
 
     tensors = (value.const_value for value in io.load(traced).graph.initializers.values())
-    places = {t.place.file: t.place for t in tensors if isinstance(t, StoredTensor)}
-    return all(place.is_there() for place in places.values())
+    places = (t.place for t in tensors if isinstance(t, StoredTensor))
+    files = {place.file: place for place in places if isinstance(place, Stored)}
+    return all(place.is_there() for place in files.values())
 
 
 def _check_same_source(bundle: Bundle, sha256: str) -> None:

@@ -148,7 +148,7 @@ def _check(chosen: Decisions, bundle: Bundle, sites: Sites) -> None:
         raise ValueError(f"the stream cannot be divided by 2^{chosen.exponent}")
     attention = {b.attention.attention.node for b in sites.blocks if b.attention.attention}
     norms = {n.output: n.linears[0].in_features for n in (*sites.norms, *sites.latent_norms)}
-    downs = {b.mlp.output.input: b.mlp.output for b in sites.blocks}
+    downs = {output.input: output for b in sites.blocks for output in b.mlp.outputs}
     for named, known in (
         (chosen.scaled_queries, attention), (chosen.left, linears), (chosen.side, linears),
         (chosen.smoothing.norms, norms), (chosen.smoothing.paths, downs),
@@ -187,11 +187,11 @@ def _check_sinks(sinks: SinkTemplates, number: int, sites: Sites) -> None:
     thresholds = [sinks.threshold, *(early.threshold for early in sinks.early)]
     if any(not isinstance(x, float) or not 0 < x <= _MOST_THRESHOLD for x in thresholds):
         raise ValueError(f"a threshold of lifecycle {number} is none")
-    features = sites.blocks[life.birth].mlp.output.in_features
+    features = sites.blocks[life.birth].mlp.inner_features
     tables = [(sinks.detection, features), (sinks.restore, sites.hidden)]
     tables += [(rows, sites.hidden) for rows in sinks.norms.values()]
     for early in sinks.early:
-        tables.append((early.detection, sites.blocks[early.site.block].mlp.output.in_features))
+        tables.append((early.detection, sites.blocks[early.site.block].mlp.inner_features))
         tables += [(rows, sites.hidden) for rows in early.norms.values()]
     if sinks.key_values is not None:
         tables.append((sinks.key_values.residual, sites.hidden))

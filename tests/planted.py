@@ -19,6 +19,10 @@ and MLP read the same value: "sum" is `x + (attention + MLP)` behind one norm, "
 values of another one. With `after` a third branch stands behind the MLP: it reads the stream
 itself, is gated by a row of a table for the token, and a norm stands behind it. `factor` multiplies
 the whole stream behind each block.
+
+With `experts` each MLP is a mixture of so many, of which a token chooses two, and never one of the
+last `silent`; spikes are those of expert 0, which the tokens that carry them choose. With `shared`
+another MLP, as wide, stands beside.
 """
 
 from __future__ import annotations
@@ -34,10 +38,13 @@ from onnx import TensorProto, helper, numpy_helper
 from iq_export.decide.restore import with_restore
 from iq_export.decide.sinks import Decision, fit_sinks
 from iq_export.graph import io
-from iq_export.graph.sites import Sites, find_sites
+from iq_export.graph.sites import Sites
+from iq_export.model import experts
+from iq_export.model.scopes import SCOPES, module_scope
 from iq_export.observe.samples import Window
 from iq_export.observe.token_stats import TokenStats, observe_tokens
 from iq_export.passes.insert_sinks import insert_sinks
+from iq_export.passes.order import begin
 from iq_export.progress import Progress
 from iq_export.run.ort import CausalLM, left_pad
 from iq_export.sinks.lifecycle import Lifecycle, discover
@@ -85,6 +92,9 @@ class Decoder:
     latent: int = 0  # features
     after: int = 0  # features
     factor: float = 1.0
+    experts: int = 0
+    shared: bool = False  # goes with `experts`, as does the next
+    silent: int = 0
     spikes: tuple[Spike, ...] = (Spike(birth=1, death=3),)
     seed: int = 0
 
@@ -178,7 +188,36 @@ def weights(decoder: Decoder) -> dict[str, np.ndarray]:
             del found[f"layers.{i}.input_layernorm.weight"]
         if (decoder.bare and not decoder.within) or decoder.parallel == "sum":
             del found[f"layers.{i}.post_attention_layernorm.weight"]
+        if decoder.experts:
+            _share_out(found, decoder, f"layers.{i}.mlp.", rng)
     return found
+
+
+def _share_out(
+    found: dict[str, np.ndarray], decoder: Decoder, at: str, rng: np.random.Generator
+) -> None:
+    """Make the MLP at `at` the first expert of a mixture."""
+    first = [found.pop(f"{at}{name}_proj.weight") for name in ("gate", "up", "down")]
+    experts = [[w.T.copy() for w in first]]
+    for _ in range(decoder.experts - 1 + decoder.shared):
+        own = [rng.permutation(w.ravel()).reshape(w.T.shape) for w in first]
+        for each in own:  # no planted weights
+            np.clip(each, -0.5, 0.5, out=each)
+        own[2][decoder.special] *= decoder.quiet
+        experts.append(own)
+    router = (2 * rng.normal(size=(decoder.hidden, decoder.experts))).astype(np.float32)
+    router /= np.sqrt(decoder.hidden)
+    for spike in decoder.spikes:
+        for channel, sign in ((spike.marker, 1), (spike.channel, spike.sign)):
+            router[channel] = 0
+            router[channel, 0] = 3 * sign
+    found[f"{at}gate.weight"] = router
+    if decoder.shared:
+        for name, weight in zip(("gate", "up", "down"), experts.pop(), strict=True):
+            found[f"{at}shared.{name}_proj.weight"] = weight.T.copy()
+    merged = [np.concatenate([gate, up]) for gate, up, _ in experts]
+    found[f"{at}experts.gate_up_proj"] = np.stack(merged)
+    found[f"{at}experts.down_proj"] = np.stack([down for *_, down in experts])
 
 
 def _plant(found: dict[str, np.ndarray], decoder: Decoder, neuron: int, spike: Spike) -> None:
@@ -280,6 +319,8 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
         ),
         opset_imports=[helper.make_opsetid("", 23)], ir_version=10, producer_name="planted",
     )  # fmt: skip
+    if decoder.experts:
+        model = _with_experts(model, decoder)
     onnx.checker.check_model(model)
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
@@ -443,12 +484,85 @@ def _mlp(g: _Graph, decoder: Decoder, i: int, stream: str) -> str:
         normed = (
             stream if decoder.bare else _norm(g, f"layers.{i}/post_attention_layernorm", stream)
         )
+    tail = _mixture(g, decoder, at, normed) if decoder.experts else _gated(g, at, normed)
+    return _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
+
+
+def _gated(g: _Graph, at: str, normed: str) -> str:
     gate = _linear(g, f"{at}/gate_proj", normed)
+    up = _linear(g, f"{at}/up_proj", normed)
+    return _linear(g, f"{at}/down_proj", _product(g, at, gate, up))
+
+
+def _product(g: _Graph, at: str, gate: str, up: str) -> str:
     sigmoid = g.node("Sigmoid", f"{at}/act/Sigmoid", gate)
     active = g.node("Mul", f"{at}/act/Mul", gate, sigmoid)
-    product = g.node("Mul", f"{at}/Mul", active, _linear(g, f"{at}/up_proj", normed))
-    tail = _linear(g, f"{at}/down_proj", product)
-    return _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
+    return g.node("Mul", f"{at}/Mul", active, up)
+
+
+def _mixture(g: _Graph, decoder: Decoder, at: str, normed: str) -> str:
+    """As it is traced: with marks, that `write_experts` writes out."""
+    marks = {"domain": experts.DOMAIN}
+    flat = g.node("Reshape", f"{at}/flat", normed, g.constant("const.rows", [-1, decoder.hidden]))
+    scores = g.node("MatMul", f"{at}/gate", normed, f"{at.replace('/', '.')}.gate.weight")
+    scores = g.node(
+        "Reshape", f"{at}/scores", scores, g.constant("const.scores", [-1, decoder.experts])
+    )
+    if decoder.silent:
+        bias = np.zeros(decoder.experts, np.float32)
+        bias[-decoder.silent :] = -1e4
+        scores = g.node("Add", f"{at}/bias", scores, g.constant("const.bias", bias, np.float32))
+    shares = g.node("Softmax", f"{at}/Softmax", scores, axis=-1)
+    two = g.constant("const.two", [2])
+    best, chosen = f"{at}/TopK/out", f"{at}/TopK/out1"
+    g.nodes.append(helper.make_node("TopK", [shares, two], [best, chosen], name=f"{at}/TopK"))
+    inner = f"{at.replace('/', '.')}.experts"
+    value = g.node("ToExperts", f"{at}/to", flat, chosen, **marks)
+    value = g.node(
+        "ExpertMatMul", f"{at}/gate_up", value, f"{inner}.gate_up_proj", transposed=0, **marks
+    )
+    gate, up = f"{at}/Split/out", f"{at}/Split/out1"
+    split = helper.make_node(
+        "Split", [value], [gate, up], name=f"{at}/Split", axis=-1, num_outputs=2
+    )
+    g.nodes.append(split)
+    value = _product(g, at, gate, up)
+    value = g.node("ExpertMatMul", f"{at}/down", value, f"{inner}.down_proj", transposed=0, **marks)
+    ends = {"experts": decoder.experts, **marks}
+    value = g.node("FromExperts", f"{at}/from", value, chosen, best, **ends)
+    like = g.node("Shape", f"{at}/Shape", normed)
+    tail = g.node("Reshape", f"{at}/Reshape", value, like)
+    if not decoder.shared:
+        return tail
+    return g.node("Add", f"{at}/Add", tail, _gated(g, f"{at}/shared", normed))
+
+
+def _with_experts(model: onnx.ModelProto, decoder: Decoder) -> onnx.ModelProto:
+    """The model with its marks written out, and the names that a trace gives."""
+    written = ir.from_proto(model)
+    for node in written.graph:
+        if node.op_type == "ToExperts":
+            flat, chosen = node.inputs
+            flat.shape, flat.dtype = ir.Shape([None, decoder.hidden]), ir.DataType.FLOAT
+            chosen.shape, chosen.dtype = ir.Shape([None, 2]), ir.DataType.INT64
+        elif node.op_type == "FromExperts":
+            node.inputs[2].dtype = ir.DataType.FLOAT
+        elif node.op_type == "Split":
+            for out in node.outputs:
+                out.shape = ir.Shape([1, None, decoder.features])
+        scope = str(node.name).rpartition("/")[0].replace("/", ".") + ".experts"
+        node.metadata_props[SCOPES] = repr([scope, node.op_type])
+    before = set(written.graph)
+    experts.write_experts(written.graph)
+    written.opset_imports.pop(experts.DOMAIN, None)
+    for number, node in enumerate(written.graph):
+        if node not in before:
+            scope = module_scope(node)
+            node.name = scope if node.op_type == "MatMul" else f"{scope}/{node.op_type}.{number}"
+            for out in node.outputs:
+                out.name = f"{node.name}/out"
+        node.metadata_props.clear()
+    return ir.to_proto(written)
 
 
 @dataclass(frozen=True)
@@ -488,7 +602,11 @@ def observe(
     """Everything from the file to inserted sinks, as `rewrite` does it without smoothing."""
     path, progress = save(decoder, folder, values), Progress(quiet=True)
     options = {"providers": CPU, "progress": progress}
-    sites, data = find_sites(io.load(path)), windows(decoder)
+    begun, _ = begin(io.load(path))
+    sites, data = begun.sites, windows(decoder)
+    if decoder.experts:  # with what detection reads
+        path = path.with_name("begun.onnx")
+        io.save_skeleton(begun.model, path)
     stats = observe_tokens(path, sites, data, **options)
     lifecycles = discover(stats)
     decisions = fit_sinks(path, sites, lifecycles, stats, data, limit=limit, seed=0, **options)

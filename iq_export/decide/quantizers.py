@@ -1,6 +1,7 @@
 """Choose every activation's range and round every weight, one block behind the other.
 
-Every block sees what the quantized blocks before it give.
+Every block sees what the quantized blocks before it give. An expert that fewer than FEWEST_TOKENS
+reach is calibrated on all tokens of its block, as if these had chosen it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from iq_export.formats.int8_activations import INT8
 from iq_export.formats.rounding import Rounding
 from iq_export.graph.sites import Block, Linear, Sites
 from iq_export.observe.block_walk import BlockWalk
-from iq_export.observe.ranges import TensorStats, rows_per_window, sampled_rows
+from iq_export.observe.everyone import for_everyone
+from iq_export.observe.ranges import (
+    FEWEST_TOKENS,
+    TensorStats,
+    rows_per_window,
+    sampled_rows,
+)
 from iq_export.observe.samples import Sample
 from iq_export.observe.walk import Carried
 from iq_export.passes.insert_sinks import index_scopes
@@ -62,10 +69,30 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a block gave: its quantizers, and the codes of its weights."""
+    """What a block gave: its quantizers, the codes of its weights, and how many of its experts see
+    few tokens."""
 
     quantizers: dict[str, Quantizer]
     codes: dict[str, CodeFile]
+    rare: int = 0
+
+
+@dataclass(frozen=True)
+class Rare:
+    """Of `experts` in all, `rare` were reached by fewer than FEWEST_TOKENS."""
+
+    rare: int
+    experts: int
+
+    def note(self) -> str | None:
+        """What to say of them; None if there are none."""
+        if not self.rare:
+            return None
+        return (
+            f"{self.rare} of {self.experts} experts are chosen by fewer than {FEWEST_TOKENS} "
+            "calibration tokens: they are calibrated on all tokens of their block; with more "
+            "--samples there are fewer of these"
+        )
 
 
 def calibrate_blocks(
@@ -81,11 +108,11 @@ def calibrate_blocks(
     providers: Sequence[str],
     progress: Progress,
     kept: Checkpoint,
-) -> dict[str, Quantizer]:
+) -> tuple[dict[str, Quantizer], Rare]:
     """Ranges on the graph with the sink ops in it, over semantic tokens; clips by output error.
 
     `before`: statistics of the traced graph by a product's input. The weights are rounded on the
-    way, into `codes`.
+    way, into `codes`. `model` is changed where it has experts, and is not to be used any more.
 
     Raises GraphError for an activation that is zero throughout.
     """
@@ -100,31 +127,30 @@ def calibrate_blocks(
         for number, templates in enumerate(sinks)
         for name, scope in index_scopes(number, templates, sites).items()
     }
+    taken = {
+        name: sites.rows[linears[0].input]
+        for name, linears in readers.items()
+        if linears[0].input in sites.rows
+    }
+    hiding = {
+        name: [index for index, scope in scopes.items() if linears[0].node in scope]
+        for name, linears in readers.items()
+    }
     walk = BlockWalk(model, sites, windows, list(scopes), providers)
-    found = _taken(kept, walk, codes)
+    found, rare = _taken(kept, walk, codes)
     for block in sites.blocks[walk.block :]:
         inside = {x.node for branch in block.branches for x in branch.linears}
         names = [name for name, linears in readers.items() if linears[0].node in inside]
         here = [linear for name in names for linear in readers[name]]
         with _computed(nodes, here) as weights:
-            stats = {name: TensorStats.empty(widths[name]) for name in names}
-            compensated = names if recipe.gptq else []
-            grams = {name: Gram(widths[name]) for name in compensated}
-            for number, values in walk.observe(names):
-                length = windows[number].rows
-                sample = sampled_rows(length, per_window, seed, number)
-                for name in names:
-                    masks = [
-                        values[index] > 0
-                        for index, scope in scopes.items()
-                        if readers[name][0].node in scope
-                    ]
-                    sunk = np.any(masks, axis=0) if masks else np.zeros(length, bool)
-                    stats[name].add(values[name], sunk, sample, number)
-                    if recipe.gptq:
-                        rows = values[name][~sunk] if sunk.any() else values[name]
-                        rows = unit_rows(rows) if recipe.activations is None else rows
-                        grams[name].add(rows)
+            look = _Look(walk, widths, taken, hiding, recipe, seed, per_window)
+            stats, grams = look.at({name: name for name in names})
+            few = [name for name in names if name in taken and stats[name].tokens < FEWEST_TOKENS]
+            if few:
+                of_all = {name: for_everyone(model, name, taken[name]) for name in few}
+                seen, squares = look.at(of_all, everyone=True)
+                stats |= seen
+                grams |= squares
             for name in names:
                 linears, tensor = readers[name], stats[name]
                 if recipe.activations is not None:
@@ -154,9 +180,50 @@ def calibrate_blocks(
         walk.advance(partial(quantize, plan=plan))
         its = {name: found[name] for name in names if name in found}
         carried = walk.carried if walk.block < len(sites.blocks) else None
-        _keep(kept, codes, block.index, here, its, carried)
+        experts = len({taken[name] for name in few})
+        rare += experts
+        _keep(kept, codes, block.index, here, its, carried, rare=experts)
         progress.update(block.index + 1, len(sites.blocks))
-    return found
+    return found, Rare(rare, len(set(taken.values())))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is summed up of the current block of `walk`: `taken` names what numbers an expert's
+    tokens, and `hiding` the indices of the sinks that a value's ranges leave out, both by value."""
+
+    walk: BlockWalk
+    widths: Mapping[str, int]
+    taken: Mapping[str, str]
+    hiding: Mapping[str, Sequence[str]]
+    recipe: Recipe
+    seed: int
+    per_window: int
+
+    def at(
+        self, read: Mapping[str, str], *, everyone: bool = False
+    ) -> tuple[dict[str, TensorStats], dict[str, Gram]]:
+        """Statistics and, for GPTQ, Hessians of the values of `read` (name -> where it is read), of
+        an expert's tokens or of `everyone`."""
+        stats = {name: TensorStats.empty(self.widths[name]) for name in read}
+        compensated = read if self.recipe.gptq else []
+        grams = {name: Gram(self.widths[name]) for name in compensated}
+        taken = {} if everyone else self.taken
+        wanted = [*read.values(), *(taken[name] for name in read if name in taken)]
+        for number, values in self.walk.observe(wanted):
+            for name, place in read.items():
+                value = values[place]
+                masks = [values[index] > 0 for index in self.hiding[name]]
+                if masks and name in taken:
+                    masks = [mask[values[taken[name]]] for mask in masks]
+                sunk = np.any(masks, axis=0) if masks else np.zeros(len(value), bool)
+                sample = sampled_rows(len(value), self.per_window, self.seed, number)
+                stats[name].add(value, sunk, sample, number)
+                if self.recipe.gptq:
+                    rows = value[~sunk] if sunk.any() else value
+                    rows = unit_rows(rows) if self.recipe.activations is None else rows
+                    grams[name].add(rows)
+        return stats, grams
 
 
 @contextmanager
@@ -180,8 +247,9 @@ def _computed(
             value.const_value = tensor
 
 
-def _taken(kept: Checkpoint, walk: BlockWalk, codes: CodeStore) -> dict[str, Quantizer]:
-    """The quantizers of the blocks that an interrupted run finished; the walk is behind them."""
+def _taken(kept: Checkpoint, walk: BlockWalk, codes: CodeStore) -> tuple[dict[str, Quantizer], int]:
+    """The quantizers of the blocks that an interrupted run finished, and how many experts in these
+    were rare; the walk is behind them."""
     count = 0
     while _block(count) in kept:
         count += 1
@@ -191,14 +259,16 @@ def _taken(kept: Checkpoint, walk: BlockWalk, codes: CodeStore) -> dict[str, Qua
     if count:
         kept.say_taken(f"{count} of {every} blocks")
     found: dict[str, Quantizer] = {}
+    rare = 0
     for number in range(count):
         finished = kept.get(_block(number), _Finished)
         found |= finished.quantizers
+        rare += finished.rare
         codes.take(finished.codes)
     walk.block = count
     if 0 < count < every:
         walk.carried = kept.get(_behind(count), list[Carried])
-    return found
+    return found, rare
 
 
 def _keep(
@@ -208,13 +278,14 @@ def _keep(
     linears: Sequence[Linear],
     quantizers: dict[str, Quantizer],
     carried: list[Carried] | None = None,
+    rare: int = 0,
 ) -> None:
     """Keep what block `number` gave, and what is `carried` on behind it: no other's."""
     written = codes.files(linear.weight for linear in linears)
     values: dict[str, object] = {}
     if carried is not None:
         values[_behind(number + 1)] = carried
-    values[_block(number)] = _Finished(quantizers, written)
+    values[_block(number)] = _Finished(quantizers, written, rare)
     kept.put(
         values,
         files=[codes.folder / file.name for file in written.values()],
@@ -233,7 +304,7 @@ def _behind(count: int) -> str:
 def _clip_strength(linear: Linear, block: Block, recipe: Recipe) -> float:
     if linear in block.attention.linears:
         return _ATTENTION_CLIP
-    bare = linear == block.mlp.output and recipe.rotation is None
+    bare = linear in block.mlp.outputs and recipe.rotation is None
     assert recipe.activations is not None
     return _UNROTATED_DOWN_CLIP if bare else recipe.activations.mlp_clip
 
@@ -294,19 +365,20 @@ def calibrate_quantizers(
     before: Mapping[str, TensorStats],
     power: Mapping[str, np.ndarray],
     store: CodeStore,
-) -> tuple[Decisions, dict[str, Quantizer]]:
-    """Ranges of activations and codes of weights."""
+) -> tuple[Decisions, dict[str, Quantizer], str | None]:
+    """Ranges of activations and codes of weights; and what to say of experts that few tokens
+    choose."""
     recipe, options = chosen.recipe, job.options
     if recipe.weights is None:
-        return chosen, {}
+        return chosen, {}, None
     if not recipe.calibrates:
         with options["progress"].step("Round weights"):
             _round_weights(job, chosen, power, store)
-        return replace(chosen, codes=store), {}
+        return replace(chosen, codes=store), {}, None
     with options["progress"].step("Calibrate quantizers"):
-        quantizers = calibrate_blocks(
+        quantizers, rare = calibrate_blocks(
             job.at(INSERTED, chosen), job.sites, before, chosen.sinks, recipe,
             job.data.windows, store, seed=job.data.seed, kept=job.kept, **options,
         )  # fmt: skip
     activations = {name: q.scale for name, q in quantizers.items()}
-    return replace(chosen, activations=activations, codes=store), quantizers
+    return replace(chosen, activations=activations, codes=store), quantizers, rare.note()

@@ -170,8 +170,8 @@ class _Members(RowObserver):
         self._norms = norm_outputs(sites, lifecycle)
         self._attended = key_value_sizes(sites, lifecycle)
         self._between = early_norm_outputs(sites, lifecycle)
-        downs = [sites.blocks[block].mlp.output for block, _ in lifecycle.detections]
-        widths = {down.input: down.in_features for down in downs} | self._attended
+        mlps = [sites.blocks[block].mlp for block, _ in lifecycle.detections]
+        widths = {mlp.inner: mlp.inner_features for mlp in mlps} | self._attended
         hidden = [*self._norms, self._end, *(name for norms in self._between for name in norms)]
         widths |= dict.fromkeys(hidden, sites.hidden)
         super().__init__(widths, stats, lifecycle.members, count)
@@ -182,7 +182,7 @@ class _Members(RowObserver):
 
     def _down(self, block: int) -> np.ndarray:
         """The down-projection's input."""
-        return self.rows[self._sites.blocks[block].mlp.output.input]
+        return self.rows[self._sites.blocks[block].mlp.inner]
 
     @property
     def detection(self) -> np.ndarray:
@@ -216,7 +216,7 @@ class _Peaks(Observer):
     """Of every site of detection, the largest magnitude of every token of `count` windows."""
 
     def __init__(self, sites: Sites, lifecycle: Lifecycle, count: int) -> None:
-        self.names = [sites.blocks[block].mlp.output.input for block, _ in lifecycle.detections]
+        self.names = [sites.blocks[block].mlp.inner for block, _ in lifecycle.detections]
         self.of = range(count)
         self._found: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
 

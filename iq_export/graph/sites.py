@@ -4,7 +4,9 @@ No model family is named here. A block is two branches that are added to the str
 attention product is the attention branch, the other one the MLP. A branch starts at a norm of the
 stream; or it reads the stream itself, and it ends in a norm or its sum with the stream passes one.
 The second branch of a block reads what the first one gave, or the same value as the first one
-(parallel branches). Everything that does not fit is reported with its node and the reason.
+(parallel branches). An MLP branch may be a mixture of experts: several routes, each an MLP, some of
+them on tokens that a router chose. Everything that does not fit is reported with its node and the
+reason.
 """
 
 from __future__ import annotations
@@ -56,39 +58,82 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class Route:
+    """One way through a branch: the products that read what the branch reads, and the one that
+    writes. An expert reads chosen tokens: the value `rows`, int64 `[1, n]`, has their numbers among
+    all `batch * seq`, and its products' inputs are `[1, n, features]`."""
+
+    inputs: tuple[Linear, ...]  # q, k, v or gate, up
+    output: Linear  # o or down
+    # Index in `inputs` of the product that enters `output` by an elementwise product alone
+    # (the "up" of a gated MLP), so that a per-channel scale passes through; None otherwise.
+    linear_path: int | None = None
+    rows: str | None = None  # None: all tokens
+
+
+@dataclass(frozen=True)
 class Branch:
-    """One residual branch: [norm ->] `inputs` -> ... -> `output` [-> norm] -> residual Add
-    [-> norm].
+    """One residual branch: [norm ->] its routes, added up [-> norm] -> residual Add [-> norm].
 
     Without a norm in front there is one behind the branch or behind the addition, and the products
-    read the stream itself.
+    read the stream itself. There is one route, but in a mixture of experts.
     """
 
     kind: str  # "attention" or "mlp"
     stream: str  # residual value the branch reads, [batch, seq, hidden]
     norm: str | None  # node name of the norm in front
-    input: str  # what `inputs` read: the norm's output, or the stream
-    inputs: tuple[Linear, ...]  # q, k, v or gate, up
-    output: Linear  # o or down
-    added: str  # what joins the stream: `output` with its bias, or behind its norm
+    input: str  # what they read: the norm's output, or the stream
+    routes: tuple[Route, ...]
+    added: str  # what joins the stream: the output with its bias, or behind its norm
     # Node names of the Adds that take it there; of parallel branches one is theirs alone.
     adds: tuple[str, ...]
     residual: str  # residual value after these: parallel branches have the same
     # What the next branch reads and is added to: `residual`, or the norm that stands behind it.
     onward: str
-    # Index in `inputs` of the product that enters `output` by an elementwise product alone
-    # (the "up" of a gated MLP), so that a per-channel scale passes through; None otherwise.
-    linear_path: int | None = None
+    readers: frozenset[str]  # names of the nodes that read `input` for this branch
+    # What an MLP's tokens are known as sinks by, `[batch, seq, inner_features]`: the input of its
+    # output product; of a mixture, see `passes.show_inner` ("" before that).
+    inner: str
+    inner_features: int
     # The single Attention op of an attention branch; None where the product is decomposed.
     attention: AttentionSite | None = None
     # Products between `inputs` and `output`: those that widen a latent; and the norms in front of
     # them, of which they are the only readers.
     widening: tuple[Linear, ...] = ()
     latent_norms: tuple[Norm, ...] = ()
+    routers: tuple[Linear, ...] = ()  # products of a mixture that stay in float
+    # Whether every channel that the routes of a mixture write goes on alone, by one factor a token.
+    straight: bool = False
+
+    @property
+    def is_mixture(self) -> bool:
+        return any(route.rows is not None for route in self.routes)
+
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        return tuple(linear for route in self.routes for linear in route.inputs)
+
+    @property
+    def outputs(self) -> tuple[Linear, ...]:
+        return tuple(route.output for route in self.routes)
+
+    @property
+    def output(self) -> Linear:
+        """Of a branch with one route."""
+        (output,) = self.outputs
+        return output
+
+    @property
+    def linear_path(self) -> int | None:
+        """Of a branch with one route."""
+        (route,) = self.routes
+        return route.linear_path
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return (*self.inputs, *self.widening, self.output)
+        return tuple(
+            x for route in self.routes for x in (*route.inputs, *self.widening, route.output)
+        )
 
 
 @dataclass(frozen=True)
@@ -112,11 +157,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm in front of products of branches, and all these: parallel branches may share it."""
+    """A norm in front of products of branches, and all these, experts' on some of its rows:
+    parallel branches may share it. `routers` read it too, and stay in float; `readers` are the
+    nodes that read it for all these."""
 
     node: str
     output: str
     linears: tuple[Linear, ...]
+    routers: tuple[Linear, ...]
+    readers: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -157,14 +206,27 @@ class Sites:
         return [branch for block in self.blocks for branch in block.branches]
 
     @property
+    def _sums(self) -> set[str]:
+        return {self.embedding, *(branch.residual for branch in self.branches)}
+
+    @property
     def bare(self) -> dict[str, tuple[Linear, ...]]:
         """The products that read a sum of the stream as it is, with no norm between, by the sum's
-        name: those of both branches, where these are parallel."""
+        name: those of both branches, where these are parallel, and routers."""
         found: dict[str, tuple[Linear, ...]] = {}
-        sums = {self.embedding, *(branch.residual for branch in self.branches)}
         for branch in self.branches:
-            if branch.norm is None and branch.input in sums:
-                found[branch.input] = (*found.get(branch.input, ()), *branch.inputs)
+            if branch.norm is None and branch.input in self._sums:
+                its = (*branch.inputs, *branch.routers)
+                found[branch.input] = (*found.get(branch.input, ()), *its)
+        return found
+
+    @property
+    def bare_readers(self) -> dict[str, frozenset[str]]:
+        """The nodes that read these values for these products, by the value's name."""
+        found: dict[str, frozenset[str]] = {}
+        for branch in self.branches:
+            if branch.norm is None and branch.input in self._sums:
+                found[branch.input] = found.get(branch.input, frozenset()) | branch.readers
         return found
 
     @property
@@ -173,15 +235,39 @@ class Sites:
         found: dict[str, Norm] = {}
         for branch in self.branches:
             if branch.norm is not None:
-                there = found.get(branch.norm)
-                linears = (*(there.linears if there else ()), *branch.inputs)
-                found[branch.norm] = Norm(branch.norm, branch.input, linears)
+                before = found.get(branch.norm, Norm("", "", (), (), frozenset()))
+                found[branch.norm] = Norm(
+                    branch.norm, branch.input, (*before.linears, *branch.inputs),
+                    (*before.routers, *branch.routers), before.readers | branch.readers,
+                )  # fmt: skip
         return list(found.values())
 
     @property
     def latent_norms(self) -> list[Norm]:
         """The norms within branches, in front of products that widen a latent."""
         return [norm for branch in self.branches for norm in branch.latent_norms]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """By the name of an expert's tokens: the value whose rows these are."""
+        return {
+            linear.input: branch.input
+            for branch in self.branches
+            for route in branch.routes
+            if route.rows is not None
+            for linear in route.inputs
+        }
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """By the name of what an expert's products read: the value that numbers its tokens."""
+        return {
+            linear.input: route.rows
+            for branch in self.branches
+            for route in branch.routes
+            if route.rows is not None
+            for linear in (*route.inputs, route.output)
+        }
 
 
 def find_sites(model: ir.Model) -> Sites:
@@ -226,7 +312,7 @@ def find_sites(model: ir.Model) -> Sites:
     if not _has_vector(final[0]):
         raise GraphError(f"{_label(final[0])} ends the residual stream, and {_NO_VECTOR}.")
     return Sites(
-        hidden=blocks[0].attention.output.out_features,
+        hidden=blocks[0].attention.outputs[0].out_features,
         embedding=embedding.name,
         blocks=tuple(blocks),
         final_norm=final[0].name,
@@ -361,7 +447,7 @@ def scaled_on(stream: ir.Value) -> ir.Value:
 
 def _branches(stream: ir.Value, add: ir.Node) -> list[Branch | Refusal]:
     """The branches that `add` adds to `stream`: two where their sum is added."""
-    return [_branch(stream, *term) for term in _terms(_other(add, stream), (add,))]
+    return [_branch(stream, *term) for term in _terms(stream, _other(add, stream), (add,))]
 
 
 def _joined(before: list[Branch], stream: ir.Value, add: ir.Node) -> list[Branch] | None:
@@ -373,7 +459,7 @@ def _joined(before: list[Branch], stream: ir.Value, add: ir.Node) -> list[Branch
     earlier = next((v for v in stream.producer().inputs if v.name == first.stream), None)
     if earlier is None:
         return None
-    found = [_branch(earlier, *term) for term in _terms(_other(add, stream), (add,))]
+    found = [_branch(earlier, *term) for term in _terms(earlier, _other(add, stream), (add,))]
     parallel = [branch for branch in found if isinstance(branch, Branch)]
     if len(parallel) < len(found):
         return None
@@ -387,14 +473,18 @@ def _other(add: ir.Node, operand: ir.Value) -> ir.Value:
 
 
 def _terms(
-    value: ir.Value, adds: tuple[ir.Node, ...]
+    stream: ir.Value, value: ir.Value, adds: tuple[ir.Node, ...]
 ) -> list[tuple[ir.Value, tuple[ir.Node, ...]]]:
-    """What is added, apart where it is a sum of what two products gave, each with its Adds."""
+    """What is added, apart where it is a sum of what two products gave, or an attention and a
+    mixture of experts; each with its Adds."""
     node = value.producer()
     if node is None or node.op_type != "Add" or len(value.uses()) > 1:
         return [(value, adds)]
-    if any(_producing_linear(operand) is None for operand in node.inputs):
-        return [(value, adds)]
+    single = [_producing_linear(operand) for operand in node.inputs]
+    if None in single:
+        attends = [end is not None and bool(_attentions(_between(stream, end))) for end in single]
+        if not any(attends) or not all(map(_summands, node.inputs)):
+            return [(value, adds)]
     return [(operand, (node, *adds)) for operand in node.inputs]
 
 
@@ -406,9 +496,7 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
         return Refusal(_label(add), f"no norm reads the residual value {stream.name!r} before it")
     output = _producing_linear(tail)
     if output is None:
-        return Refusal(
-            _label(add), f"the added value {tail.name!r} does not come from a weighted MatMul"
-        )
+        return _mixture(stream, tail, adds)
     inside = _between(stream, output)
     norm = next((node for node in norms if node in inside), None)
     if norm is None and not behind:
@@ -428,18 +516,20 @@ def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Bran
     inner = [x for x in _reached(read, inside) if _is_linear(x) and x not in (*inputs, output)]
     products = _attentions(inside)
     kind = "attention" if products else "mlp"
+    path = _linear_path(inputs, output) if kind == "mlp" else None
     return Branch(
         kind=kind,
         stream=stream.name,
         norm=None if norm is None else norm.name,
         input=read.name,
-        inputs=tuple(_linear(node) for node in inputs),
-        output=_linear(output),
+        routes=(Route(tuple(map(_linear, inputs)), _linear(output), path),),
         added=tail.name,
         adds=tuple(str(node.name) for node in adds),
         residual=add.outputs[0].name,
         onward=add.outputs[0].name,
-        linear_path=_linear_path(inputs, output) if kind == "mlp" else None,
+        readers=frozenset(str(node.name) for node in inputs),
+        inner=output.inputs[0].name,
+        inner_features=_linear(output).in_features,
         attention=_attention_site(products[0]) if len(products) == 1 else None,
         widening=tuple(_linear(node) for node in inner),
         latent_norms=_norms_of(inner),
@@ -468,12 +558,185 @@ def _norms_of(products: list[ir.Node]) -> tuple[Norm, ...]:
         readers = list(node.outputs[0].consumers())
         if all(reader in products for reader in readers):
             linears = tuple(_linear(reader) for reader in readers)
-            found.append(Norm(str(node.name), str(node.outputs[0].name), linears))
+            names = frozenset(str(reader.name) for reader in readers)
+            found.append(Norm(str(node.name), str(node.outputs[0].name), linears, (), names))
     return tuple(found)
 
 
+def _mixture(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Branch | Refusal:
+    """An MLP branch whose routes are experts, and MLPs that all tokens pass beside them."""
+    add, outputs = adds[-1], _summands(tail)
+    unknown = Refusal(
+        _label(add), f"the added value {tail.name!r} does not come from a weighted MatMul"
+    )
+    if not outputs:
+        return unknown
+    inside = _between(stream, tail.producer())
+    norms = [node for node in stream.consumers() if node.op_type in NORM_OPS and node in inside]
+    if not norms and not _norm_behind(tail):
+        return Refusal(_label(add), f"no norm reads the residual value {stream.name!r} before it")
+    norm = norms[0] if norms else None
+    if norm is not None and not _has_vector(norm):
+        return Refusal(_label(norm), _NO_VECTOR)
+    read = stream if norm is None else norm.outputs[0]
+    assert add.graph is not None
+    place = {node: number for number, node in enumerate(add.graph)}
+    routes, used = [], set()
+    for output in sorted(outputs, key=place.__getitem__):
+        found = _route(read, output)
+        if isinstance(found, Refusal):
+            return found
+        inputs, rows = found
+        inputs = sorted(inputs, key=place.__getitem__)
+        used |= {output, *inputs}
+        path = _linear_path(inputs, output)
+        routes.append(Route(tuple(map(_linear, inputs)), _linear(output), path, rows))
+    if not any(route.rows for route in routes):
+        return unknown
+    routers = [
+        node
+        for node in inside
+        if _is_linear(node) and node not in used and _taken_from(node.inputs[0], read) is not None
+    ]
+    inner = _inner(outputs)
+    width = None if inner is None or inner.shape is None else inner.shape[-1]
+    return Branch(
+        kind="mlp",
+        stream=stream.name,
+        norm=None if norm is None else norm.name,
+        input=read.name,
+        routes=tuple(routes),
+        added=tail.name,
+        adds=tuple(str(node.name) for node in adds),
+        residual=add.outputs[0].name,
+        onward=add.outputs[0].name,
+        readers=_readers(read, {*used, *routers}, inside),
+        inner=str(inner.name) if inner is not None and isinstance(width, int) else "",
+        inner_features=width if isinstance(width, int) else 0,
+        routers=tuple(_linear(node) for node in sorted(routers, key=place.__getitem__)),
+        straight=_straight(tail),
+    )
+
+
+def _readers(read: ir.Value, products: set[ir.Node], inside: set[ir.Node]) -> frozenset[str]:
+    """The nodes of the branch that read `read` for its `products`: none, if some do for others."""
+    todo, seen = [node for node in read.consumers() if node in inside], set()
+    found = frozenset(str(node.name) for node in todo)
+    while todo:
+        node = todo.pop()
+        if node in seen or node in products or node.op_type == "Shape":
+            continue
+        seen.add(node)
+        if node.op_type not in LAYOUT_OPS and node.op_type != "Gather":
+            return frozenset()
+        todo += node.outputs[0].consumers()
+    return found
+
+
+def _summands(value: ir.Value) -> list[ir.Node]:
+    """The weighted MatMuls whose rows `value` is a sum of, each by some factor; none if it is no
+    such sum."""
+    node = value.producer()
+    if node is None:
+        return []
+    if _is_linear(node):
+        return [node]
+    if node.op_type in _BY_TOKEN or node.op_type in LAYOUT_OPS or node.op_type in NORM_OPS:
+        return _summands(node.inputs[0])
+    if node.op_type not in ("Add", "Concat", "Mul"):
+        return []
+    parts = [_summands(v) for v in node.inputs if not _is_constant(v)]
+    parts = [part for part in parts if part] if node.op_type == "Mul" else parts
+    whole = bool(parts) and all(parts) and (node.op_type != "Mul" or len(parts) == 1)
+    return [each for part in parts for each in part] if whole else []
+
+
+# What takes rows of tokens, or adds some of them up.
+_BY_TOKEN = frozenset({"Gather", "ReduceSum"})
+
+
+def _straight(value: ir.Value) -> bool:
+    """Whether nothing between `value` and its `_summands` joins channels or has a factor, or a
+    number to add, for each."""
+    node = value.producer()
+    if node is None or _is_linear(node):
+        return node is not None
+    if node.op_type in _BY_TOKEN or node.op_type in LAYOUT_OPS:
+        return _straight(node.inputs[0])
+    computed = [v for v in node.inputs if not _is_constant(v)]
+    if node.op_type == "Add" and len(computed) == 1:  # a bias
+        made = computed[0].producer()
+        return made is not None and _is_linear(made)
+    if node.op_type in ("Add", "Concat"):
+        return all(map(_straight, computed))
+    if node.op_type != "Mul":
+        return False
+    rows = [v for v in computed if _summands(v)]
+    factors = [v for v in node.inputs if v not in rows]
+    return all(_is_scalar(v) for v in factors) and all(map(_straight, rows))
+
+
+def _is_scalar(value: ir.Value) -> bool:
+    """Whether it has one number for each token, or for all."""
+    shape = value.shape
+    return shape is not None and (len(shape) == 0 or shape[-1] == 1)
+
+
+def _route(read: ir.Value, output: ir.Node) -> tuple[list[ir.Node], str | None] | Refusal:
+    """The products between `read` and `output` that read its rows, and which value numbers these
+    (None: all rows)."""
+    seen, todo = {output}, [output.inputs[0]]
+    inputs: list[ir.Node] = []
+    numbers: set[str | None] = set()
+    while todo:
+        value = todo.pop()
+        node = None if value is None else value.producer()
+        if value is read or node is None or node in seen:
+            continue
+        seen.add(node)
+        rows = _taken_from(node.inputs[0], read) if _is_linear(node) else None
+        if rows is None:
+            todo += node.inputs
+        else:
+            inputs.append(node)
+            numbers.add(rows or None)
+    if _attentions(seen):
+        return Refusal(_label(output), "experts of an attention are not understood")
+    if len(numbers) != 1:
+        return Refusal(_label(output), f"no weighted MatMul of its route reads {read.name!r}")
+    return inputs, next(iter(numbers))
+
+
+def _taken_from(value: ir.Value | None, source: ir.Value) -> str | None:
+    """Which value numbers the rows of `source` that `value` is: "" if it is all of them, None if it
+    is something else."""
+    rows = ""
+    while value is not source:
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type == "Gather" and not rows:
+            index = node.inputs[1].producer()
+            if index is None or index.op_type != "Squeeze":
+                return None
+            rows = str(index.inputs[0].name)
+        elif node is None or node.op_type not in LAYOUT_OPS:
+            return None
+        value = node.inputs[0]
+    return rows
+
+
+def _inner(outputs: list[ir.Node]) -> ir.Value | None:
+    """What joins the inputs of all output products of a mixture, each token's as a row."""
+    joins = [n for n in outputs[0].inputs[0].consumers() if n.op_type == "Concat"]
+    for join in joins:
+        value = join.outputs[0]
+        while len(readers := value.consumers()) == 1:
+            value = readers[0].outputs[0]
+        return value
+    return None
+
+
 def _norm_behind(value: ir.Value) -> bool:
-    """Whether a norm stands between `value` and the weighted MatMul behind it."""
+    """Whether a norm stands between `value` and the weighted MatMul, or the sum, behind it."""
     node = value.producer()
     while node is not None and node.op_type in LAYOUT_OPS:
         node = node.inputs[0].producer()

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,6 +65,13 @@ class Stored:
         """Size in the file."""
         return math.prod(self.shape) * np.dtype(_RAW[self.dtype]).itemsize
 
+    def part(self, number: int, start: int, stop: int) -> Stored:
+        """Of a tensor of several axes: entries `start` to `stop` of entry `number`."""
+        size = np.dtype(_RAW[self.dtype]).itemsize
+        row = math.prod(self.shape[2:]) * size
+        offset = self.offset + (number * self.shape[1] + start) * row
+        return replace(self, shape=(stop - start, *self.shape[2:]), offset=offset)
+
     def is_there(self) -> bool:
         """Whether the file is there and what it was."""
         try:
@@ -97,6 +104,35 @@ class Stored:
         return _widened(_transposed(raw) if transposed else raw)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Matrices that count as one tensor `[n, rows, columns]`: the parts of each of the n, one below
+    the other. Nothing holds it whole but what reads it."""
+
+    parts: tuple[tuple[Stored, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        its = self.parts[0]
+        return (len(self.parts), sum(part.shape[0] for part in its), its[0].shape[1])
+
+    def read(self, *, transposed: bool = False) -> NDArray[np.float32]:
+        """As `Stored.read`; it is no matrix, and not transposed."""
+        assert not transposed
+        return np.stack([np.concatenate([part.read() for part in its]) for its in self.parts])
+
+    def part(self, number: int, start: int, stop: int) -> Stored:
+        """As `Stored.part`, where the rows are those of one part."""
+        for part in self.parts[number]:
+            rows = part.shape[0]
+            if start >= 0 and stop <= rows:
+                width = part.nbytes // rows
+                shape = (stop - start, part.shape[1])
+                return replace(part, shape=shape, offset=part.offset + start * width)
+            start, stop = start - rows, stop - rows
+        raise GraphError("Rows of several stored weights were asked for as one.")
+
+
 class StoredTensor(ir.LazyTensor):
     """A float32 tensor whose values are read from their file each time they are asked for.
 
@@ -105,7 +141,9 @@ class StoredTensor(ir.LazyTensor):
 
     __slots__ = ("place", "transposed")
 
-    def __init__(self, place: Stored, name: str | None, *, transposed: bool = False) -> None:
+    def __init__(
+        self, place: Stored | Merged, name: str | None, *, transposed: bool = False
+    ) -> None:
         self.place, self.transposed = place, transposed
         super().__init__(
             lambda: ir.Tensor(place.read(transposed=transposed), name=name),
@@ -129,14 +167,14 @@ def settle(model: ir.Model) -> None:
     nodes: list[ir.Node] = []
     for value in order:
         tensor = value.const_value
-        if not isinstance(tensor, StoredTensor):
+        place = tensor.place if isinstance(tensor, StoredTensor) else None
+        if not isinstance(tensor, StoredTensor) or not isinstance(place, Stored):
             graph.initializers.add(value)
             continue
-        place = tensor.place
         if place.stamp is not None:
             files[place.file] = place.stamp
             folders.add(place.folder)
-        stored, made = _spelt_out(value, tensor)
+        stored, made = _spelt_out(value, place, transposed=tensor.transposed)
         graph.initializers.add(stored)
         nodes += made
     if nodes:
@@ -179,14 +217,16 @@ def lift(model: ir.Model, folder: Path) -> None:
         graph.initializers.add(_lifted(value, place))
 
 
-def _spelt_out(value: ir.Value, tensor: StoredTensor) -> tuple[ir.Value, list[ir.Node]]:
+def _spelt_out(
+    value: ir.Value, place: Stored, *, transposed: bool
+) -> tuple[ir.Value, list[ir.Node]]:
     """The initializer for a stored weight, and the nodes that make `value`'s values of it."""
-    place, name = tensor.place, str(value.name)
+    name = str(value.name)
     steps: list[tuple[str, dict[str, ir.Attr], ir.DataType, tuple[int, ...]]] = []
     if place.dtype != ir.DataType.FLOAT:
         to = ir.AttrInt64("to", ir.DataType.FLOAT.value)
         steps.append(("Cast", {"to": to}, ir.DataType.FLOAT, place.shape))
-    if tensor.transposed:
+    if transposed:
         perm = ir.AttrInt64s("perm", [1, 0])
         steps.append(("Transpose", {"perm": perm}, ir.DataType.FLOAT, place.shape[::-1]))
     external = ir.ExternalTensor(

@@ -48,8 +48,8 @@ def float64() -> Iterator[None]:
                 return _dtype(func(*args, **kwargs))
             if func is torch.Tensor.float:
                 return args[0].double()
-            if func is functional.embedding:
-                return wide(func(*args, **kwargs))
+            if func in (functional.embedding, torch.Tensor.__getitem__):  # a few rows of a table
+                return _mapped(func(*args, **kwargs), wide)
             if func is functional.linear and args[1].numel() > _SLICE:
                 return _sliced_linear(*args, **kwargs)
             # What is written to keeps its own type.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from iq_export.errors import ModelError
 from iq_export.graph.interface import BATCH, PAST, SEQ, input_names, output_names
 from iq_export.model.capture import CacheShape
-from iq_export.model.tidy import SCOPES
+from iq_export.model.scopes import SCOPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -171,7 +171,6 @@ def _inherit_scopes(graph: ir.Graph) -> None:
 
 # What torch says when it fails -> what that means; the groups of a pattern fill the sentence.
 _REASONS = (
-    (r"No ONNX function found for <?\S*grouped_mm", "it is a mixture of experts"),
     (r"No ONNX function found for <?(?:OpOverload\(op='|torch\.ops\.)?([\w.]+)",
      "ONNX has nothing for its operation '{0}'"),
     (r"specified range satisfy the generated guard .*\[(\d+)\]\.size\(\)\[\d+\] (<=?) (\d+)",

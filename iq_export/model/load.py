@@ -37,7 +37,14 @@ from iq_export.model.layout import INDEX, check_layout
 from iq_export.model.part import leave_out, model_class
 from iq_export.model.quiet import quiet
 from iq_export.model.support import check_config
-from iq_export.model.weights import Weights, checkpoint, data_file, moved, stored_tensors
+from iq_export.model.weights import (
+    Weights,
+    checkpoint,
+    data_file,
+    merged_experts,
+    moved,
+    stored_tensors,
+)
 from iq_export.model.weights_check import (
     check_adapters,
     check_finite,
@@ -306,13 +313,14 @@ def _load_lazily(
     with quiet(), readable(source):
         made = model_class(config)
         if header is None:
-            stored = stored_tensors(source.path)
+            there = stored_tensors(source.path)
+            stored = None if there is None else merged_experts(there, plain.model_type)
         else:
             with torch.device("meta"):
                 bare = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(plain))
             read = read_weights(header, bare)
     if header is not None:
-        stored = None if read is None else _written(source, read, folder)
+        stored = None if read is None else {**_written(source, read, folder)}
     if stored is None:
         return None
     with quiet(), readable(source):

@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 
 from iq_export.graph.interface import KINDS, Interface, Role, name_of
 from iq_export.model.part import text_config
-from iq_export.model.tidy import SCOPES, all_scopes
+from iq_export.model.scopes import SCOPES, all_scopes
 
 if TYPE_CHECKING:
     import torch

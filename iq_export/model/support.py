@@ -69,7 +69,9 @@ _TYPES: dict[str, _Kind] = {
     "bloom": _Kind(_ALIBI),
     **dict.fromkeys(("prophetnet", "roformer"), _Kind(_COUNTS)),
     "gemma3n_text": _Kind("its layers share keys and values"),
-    "granite_swa": _Kind(_SINKS),
+    **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), _Kind(_SINKS)),
+    "dbrx": _Kind("its code takes its experts apart in a way of its own"),
+    "jetmoe": _Kind("its attention is a mixture of experts"),
 }  # fmt: skip
 
 
@@ -155,6 +157,8 @@ def check_config(
         )
     decoder = config if text is None else text
     reason = _structure(decoder)
+    if reason is None and remote_code and (experts := _experts(decoder)):
+        reason = f"it is a mixture of experts ('{experts[0]}') with code of its own"
     if reason is not None:
         raise ModelError(f"{name} has architecture '{kind}', which is not supported: {reason}.")
     _check_sizes(decoder, name)
@@ -179,9 +183,6 @@ def _structure(config: Any) -> str | None:
         other = [kind for kind in listed if kind not in TRACED]
         if other:
             return f"it has layers of type '{other[0]}', and only {named(TRACED)} can be traced"
-    experts = _experts(config)
-    if experts is not None:
-        return f"it is a mixture of experts ('{experts}')"
     if _get(config, "alibi") or _nested(config, "attn_config", "alibi"):
         return _ALIBI
     if _get(config, "position_embedding_type") == "alibi":
@@ -189,21 +190,18 @@ def _structure(config: Any) -> str | None:
     return None
 
 
-def _experts(config: Any) -> str | None:
-    """The name of the entry that makes it a mixture of experts, None if it is dense."""
+def _experts(config: Any) -> tuple[str, int] | None:
+    """The entry that makes it a mixture of experts, and how many there are; None if it is dense."""
     if False in (_get(config, "is_moe"), _get(config, "enable_moe_block")):
         return None
     kinds = _get(config, "mlp_layer_types")
     if isinstance(kinds, (list, tuple)) and kinds and "sparse" not in kinds:
         return None
-    found = {name: _get(config, name) for name in _EXPERTS}
-    found["moe_num_experts"] = found["moe_num_experts"] or _nested(
-        config, "ffn_config", "moe_num_experts"
-    )
     dense, layers = _get(config, "first_k_dense_replace"), _get(config, "num_hidden_layers")
     if _is_size(dense) and _is_size(layers) and dense >= layers:
         return None
-    return next((name for name, value in found.items() if value), None)
+    found = {name: _get(config, name) for name in _EXPERTS}
+    return next(((name, value) for name, value in found.items() if _is_size(value)), None)
 
 
 def _nested(config: Any, part: str, name: str) -> Any:
@@ -382,13 +380,15 @@ def _shape(config: Any, *, whole: bool = False) -> Shape:
         attention = hidden * (narrow + latent + turned + heads * value) + heads * (
             (narrow or hidden) * (plain + turned) + latent * (plain + value)
         )
+    experts, own = _experts(config), size("moe_intermediate_size", features)
+    mlps = [features] if experts is None else [own] * experts[1]
     return Shape(
         hidden=hidden,
         layers=size("num_hidden_layers", 1),
         vocabulary=size("vocab_size", 1),
         tables=2 if _get(config, "tie_word_embeddings") is False else 1,
-        block=attention + 3 * hidden * features,
-        widths=(*widths, hidden, features),
+        block=attention + 3 * hidden * sum(mlps),
+        widths=(*widths, *(width for mlp in mlps for width in (hidden, mlp))),
         whole=whole,
     )
 

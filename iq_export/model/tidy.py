@@ -1,15 +1,15 @@
 """Make an exported graph readable, small and deterministic, without changing what it computes.
 
-After `tidy`: every attention is one Attention; every linear is one MatMul on `[batch, seq,
-features]` whose weight is an initializer `[in, out]` under its own
-name (`layers.3.mlp.down_proj.weight`); a tied embedding is stored once, read by the LM head
-through a Transpose; nodes are called after the module they come from (`layers.3/mlp/down_proj`);
+After `tidy`: every attention is one Attention; experts are MLPs of their own on the tokens that
+chose them; every linear is one MatMul on `[batch, seq, features]` whose weight is an initializer
+`[in, out]` under its own name (`layers.3.mlp.down_proj.weight`); a tied embedding is stored once,
+read by the LM head through a Transpose; nodes are called after the module they come from
+(`layers.3/mlp/down_proj`);
 what every layer repeats (cosines, shapes, masks) is computed once; torch's metadata is gone.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
 
@@ -19,12 +19,13 @@ from onnx_ir.passes import common
 
 from iq_export.graph.interface import BATCH, PAST, SEQ, TOTAL, Role, axes_of, name_of
 from iq_export.graph.stored import StoredTensor
+from iq_export.model.experts import write_experts
 from iq_export.model.fuse_attention import fuse_attention
 from iq_export.model.fuse_norms import fuse_norms
 from iq_export.model.latents import settle_latents
+from iq_export.model.scopes import module_scope
 from iq_export.model.unflatten import unflatten
 
-SCOPES = "pkg.torch.onnx.name_scopes"
 # Elements up to which an expression of parameters (Gemma's `1 + weight`) is evaluated: vectors of
 # any hidden size, but no matrix.
 _FOLD_LIMIT = 1 << 16
@@ -44,6 +45,7 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
     store_weights_transposed(model.graph)
     settle_latents(model.graph)
     settle_reshapes(model.graph)
+    write_experts(model.graph)
     common.CommonSubexpressionEliminationPass(size_limit=_CSE_LIMIT)(model)
     common.IdentityEliminationPass()(model)
     if any(node.op_type == "ReduceMean" for node in model.graph):  # of a model's own norm
@@ -60,19 +62,6 @@ def settle_axes(graph: ir.Graph) -> None:
     """Name the axes batch, seq, past, total, and read each size from one input only."""
     _name_total(graph)
     _read_sizes_from_inputs(graph)
-
-
-def all_scopes(node: ir.Node) -> list[str]:
-    """Qualified names of the torch modules that `node` was traced in, outermost first."""
-    text = node.metadata_props.get(SCOPES, "")
-    # The last entry is the torch operator's own name.
-    scopes = ast.literal_eval(text)[:-1] if text else []
-    return [scope for scope in scopes if not scope.startswith("_empty_nn")]
-
-
-def module_scope(node: ir.Node) -> str:
-    """Qualified name of the innermost module of `node` ('' at the top or unknown)."""
-    return ["", *all_scopes(node)][-1]
 
 
 def _name_total(graph: ir.Graph) -> None:

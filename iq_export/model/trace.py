@@ -73,11 +73,12 @@ _FORMAT = 3
 # What decides how a graph comes out, beside the model itself.
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 _CODE = (
-    "arithmetic.py", "capture.py", "copied_sizes.py", "encoders.py", "export.py",
+    "arithmetic.py", "capture.py", "copied_sizes.py", "encoders.py", "experts.py", "export.py",
     "fuse_activations.py", "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py",
     "gguf_tokenizer.py", "latents.py", "limits.py", "load.py", "part.py", "positions.py",
-    "recompose.py", "replicate.py", "tidy.py", "tokenizer.py", "trace.py", "unflatten.py",
-    "verify.py", "weights.py", "written_out.py", "../graph/interface.py", "../graph/stored.py",
+    "recompose.py", "replicate.py", "scopes.py", "tidy.py", "tokenizer.py", "trace.py",
+    "unflatten.py", "verify.py", "weights.py", "written_out.py", "../graph/interface.py",
+    "../graph/stored.py",
 )  # fmt: skip
 
 
@@ -319,10 +320,12 @@ def _export(model: Any, weights: Weights, folder: Path, opset: int, short_cut: b
     import onnx_ir as ir
 
     from iq_export.model.capture import cache_shape, flat_module
+    from iq_export.model.experts import mark_experts
     from iq_export.model.export import export_module
     from iq_export.model.replicate import plan_layers, replicate, shortened
     from iq_export.model.tidy import settle_axes, tidy
 
+    mark_experts(model)
     cache, vocab = cache_shape(model), text_config(model).vocab_size
     module = flat_module(model, cache)
     plan = plan_layers(model) if short_cut and cache.of_all_layers else None

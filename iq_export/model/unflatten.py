@@ -4,16 +4,22 @@ Some models flatten the tokens in front of a product, or of a whole MLP with its
 residual addition, and restore the axes behind it. A product is then a Gemm between two Reshapes,
 and the residual stream changes its shape within a block. What stands between works row by row: the
 Reshapes go, and a Gemm becomes a MatMul and the Add of its bias.
+
+In a graph with a mixture of experts a region may have other neighbours: routers choose among flat
+rows. They get them as before, and what comes from them gets its axes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
+from iq_export.graph.edit import shared_constant
 from iq_export.graph.sites import NORM_OPS
-from iq_export.model.written_out import as_matmul, is_plain
+from iq_export.model.experts import marked
+from iq_export.model.written_out import as_matmul, insert, is_plain
 
 _BY_ELEMENT = frozenset({
     "Add", "Cast", "Clip", "Div", "Erf", "Gelu", "Identity", "LeakyRelu", "Max", "Min", "Mul",
@@ -28,9 +34,13 @@ class _Region:
     order in which they were found (each once). `axes`: what was flattened."""
 
     axes: tuple[object, object]
+    rows: str  # how many, by their name
+    mixture: bool  # whether it may have neighbours
     inside: dict[ir.Node, None] = field(default_factory=dict)
     entries: dict[ir.Node, None] = field(default_factory=dict)
     exits: dict[ir.Node, None] = field(default_factory=dict)
+    leaving: dict[ir.Node, None] = field(default_factory=dict)  # neighbours that read it
+    arriving: dict[ir.Value, None] = field(default_factory=dict)  # what neighbours give
 
 
 def unflatten(graph: ir.Graph) -> None:
@@ -41,12 +51,28 @@ def unflatten(graph: ir.Graph) -> None:
     settles them.
     """
     done: set[ir.Node] = set()
+    mixture = marked(graph)
+    if mixture:
+        _drop_idle_reshapes(graph)
     for node in list(graph):
         if node not in done and _flattens(node):
-            region = _region(node)
-            if region is not None:
+            region = _region(node, mixture)
+            if region is not None and (region.inside or not mixture):
                 done |= {*region.entries, *region.exits}
                 _widen(graph, region)
+
+
+def _drop_idle_reshapes(graph: ir.Graph) -> None:
+    """Those of flat rows to what they are: routers flatten again what has been."""
+    for node in list(graph):
+        if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None or len(before) != 2:
+            continue
+        if [str(size) for size in before] == [str(size) for size in after]:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            graph.remove(node, safe=True)
 
 
 def _flattens(node: ir.Node) -> bool:
@@ -64,16 +90,17 @@ def _flattens(node: ir.Node) -> bool:
     return after[1] == width
 
 
-def _region(start: ir.Node) -> _Region | None:
-    """All that works on the same flat rows as `start`; None if a node among it does not."""
+def _region(start: ir.Node, mixture: bool) -> _Region | None:
+    """All that works on the same flat rows as `start`; None if a node among it does not, unless
+    there is a `mixture` of experts."""
     axes = _axes(start.inputs[0])
     if axes is None:
         return None
-    found = _Region(axes)
+    found = _Region(axes, _rows(start.outputs[0]), mixture)
     todo = [start]
     while todo:
         node = todo.pop()
-        if node in found.inside or node in found.entries or node in found.exits:
+        if any(node in part for part in (found.inside, found.entries, found.exits, found.leaving)):
             continue
         if _flattens(node):
             if _axes(node.inputs[0]) != found.axes:
@@ -82,19 +109,27 @@ def _region(start: ir.Node) -> _Region | None:
         elif _ends(node, found.axes):
             found.exits[node] = None
             continue
-        elif _by_row(node):
+        elif _by_row(node) or (mixture and _splits(node)):
             found.inside[node] = None
             for value in node.inputs:
                 if value is not None and not _is_constant(value):
                     producer = value.producer()
                     if producer is None:
                         return None
-                    todo.append(producer)
+                    if not mixture or any(f(producer) for f in (_flattens, _by_row, _splits)):
+                        todo.append(producer)
+                    elif _rows(value) == found.rows:
+                        found.arriving[value] = None
+                    else:
+                        return None
+        elif mixture:
+            found.leaving[node] = None
+            continue
         else:
             return None
         if any(value.is_graph_output() for value in node.outputs):
             return None
-        todo += node.outputs[0].consumers()
+        todo += [reader for out in node.outputs for reader in out.consumers()]
     return found
 
 
@@ -116,6 +151,12 @@ def _axes(value: ir.Value) -> tuple[object, object] | None:
     return None if first is None or second is None else (first, second)
 
 
+def _rows(value: ir.Value) -> str:
+    """How many rows a value `[rows, features]` has."""
+    shape = value.shape
+    return str(shape[0]) if shape is not None and len(shape) == 2 else ""
+
+
 def _by_row(node: ir.Node) -> bool:
     """Whether it works on every row of `[rows, features]` alone, and as well with more axes."""
     if node.op_type in _PRODUCTS:
@@ -129,6 +170,12 @@ def _by_row(node: ir.Node) -> bool:
     return node.op_type in _BY_ELEMENT and all(s is not None and len(s) <= 1 for s in constants)
 
 
+def _splits(node: ir.Node) -> bool:
+    """Whether it takes the features of each row apart."""
+    axis = node.attributes.get("axis")
+    return node.op_type == "Split" and axis is not None and axis.as_int() in (-1, 1)
+
+
 def _is_constant(value: ir.Value) -> bool:
     """A stored weight, or one that is transposed as it is read."""
     producer = value.producer()
@@ -138,16 +185,30 @@ def _is_constant(value: ir.Value) -> bool:
 
 def _widen(graph: ir.Graph, region: _Region) -> None:
     first = next(iter(region.entries)).inputs[0]
+    for node in region.leaving:
+        for position, value in enumerate(node.inputs):
+            if value is not None and value.producer() in region.inside:
+                assert value.shape is not None
+                sizes = _constant(graph, [-1, value.shape[-1]])
+                again = insert(node, "Reshape", [value, sizes])
+                again.type, again.shape = value.type, value.shape
+                node.replace_input_with(position, again)
+    for value in region.arriving:
+        _give_axes(graph, region, value, first)
     for entry in region.entries:
         source, flat = entry.inputs[0], entry.outputs[0]
         if len(source.shape or ()) == 3:
-            flat.replace_all_uses_with(source)
-            graph.remove(entry, safe=True)
+            for node, position in list(flat.uses()):
+                if node not in region.leaving:
+                    node.replace_input_with(position, source)
+            if not flat.uses():
+                graph.remove(entry, safe=True)
         else:  # heads are joined
             flat.shape = _wider(source, flat)
     for node in region.inside:
-        node.outputs[0].shape = _wider(first, node.outputs[0])
-        if node.op_type in NORM_OPS:
+        for out in node.outputs:
+            out.shape = _wider(first, out)
+        if node.op_type in NORM_OPS or node.op_type == "Split":
             node.attributes["axis"] = ir.AttrInt64("axis", -1)
         elif node.op_type == "Gemm":
             as_matmul(node)
@@ -157,6 +218,24 @@ def _widen(graph: ir.Graph, region: _Region) -> None:
         if whole and not out.is_graph_output():
             out.replace_all_uses_with(leave.inputs[0])
             graph.remove(leave, safe=True)
+
+
+def _give_axes(graph: ir.Graph, region: _Region, value: ir.Value, like: ir.Value) -> None:
+    """Let the region read `value`, flat rows, on the axes of `like`."""
+    for node, position in list(value.uses()):
+        if node in region.inside:
+            assert value.shape is not None
+            size = insert(node, "Shape", [like], {"start": 0, "end": 2}, ir.DataType.INT64)
+            width = _constant(graph, [value.shape[-1]])
+            sizes = insert(node, "Concat", [size, width], {"axis": 0}, ir.DataType.INT64)
+            wide = insert(node, "Reshape", [value, sizes])
+            wide.type, wide.shape = value.type, _wider(like, value)
+            node.replace_input_with(position, wide)
+
+
+def _constant(graph: ir.Graph, sizes: list[object]) -> ir.Value:
+    array = np.array(sizes, np.int64)
+    return shared_constant(graph, f"shape_{'_'.join(map(str, sizes))}", array)
 
 
 def _wider(source: ir.Value, flat: ir.Value) -> ir.Shape | None:

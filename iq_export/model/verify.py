@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iq_export.errors import ModelError
+from iq_export.model.experts import unmark_experts
 from iq_export.model.limits import position_limit
 from iq_export.model.part import text_config
 from iq_export.model.positions import Positions, positions_of
@@ -129,6 +130,7 @@ def refer(model: Any, tokenizer: Any = None, weights: Weights | None = None) -> 
     from iq_export.model.arithmetic import float64, jittered
 
     model.set_attn_implementation("eager")
+    unmark_experts(model)
     held = nullcontext() if weights is None else weights.streamed(model, layers_of(model))
     with torch.no_grad(), held:
         places = positions_of(model)

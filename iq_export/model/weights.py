@@ -8,7 +8,8 @@ none at all, since the graph refers to the files (`graph.stored`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from iq_export import parallel
 from iq_export.errors import ModelError
 from iq_export.files import open_belonging
-from iq_export.graph.stored import TYPES, Stamp, Stored, StoredTensor
+from iq_export.graph.stored import TYPES, Merged, Stamp, Stored, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class Weights:
     """
 
     def __init__(self) -> None:
-        self._places: dict[int, Stored] = {}
+        self._places: dict[int, Stored | Merged] = {}
         self._numbers: list[torch.Tensor] = []
 
     @property
@@ -56,7 +57,7 @@ class Weights:
         self._places.clear()
         self._numbers.clear()
 
-    def placeholder(self, place: Stored) -> torch.Tensor:
+    def placeholder(self, place: Stored | Merged) -> torch.Tensor:
         """A tensor that stands for the weight at `place`."""
         import torch
 
@@ -66,7 +67,7 @@ class Weights:
         self._places[number.data_ptr()] = place
         return number[0].expand(place.shape)
 
-    def place(self, tensor: torch.Tensor) -> Stored | None:
+    def place(self, tensor: torch.Tensor) -> Stored | Merged | None:
         """Where the weight lies that `tensor` stands for; None if it holds its own values."""
         found = self._places.get(tensor.data_ptr()) if tensor.numel() else None
         return found if found is not None and found.shape == tuple(tensor.shape) else None
@@ -177,6 +178,59 @@ def stored_tensors(folder: Path) -> dict[str, Stored] | None:
     return found
 
 
+def merged_experts(stored: Mapping[str, Stored], kind: str) -> dict[str, Stored | Merged]:
+    """`stored`, with one entry for what transformers stacks and joins as it loads models of type
+    `kind`: matrices of the experts of a layer."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    found: dict[str, Stored | Merged] = dict(stored)
+    for rule in get_checkpoint_conversion_mapping(kind) or ():
+        steps = [
+            (type(step).__name__, getattr(step, "dim", None))
+            for step in getattr(rule, "operations", ())
+        ]
+        sources, targets = rule.source_patterns, rule.target_patterns
+        if steps not in _MERGING or len(targets) > 1 or any(p.count("*") != 1 for p in sources):
+            continue
+        for prefix, keys in _by_expert(stored, sources).items():
+            count, left = divmod(len(keys), len(sources))
+            places = [(e, n) for e in range(count) for n in range(len(sources))]
+            if left or any(place not in keys for place in places):
+                continue
+            parts = [stored[keys[place]] for place in places]
+            if _alike(parts):
+                starts = range(0, len(parts), len(sources))
+                its = tuple(tuple(parts[start : start + len(sources)]) for start in starts)
+                found[prefix + targets[0]] = Merged(its)
+                for key in keys.values():
+                    del found[key]
+    return found
+
+
+# What transformers does with matrices of experts that is no more than to put them together.
+_STACK, _JOIN = ("MergeModulelist", 0), ("Concatenate", 1)
+_MERGING = ([_STACK], [_STACK, _JOIN])
+
+
+def _by_expert(
+    stored: Mapping[str, Stored], sources: Sequence[str]
+) -> dict[str, dict[tuple[int, int], str]]:
+    """By what stands before one of the patterns `sources`, whose `*` is an expert's number: keys by
+    that number and the pattern's."""
+    found: dict[str, dict[tuple[int, int], str]] = {}
+    for number, pattern in enumerate(sources):
+        left, right = map(re.escape, pattern.split("*"))
+        for key in stored:
+            if match := re.fullmatch(rf"(.*?){left}(\d+){right}", key):
+                found.setdefault(match[1], {})[int(match[2]), number] = key
+    return found
+
+
+def _alike(parts: list[Stored]) -> bool:
+    """Whether they are matrices of one shape."""
+    return len({part.shape for part in parts}) == 1 and len(parts[0].shape) == 2
+
+
 def read_safetensors(folder: Path, name: str) -> tuple[dict[str, Any], int, Stamp]:
     """The header of a safetensors file that `load` has checked: its tensors' entries, where their
     data begins, and what the file is now."""
@@ -188,7 +242,7 @@ def read_safetensors(folder: Path, name: str) -> tuple[dict[str, Any], int, Stam
     return header, 8 + length, stamp
 
 
-def checkpoint(weights: Weights, stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+def checkpoint(weights: Weights, stored: Mapping[str, Stored | Merged]) -> dict[str, torch.Tensor]:
     """What transformers is to load: vectors as they are, placeholders for all else."""
     import torch
 
@@ -225,7 +279,7 @@ def refer_to_files(model: ir.Model, weights: Weights) -> None:
             value.const_value = StoredTensor(place, value.name)
 
 
-def _equal_tables(stored: Mapping[str, Stored]) -> dict[str, str]:
+def _equal_tables(stored: Mapping[str, Stored | Merged]) -> dict[str, str]:
     """Keys of weights outside of all layers -> the first one that has the same values: whether an
     LM head is tied to the embedding if both are there, transformers decides by that."""
     tables = [
@@ -242,7 +296,8 @@ def _equal_tables(stored: Mapping[str, Stored]) -> dict[str, str]:
     return same
 
 
-def _equal(one: Stored, other: Stored) -> bool:
+def _equal(one: Stored | Merged, other: Stored | Merged) -> bool:
+    assert isinstance(one, Stored) and isinstance(other, Stored)  # tables are matrices
     if one.dtype == other.dtype and one.nbytes == 0:
         return True
     return bool(np.array_equal(one.read(), other.read()))

@@ -14,6 +14,9 @@ from iq_export.progress import Progress
 _BINS = 1 << 12
 # A histogram counts every so manieth token: its quantiles are for people.
 _COUNTED = 8
+# The largest of n magnitudes is exceeded by the next one with a chance of 1 in n + 1: of the tokens
+# to come, less than 1 % go beyond a range from so many.
+FEWEST_TOKENS = 100
 
 
 @dataclass
@@ -65,7 +68,8 @@ class TensorStats:
 
     `absmax` and `histogram`: over all tokens, the latter empty if it was not asked for.
     `absmax_semantic`, `channel_absmax` (`[features]`)
-    and `rows`, a bounded random sample, float32 `[sampled, features]`: semantic tokens only.
+    and `rows`, a bounded random sample, float32 `[sampled, features]`: semantic tokens only, of
+    which there are `tokens`.
     """
 
     absmax: float
@@ -73,6 +77,7 @@ class TensorStats:
     channel_absmax: np.ndarray
     histogram: MagnitudeHistogram
     rows: np.ndarray
+    tokens: int = 0
 
     @classmethod
     def empty(cls, features: int) -> TensorStats:
@@ -91,6 +96,7 @@ class TensorStats:
             self.absmax = max(self.absmax, float(np.abs(value[sinks]).max()))
             semantic = value[~sinks]
         if semantic.size:
+            self.tokens += len(semantic)
             top = np.maximum(semantic.max(0), -semantic.min(0))
             np.maximum(self.channel_absmax, top, out=self.channel_absmax)
             self.absmax_semantic = float(self.channel_absmax.max())
@@ -127,23 +133,29 @@ def observe_ranges(
     seed: int,
     sample_tokens: int = 512,
     reduce: Callable[[dict[str, TensorStats]], object] | None = None,
+    rows: Mapping[str, str] | None = None,
 ) -> dict[str, TensorStats]:
     """Statistics of the values in `widths` (name -> features) over `windows`.
 
     `sinks(name, window number, values)` returns the bool `[seq]` mask of rows to leave out of that
-    tensor; `values` holds the tensors named in `always`. At most `sample_tokens` rows are sampled.
+    tensor; `values` holds the tensors named in `always`. `rows`: of a value that has only some of
+    the tokens, the name of the one that numbers these. At most `sample_tokens` rows are sampled.
     `reduce` gets the finished statistics of a piece of the graph; afterwards their rows go, so that
     those of the whole graph are never in memory together.
     """
     stats = {name: TensorStats.empty(width) for name, width in widths.items()}
     per_window = rows_per_window(len(windows), sample_tokens)
+    rows = rows or {}
+    names = list(dict.fromkeys([*widths, *rows.values()]))
     for number, values in walk(
-        graph, list(widths), windows, always=always, providers=providers, progress=progress
+        graph, names, windows, always=always, providers=providers, progress=progress
     ):
-        sample = sampled_rows(windows[number].rows, per_window, seed, number)
         for name, value in values.items():
             if name in stats:
-                stats[name].add(value, sinks(name, number, values), sample)
+                sunk = sinks(name, number, values)
+                sunk = sunk[values[rows[name]]] if name in rows else sunk
+                sample = sampled_rows(len(value), per_window, seed, number)
+                stats[name].add(value, sunk, sample)
         if reduce is not None and number == len(windows) - 1:
             done = {name: stats[name] for name in values if name in stats}
             reduce(done)
@@ -159,6 +171,8 @@ def rows_per_window(windows: int, most: int = 512) -> int:
 
 def sampled_rows(length: int, count: int, seed: int, number: int) -> np.ndarray:
     """Row numbers to keep of window `number`: position 0, where most spikes stand, and others."""
+    if not length:  # an expert that no token chose
+        return np.zeros(0, int)
     rng = np.random.default_rng([seed, number])
     drawn = rng.permutation(np.arange(1, length))[: count - 1]
     return np.append(0, np.sort(drawn))

@@ -18,7 +18,8 @@ class TokenStats:
     """One column per calibration token (all windows end to end), one row per block.
 
     `down_max`, `residual_max`: float32 `[blocks, tokens]`, max over channels of |down-projection
-    input| and of |residual after the block|. `residual_channel`: int32, the channel of the latter.
+    input| (a mixture's: `Branch.inner`) and of |residual after the block|. `residual_channel`:
+    int32, the channel of the latter.
     `window`, `position`, `token`: int `[tokens]`, where each column comes from. `embedded`: float32
     `[tokens]`, max over channels of |residual before the first block|; None if it is not known.
     `causal`: whether no row needs later ones.
@@ -73,7 +74,7 @@ class TokenObserver(Observer):
             onward_max=np.zeros(shape, np.float32) if normed else None,
             onward_channel=np.zeros(shape, np.int32) if normed else None,
         )
-        self._down = {block.mlp.output.input: block.index for block in sites.blocks}
+        self._down = {block.mlp.inner: block.index for block in sites.blocks}
         self._residual = {block.mlp.residual: block.index for block in sites.blocks}
         self._onward = {block.mlp.onward: block.index for block in sites.blocks if normed}
         self.names = [self._embedding, *self._down, *self._residual, *self._onward]

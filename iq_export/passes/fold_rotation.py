@@ -49,13 +49,13 @@ def rotate_stream(model: ir.Model, sites: Sites) -> Refusal | None:
         node.replace_input_with(position, turned)
     for norm in sites.norms:
         gain = own_constant(graph, nodes[norm.node], 1)
-        for linear in norm.linears:
+        for linear in (*norm.linears, *norm.routers):
             weight = own_constant(graph, nodes[linear.node], 1)
             recompute(weight, partial(_absorb, gain=gain.const_value, block=block))
         recompute(gain, np.ones_like)
-    for branch in sites.branches:
-        recompute(own_constant(graph, nodes[branch.output.node], 1), turn_columns)
-        bias = _bias(values[branch.output.output])
+    for output in (output for branch in sites.branches for output in branch.outputs):
+        recompute(own_constant(graph, nodes[output.node], 1), turn_columns)
+        bias = _bias(values[output.output])
         if bias is not None:
             node, position = bias
             recompute(own_constant(graph, node, position), partial(_turn_vector, block=block))
@@ -117,9 +117,13 @@ def _why_not(
         if node.op_type != "RMSNormalization":
             return Refusal(norm.node, f"{node.op_type} does not commute with a rotation")
         readers = {reader.name for reader in node.outputs[0].consumers()}
-        if readers != {linear.node for linear in norm.linears}:
+        if readers != norm.readers:
             return Refusal(norm.node, "others than the branch's products read its output")
     for branch in sites.branches:
+        if branch.is_mixture:
+            if not branch.straight:
+                return Refusal(branch.outputs[0].node, "a norm or factors stand behind its experts")
+            continue
         value = values[branch.output.output]
         bias = _bias(value)
         if bias is not None:

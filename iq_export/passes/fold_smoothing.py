@@ -27,14 +27,14 @@ def fold_smoothing(model: ir.Model, sites: Sites, smoothing: Smoothing) -> bool:
             for position in range(1, len(node.inputs)):  # weight, and bias of a LayerNorm
                 if node.inputs[position] is not None:
                     _divide(graph, node, position, choice.factors)
-            for linear in norm.linears:
+            for linear in (*norm.linears, *norm.routers):
                 _multiply_rows(graph, nodes[linear.node], choice.factors)
-    for block in sites.blocks:
-        path = smoothing.paths.get(block.mlp.output.input)
-        if path is not None and block.mlp.linear_path is not None:
-            up = block.mlp.inputs[block.mlp.linear_path]
+    for route in (route for block in sites.blocks for route in block.mlp.routes):
+        path = smoothing.paths.get(route.output.input)
+        if path is not None and route.linear_path is not None:
+            up = route.inputs[route.linear_path]
             _divide(graph, nodes[up.node], 1, path.factors)
-            _multiply_rows(graph, nodes[block.mlp.output.node], path.factors)
+            _multiply_rows(graph, nodes[route.output.node], path.factors)
     return bool(smoothing.norms or smoothing.paths)
 
 

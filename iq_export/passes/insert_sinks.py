@@ -20,7 +20,7 @@ rows are computed exactly as before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +29,7 @@ from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import constant, insert_behind, shared_constant
 from iq_export.graph.interface import Interface, Role
-from iq_export.graph.sites import Linear, Sites
+from iq_export.graph.sites import Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
 
@@ -62,6 +62,8 @@ def insert_sinks(model: ir.Model, sites: Sites, sinks: Sequence[SinkTemplates]) 
     masks = _row_masks(model.graph, values[sites.embedding])
     for number, templates in enumerate(sinks):
         _insert_one(model.graph, values, sites, number, templates, masks)
+    if any(branch.is_mixture for branch in sites.branches):
+        model.graph.sort()  # all experts wait for the detection that reads them together
     return True
 
 
@@ -137,14 +139,14 @@ def _insert_one(
     first, never, valid = masks
     life = sinks.lifecycle
     prefix = f"iq/sinks.{number}"
-    bare = sites.bare
+    bare = sites.bare_readers
 
     def detection(
         block: int, force_first: bool, table: np.ndarray, threshold: float, suffix: str = ""
     ) -> ir.Node:
         # `never` is the mask of pads, which `valid` rules out again: only the threshold decides.
         force = first if force_first else never
-        inputs = [values[sites.blocks[block].mlp.output.input], force, valid]
+        inputs = [values[sites.blocks[block].mlp.inner], force, valid]
         name = f"{prefix}/detect{suffix}"
         return _op("SinkDetect", inputs, table, name, threshold=float(threshold))
 
@@ -217,37 +219,58 @@ def _clamp(
     *,
     detected_at: int,
 ) -> None:
-    """Zero the sink rows of the down-projection inputs of `blocks`."""
+    """Zero the sink rows of the down-projection inputs of `blocks`; of experts', those of the
+    sinks that chose them."""
     for block in blocks:
-        clamped = values[sites.blocks[block].mlp.output.input]
-        zeros = np.zeros((count, sites.blocks[block].mlp.output.in_features), np.float32)
-        op = _op("SinkClampInsert", [clamped, index], zeros, f"iq/sinks.{number}/clamp.{block}")
-        after = index.producer() if block == detected_at else None
-        _interpose(graph, clamped, op, number, after=after)
+        mlp, after = sites.blocks[block].mlp, index.producer() if block == detected_at else None
+        for place, route in enumerate(mlp.routes):
+            name = f"iq/sinks.{number}/clamp.{block}" + f".{place}" * mlp.is_mixture
+            clamped, own = values[route.output.input], index
+            if route.rows is not None:
+                own = _index_of_rows(graph, index, values[route.rows], name)
+            zeros = np.zeros((count, route.output.in_features), np.float32)
+            op = _op("SinkClampInsert", [clamped, own], zeros, name)
+            _interpose(graph, clamped, op, number, after=after, shown=mlp.is_mixture)
+
+
+def _index_of_rows(graph: ir.Graph, index: ir.Value, rows: ir.Value, name: str) -> ir.Value:
+    """The index of the tokens that an expert takes, `[1, n]`, where `rows` are their numbers."""
+    flat = shared_constant(graph, "iq.flat", np.array([1, -1], np.int64))
+    axis = shared_constant(graph, "iq.batch", np.zeros([1], np.int64))
+    nodes = [
+        ir.node("Reshape", [index, flat], name=f"{name}/flat"),
+        ir.node("Squeeze", [rows, axis], name=f"{name}/rows"),
+    ]
+    taken = [node.outputs[0] for node in nodes]
+    nodes.append(ir.node("Gather", taken, {"axis": 1}, name=f"{name}/index"))
+    for node, dtype in zip(nodes, (index.dtype, rows.dtype, index.dtype), strict=True):
+        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}/out", dtype
+    nodes[-1].outputs[0].shape = rows.shape
+    graph.insert_after(rows.producer(), nodes)
+    return nodes[-1].outputs[0]
 
 
 def _insert_rows(
     graph: ir.Graph,
     value: ir.Value,
-    linears: Sequence[Linear] | None,
+    bare: Collection[str] | None,
     number: int,
     rows: np.ndarray,
     index: ir.Value,
 ) -> None:
-    """Behind a norm for all that read `value`; where `linears` read the stream itself, for these
-    alone: the residual addition goes on with the spike."""
+    """Behind a norm for all that read `value`; where the nodes `bare` read the stream itself, for
+    these alone: the residual addition goes on with the spike."""
     name = f"iq/sinks.{number}/insert.{value.name}"
-    if linears is None:
+    if bare is None:
         op = _op("SinkClampInsert", [value, index], rows, name)
         _interpose(graph, value, op, number)
         return
-    readers = {node.name: node for node in graph}
-    products = [readers[linear.node] for linear in linears]
-    read = products[0].inputs[0]  # another lifecycle may have inserted or restored here
+    readers = [node for node in graph if node.name in bare]
+    read = readers[0].inputs[0]  # another lifecycle may have inserted or restored here
     op = _op("SinkClampInsert", [read, index], rows, name)
     _name_output(op, value, number)
-    for product in products:
-        product.replace_input_with(0, op.outputs[0])
+    for reader in readers:
+        reader.replace_input_with(0, op.outputs[0])
     insert_behind(graph, read, op)
 
 
@@ -336,15 +359,23 @@ def _op(
 
 
 def _interpose(
-    graph: ir.Graph, value: ir.Value, op: ir.Node, number: int, *, after: ir.Node | None = None
+    graph: ir.Graph,
+    value: ir.Value,
+    op: ir.Node,
+    number: int,
+    *,
+    after: ir.Node | None = None,
+    shown: bool = False,
 ) -> None:
-    """Let every consumer of `value` but the detections read `op`'s output instead.
+    """Let every consumer of `value` but the detections read `op`'s output instead; and but the
+    Concat in front of these, if it is `shown` to them through one (a mixture's).
 
     Where another lifecycle passes the same site, its op is one of these consumers.
     """
     new = _name_output(op, value, number)
     for consumer, position in list(value.uses()):
-        if consumer is not op and consumer.op_type != "SinkDetect":
+        detects = consumer.op_type == "SinkDetect" or (shown and consumer.op_type == "Concat")
+        if consumer is not op and not detects:
             consumer.replace_input_with(position, new)
     graph.insert_after(after or value.producer(), op)
 

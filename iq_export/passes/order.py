@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from iq_export.decisions import Decisions
 from iq_export.errors import GraphError
@@ -26,6 +27,7 @@ from iq_export.passes.quantize_cache import quantize_cache
 from iq_export.passes.rotate import rotate
 from iq_export.passes.scale_query import scale_queries
 from iq_export.passes.scale_residual import scale_residual
+from iq_export.passes.show_inner import show_inner
 from iq_export.passes.side_channels import side_channels
 from iq_export.passes.to_half import to_half
 from iq_export.sinks.ops import DOMAIN
@@ -63,11 +65,13 @@ class Step:
 
 
 def begin(traced: ir.Model) -> tuple[Lowered, list[str]]:
-    """A traced graph with a weight of its own for each product, and the products that got one.
+    """A traced graph with a weight of its own for each product, and the products that got one; of
+    a mixture of experts, with the value that detection reads.
 
     `traced` is changed. Raises GraphError as `find_sites` does.
     """
     changed = own_weights(traced, find_sites(traced))
+    show_inner(traced, find_sites(traced))
     sites = find_sites(traced)
     return Lowered(traced, sites, TRACED), changed
 
@@ -169,7 +173,7 @@ def _side_channels(graph: Lowered, decisions: Decisions) -> None:
 def _rotate(graph: Lowered, decisions: Decisions) -> None:
     size = decisions.recipe.rotation
     if size:
-        downs = [block.mlp.output for block in graph.sites.blocks]
+        downs = [x for block in graph.sites.blocks for x in block.mlp.outputs]
         rotate(graph.model, {d.node: (d, size) for d in downs if d.in_features % size == 0})
 
 
@@ -200,6 +204,12 @@ def _to_half(graph: Lowered, decisions: Decisions) -> None:
         to_half(graph.model)
 
 
+def _hide_inner(graph: Lowered, decisions: Decisions) -> None:
+    """What would be there for a detection that is not."""
+    if any(branch.is_mixture for branch in graph.sites.branches):
+        RemoveUnusedNodesPass()(graph.model)
+
+
 ORDER = (
     Step(
         "scale the stream",
@@ -216,5 +226,6 @@ ORDER = (
     Step("insert sinks", INSERTED, _insert_sinks, _plain, _all_inserted),
     Step("quantize", ROUNDED, _quantize, _rounded_already, _all_rounded),
     Step("quantize the cache", ROUNDED, _quantize_cache, _float32),
+    Step("leave out what nothing reads", SHIPPED, _hide_inner, _float32),
     Step("to half", SHIPPED, _to_half, _float32, _all_half),
 )

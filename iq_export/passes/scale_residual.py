@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from iq_export.errors import GraphError
 from iq_export.graph.edit import constant, own_constant, recompute
-from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Sites, norm_epsilon, scaled_on
+from iq_export.graph.sites import LAYOUT_OPS, NORM_OPS, Branch, Sites, norm_epsilon, scaled_on
 
 
 def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
@@ -40,17 +40,18 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
     # A constant factor between blocks scales what it is given.
     factors = {value.producer() for value in map(scaled_on, sums)} - {*adds, sums[0].producer()}
     stream = [*sums, *(node.outputs[0] for node in factors)]
-    bare = [x.node for branch in sites.branches if branch.norm is None for x in branch.inputs]
-    products = [nodes[name] for name in bare]
+    products = [nodes[x.node] for linears in sites.bare.values() for x in linears]
+    readers = {nodes[name] for its in sites.bare_readers.values() for name in its}
     passed = [values[branch.onward].producer() for branch in sites.branches]
     within = dict.fromkeys(node for node in passed if node.op_type in NORM_OPS)
     stream += (node.outputs[0] for node in within)
-    _check_readers(graph, stream, {*adds, *factors, *products})
+    _check_readers(graph, stream, {*adds, *factors, *readers})
     norms = {node for value in stream for node in value.consumers() if node.op_type in NORM_OPS}
     factor = float(2.0**-exponent)
     _scale_embedding(graph, stream[0], factor)
     for branch in sites.branches:
-        _scale_tail(graph, values[branch.added], factor)
+        for value in _tails(values, branch):
+            _scale_tail(graph, value, factor)
     for norm in within:
         for position in range(1, len(norm.inputs)):  # weight, and bias of a LayerNorm
             _multiply(graph, norm, position, factor)
@@ -60,6 +61,20 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
         epsilon = norm_epsilon(norm) * factor**2
         norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
     return True
+
+
+def _tails(values: dict[str | None, ir.Value], branch: Branch) -> list[ir.Value]:
+    """What a branch adds, back from which the factor finds a constant; of a mixture's sum, what
+    each of its routes adds."""
+    if not branch.is_mixture or not branch.straight:
+        return [values[branch.added]]
+    found = []
+    for output in branch.outputs:
+        value = values[output.output]
+        (reader,) = value.consumers()
+        biased = reader.op_type == "Add" and any(v.is_initializer() for v in reader.inputs if v)
+        found.append(reader.outputs[0] if biased else value)
+    return found
 
 
 def _check_readers(graph: ir.Graph, sums: list[ir.Value], known: set[ir.Node]) -> None:

@@ -150,6 +150,8 @@ def _convert_constant(value: ir.Value, *, scale: bool) -> None:
 
     def half(array: np.ndarray) -> np.ndarray:
         top = float(np.abs(array).max(initial=0))
+        if np.isinf(top):  # half has that too: what a router's mask writes
+            top = float(np.abs(array[np.isfinite(array)]).max(initial=0))
         if top > HALF_MAX:
             raise GraphError(
                 f"Constant {value.name!r} reaches {top:.4g}, beyond half precision's {HALF_MAX:g}; "

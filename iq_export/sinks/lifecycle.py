@@ -123,10 +123,10 @@ class Lifecycle:
         for (start, members), end in zip(self.detections, [*starts[1:], self.end + 1], strict=True):
             found = np.union1d(found, members)
             first = sites.blocks[start]
-            inside = [first.mlp.output, *_after(first)]
+            inside = [*first.mlp.outputs, *_after(first)]
             for block in sites.blocks[start + 1 : min(end + 1, self.end + 1)]:
                 inside += [*block.attention.linears, *block.mlp.inputs, *block.mlp.widening]
-                inside += [block.mlp.output] * (block.index < end)
+                inside += block.mlp.outputs if block.index < end else ()
                 inside += _after(block) * (block.index < end and self.behind(block.index))
             scopes.append(({linear.node for linear in inside}, found))
         return scopes

@@ -93,6 +93,7 @@ def config(name: str) -> Any:
         ),
         "mistral": lambda: hf.MistralConfig(**_SIZES, sliding_window=WINDOW),
         "mistral-wide": lambda: hf.MistralConfig(**_SIZES, sliding_window=200),
+        "mixtral": lambda: hf.MixtralConfig(**_SIZES, num_local_experts=4),
         "modernbert-decoder": lambda: hf.ModernBertDecoderConfig(
             **_ONE_KIND, local_attention=2 * WINDOW
         ),
@@ -112,6 +113,10 @@ def config(name: str) -> Any:
         "phi": lambda: hf.PhiConfig(**_SIZES),
         "phi3": lambda: hf.Phi3Config(**_SIZES),
         "qwen2": lambda: hf.Qwen2Config(**_SIZES),
+        "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+            **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+            shared_expert_intermediate_size=96,
+        ),
         "qwen3": lambda: hf.Qwen3Config(**(_SIZES | {"num_key_value_heads": 1}), head_dim=32),
         "roberta": lambda: hf.RobertaConfig(**_ONE_KIND, is_decoder=True),
         "seed_oss": lambda: hf.SeedOssConfig(**_SIZES, head_dim=16),
@@ -125,9 +130,6 @@ def config(name: str) -> Any:
             vocab_size=VOCAB, hidden_size=64, num_layers=1, num_heads=4,
             max_position_embeddings=256, attention_types=[[["local"], 1]],
         ),
-        "mixtral": lambda: hf.MixtralConfig(
-            **(_SIZES | {"num_hidden_layers": 1}), num_local_experts=4
-        ),
         "mpt": lambda: hf.MptConfig(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4),
     }  # fmt: skip
     return makers[kind]()
@@ -138,9 +140,9 @@ TRACED = (
     "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "diffllama", "ernie4_5",
     "exaone4", "gemma", "gemma2", "gemma3", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
     "granite", "helium", "hunyuan", "llama", "llama+dynamic", "llama+linear", "llama+llama3",
-    "llama+yarn", "llama-bias", "ministral", "mistral", "mistral-wide", "modernbert-decoder",
-    "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "phi3+longrope",
-    "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "llama+yarn", "llama-bias", "ministral", "mistral", "mistral-wide", "mixtral",
+    "modernbert-decoder", "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3",
+    "phi3+longrope", "qwen2", "qwen2_moe", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 
 # Those whose blocks are not serial with a norm in front of each branch, or whose products, norms

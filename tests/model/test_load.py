@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from iq_export.errors import ModelError, UsageError
+from iq_export.errors import GraphError, ModelError, UsageError
+from iq_export.graph.stored import Merged
 from iq_export.model import hub, load
 from iq_export.model.load import ModelSource, fingerprint, materialize, resolve
 from tests.model import families
@@ -400,28 +402,42 @@ def test_sharded_half_weights_stay_in_their_files(folders: Getter, tmp_path: Pat
     assert same_weights(load_model(source), model)
 
 
-@pytest.mark.parametrize("kind", ["float64", "mixtral"])
-def test_weights_that_change_as_they_are_read_are_copied(
-    kind: str, folders: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once; the model is as transformers loads it: Mixtral's experts, each a file's tensor, as one.
-
-    (A mixture of experts is refused by its configuration; others come the same way.)"""
+def test_weights_that_change_as_they_are_read_are_copied(folders: Getter, tmp_path: Path) -> None:
+    """Once; the model is as transformers loads it."""
     import torch
     import transformers
 
-    monkeypatch.setattr(load, "check_config", lambda *_, **__: None)
-    if kind == "float64":
-        model = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"))
-        model = model.to(torch.float64)
-    else:
-        model = families.model(kind)
-    model.save_pretrained(tmp_path / kind)
-    loaded = load_model(ModelSource("folder", kind, tmp_path / kind))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"))
+    model = model.to(torch.float64)
+    model.save_pretrained(tmp_path / "float64")
+    loaded = load_model(ModelSource("folder", "float64", tmp_path / "float64"))
     assert loaded.notes == (
-        f"{kind} was held in memory as a whole: its weights are changed as they are read",
+        "float64 was held in memory as a whole: its weights are changed as they are read",
     )
     assert not loaded.weights.empty and same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_experts_stay_in_the_files(kind: str, tmp_path: Path) -> None:
+    """Each is a tensor there, and transformers makes one of all: of it, there are their places."""
+    model = families.model(kind)
+    model.save_pretrained(tmp_path / kind)
+    source = ModelSource("folder", kind, tmp_path / kind)
+    assert same_weights(load_model(source), model)
+    (tmp_path / "own").mkdir()
+    loaded = load.load_model(source, tmp_path / "own")
+    assert loaded.notes == () and not list((tmp_path / "own").iterdir())
+    experts = loaded.model.model.layers[0].mlp.experts
+    place = loaded.weights.place(experts.gate_up_proj)
+    assert isinstance(place, Merged) and place.shape == tuple(experts.gate_up_proj.shape)
+    exact = model.model.layers[0].mlp.experts.gate_up_proj.numpy(force=True)
+    half = exact.shape[1] // 2
+    np.testing.assert_array_equal(place.part(1, half, 2 * half).read(), exact[1, half:])
+    np.testing.assert_array_equal(
+        place.part(2, half + 1, half + 3).read(), exact[2, half + 1 : half + 3]
+    )
+    with pytest.raises(GraphError, match="several"):
+        place.part(0, 1, half + 1)
 
 
 @pytest.mark.parametrize("equal", [True, False])

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from iq_export.model.tidy import SCOPES, module_scope, settle_axes, settle_reshapes, tidy
+from iq_export.model.scopes import SCOPES, module_scope
+from iq_export.model.tidy import settle_axes, settle_reshapes, tidy
 from iq_export.run.ort import CausalLM, left_pad
 
 VOCAB, HIDDEN = 11, 4

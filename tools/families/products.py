@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from iq_export.graph.interface import Role, name_of
@@ -12,13 +14,14 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 
 def block_products(model: ir.Model) -> set[str]:
     """Names of the nodes that multiply by a matrix of weights in the blocks: those that a residual
-    connection passes by. What all of the ids' way to the logits goes through makes the logits, or
-    the stream in front of the first block.
+    connection passes by, but for those by which tokens choose their experts. What all of the ids'
+    way to the logits goes through makes the logits, or the stream in front of the first block.
 
     Whether the block they stand in is understood does not matter: these are what a share is of.
     """
     found = {str(node.name) for node in model.graph if _is_weighted(node)}
-    return {name for name in found if _passed_by(model.graph, name)}
+    choices = [node.inputs[0] for node in model.graph if node.op_type in ("TopK", "ArgMax")]
+    return {name for name in found if _passed_by(model.graph, name)} - _last(choices)
 
 
 def _is_weighted(node: ir.Node) -> bool:
@@ -43,3 +46,21 @@ def _passed_by(graph: ir.Graph, product: str) -> bool:
         if node.name != product and node.op_type != "Shape" and read & reached:
             reached |= {str(value.name) for value in node.outputs}
     return graph.outputs[0].name in reached
+
+
+def _last(values: Sequence[ir.Value | None]) -> set[str]:
+    """The weighted products from which `values` are reached with no other on the way."""
+    found: set[str] = set()
+    seen: set[ir.Value] = set()
+    waiting = [value for value in values if value is not None]
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if node is None or value in seen:
+            continue
+        seen.add(value)
+        if _is_weighted(node):
+            found.add(str(node.name))
+        else:
+            waiting += [operand for operand in node.inputs if operand is not None]
+    return found
