@@ -302,13 +302,13 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
                 after = _norm(g, f"layers.{i}/input_layernorm", after)
             read = stream if decoder.parallel else after
             stream = g.node("Add", f"layers.{i}/Add_2", after, _mlp(g, decoder, i, read))
+            if decoder.within and i < decoder.blocks - 1:
+                stream = _norm(g, f"layers.{i}/post_attention_layernorm", stream)
         if decoder.after:
             stream = g.node("Add", f"layers.{i}/Add_3", stream, _gated(g, i, stream))
         if decoder.factor != 1:
             factor = g.constant("const.factor", [decoder.factor], np.float32)
             stream = g.node("Mul", f"layers.{i}/factor", stream, factor)
-            if decoder.within and i < decoder.blocks - 1:
-                stream = _norm(g, f"layers.{i}/post_attention_layernorm", stream)
     normed = _norm(g, "norm", stream)
     head = g.node("Transpose", "lm_head/Transpose", "embed_tokens.weight", perm=[1, 0])
     g.node("MatMul", "lm_head", normed, head, output="logits")

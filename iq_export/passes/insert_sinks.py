@@ -28,7 +28,7 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import constant, insert_behind, shared_constant
-from iq_export.graph.interface import Interface, Role
+from iq_export.graph.interface import Interface, Role, name_of
 from iq_export.graph.sites import Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
@@ -85,8 +85,10 @@ def _row_masks(graph: ir.Graph, stream: ir.Value) -> tuple[ir.Value, ir.Value, i
     if not interface.is_causal:
         return _masks_of_whole(graph, stream, mask)
     if ids is None or mask is None or positions is None:
+        names = {name_of(role) for role in (Role.IDS, Role.MASK, Role.POSITIONS)}
         raise GraphError(
-            "The graph lacks input ids, a mask or positions; sinks are found by position and mask."
+            f"The graph lacks the inputs {sorted(names - inputs.keys())}; sinks are found by "
+            "position and mask."
         )
     zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
     nodes = [

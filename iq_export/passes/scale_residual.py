@@ -40,8 +40,9 @@ def scale_residual(model: ir.Model, sites: Sites, exponent: int) -> bool:
     # A constant factor between blocks scales what it is given.
     factors = {value.producer() for value in map(scaled_on, sums)} - {*adds, sums[0].producer()}
     stream = [*sums, *(node.outputs[0] for node in factors)]
-    products = [nodes[x.node] for linears in sites.bare.values() for x in linears]
-    readers = {nodes[name] for its in sites.bare_readers.values() for name in its}
+    bare = [branch for branch in sites.branches if branch.norm is None]
+    products = [nodes[x.node] for branch in bare for x in (*branch.inputs, *branch.routers)]
+    readers = {nodes[name] for branch in bare for name in branch.readers}
     passed = [values[branch.onward].producer() for branch in sites.branches]
     within = dict.fromkeys(node for node in passed if node.op_type in NORM_OPS)
     stream += (node.outputs[0] for node in within)
