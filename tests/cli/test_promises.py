@@ -76,7 +76,7 @@ def test_a_plan_promises_what_is_known(both: Both, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "says"),
     [
-        ("mixtral", {"num_local_experts": 4}, "mixture of experts"),
+        ("gpt_oss", {"num_local_experts": 4}, "sinks of its own"),
         ("helium", {}, "not recognised"),
         ("qwen3_next", {}, "layers"),
         ("bert", {}, "encoder"),
@@ -168,7 +168,7 @@ def test_a_hub_model_is_checked_before_its_download(
 
     import huggingface_hub
 
-    model = folder(tmp_path / "m", "mixtral", num_local_experts=4)
+    model = folder(tmp_path / "m", "gpt_oss", num_local_experts=4)
     names = {"config.json": 10, "tokenizer.json": 10, "model.safetensors": 4_000_000_000}
 
     class Api:
@@ -187,7 +187,7 @@ def test_a_hub_model_is_checked_before_its_download(
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     code, error = both.refused(Path("org/name"))
-    assert (code, "mixture of experts" in error) == (3, True), error
+    assert (code, "sinks of its own" in error) == (3, True), error
     del names["model.safetensors"]
     names["pytorch_model.bin"] = 4_000_000_000
     code, error = both.refused(Path("org/name"))

@@ -63,10 +63,9 @@ def test_softcap_and_head_size_are_read() -> None:
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (config("mixtral", num_local_experts=4), "mixture of experts"),
-        (config("qwen3_moe", num_experts=4), "mixture of experts"),
-        (config("gpt_oss", num_local_experts=4), "mixture of experts"),
-        ({"model_type": "dbrx"}, "mixture of experts"),
+        (config("gpt_oss", num_local_experts=4), "sinks of its own"),
+        (config("jetmoe", num_local_experts=4), "attention is a mixture of experts"),
+        ({"model_type": "dbrx"}, "takes its experts apart"),
         (config("bert", is_decoder=False), "it is an encoder"),
         ({"model_type": "openai-gpt", "n_embd": 64, "n_head": 4, "n_layer": 2}, "no cache"),
         ({"model_type": "bloom", "hidden_size": 64, "n_head": 4, "n_layer": 2}, "ALiBi"),

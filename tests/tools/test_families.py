@@ -178,7 +178,26 @@ def test_block_products_are_those_that_a_residual_connection_passes_by() -> None
     assert block_products(model) == {"n1", "n3"}
 
 
-@pytest.mark.parametrize(("kind", "says"), [("mixtral", "experts"), ("rwkv", "(no attention")])
+def test_what_tokens_choose_their_experts_by_is_no_block_product() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (float[b, 4] x) => (float[b, 8] logits)
+          <float[4, 4] router = {0}, float[4, 4] up = {0}, float[4, 8] head = {0}, int64[1] k = {2}>
+        {
+            [n1] scores = MatMul (x, router)
+            shares = Softmax (scores)
+            best, chosen = TopK (shares, k)
+            [n2] hidden = MatMul (x, up)
+            part = GatherElements <axis = 1> (hidden, chosen)
+            share = Mul (part, best)
+            both = Concat <axis = 1> (share, best)
+            logits = MatMul (both, head)
+        }"""
+    )
+    assert block_products(model) == {"n2"}
+
+
+@pytest.mark.parametrize(("kind", "says"), [("jetmoe", "experts"), ("rwkv", "(no attention")])
 def test_a_sample_is_refused(kind: str, says: str, tmp_path: Path) -> None:
     row = judge(kind, tmp_path)
     assert row["outcome"] == REFUSED and row["step"] == "configuration" and says in row["reason"]
