@@ -7,6 +7,7 @@ repeated heads), and one mask per kind of attention.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,13 +40,14 @@ class MaskPlan:
     window: int | None
 
 
-def mask_plan(config: Any) -> MaskPlan:
-    """Read the kinds of attention from a transformers text config.
+def mask_plan(model: Any) -> MaskPlan:
+    """Read the kinds of attention from the text config of a transformers model.
 
     Raises ModelError for kinds that the traced mask does not express (chunked, linear, ...).
     """
+    config = model.config
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    if getattr(config, "use_sliding_window", True) is False or _is_full(type(model)):
         window = None
     declared = getattr(config, "layer_types", None)
     kinds = tuple(sorted(set(declared))) if declared else ((SLIDING,) if window else (FULL,))
@@ -58,6 +60,13 @@ def mask_plan(config: Any) -> MaskPlan:
     if SLIDING in kinds and not window:
         kinds = tuple(kind for kind in kinds if kind != SLIDING) or (FULL,)
     return MaskPlan(kinds, int(window) if window and SLIDING in kinds else None)
+
+
+def _is_full(kind: type) -> bool:
+    """Whether a model's code makes full masks alone, whatever window its configuration states."""
+    names = vars(sys.modules[kind.__module__])
+    makers = [name for name in names if name.startswith("create_") and "mask" in name]
+    return makers == ["create_causal_mask"]
 
 
 def build_masks(
@@ -128,7 +137,7 @@ def flat_module(model: Any) -> torch.nn.Module:
 
     AttentionInterface.register(ATTENTION, onnx_attention)
     model.set_attn_implementation(ATTENTION)
-    plan = mask_plan(model.config)
+    plan = mask_plan(model)
     added = not model.is_backend_compatible() and not _hands_over(model)
     positions = positions_of(model)
 

@@ -206,7 +206,7 @@ def _rows(model: Any, tokenizer: Any, places: Positions) -> Iterator[Row]:
         half = _JUMP // 2
         positions = np.concatenate([np.arange(half), np.arange(trained - half, trained)])
         yield Row(f"random tokens, their positions up to {trained - 1}", ids, positions)
-    window = mask_plan(config).window
+    window = mask_plan(model).window
     if window is not None and window > min(lengths) - _STEPS:
         past = window + _STEPS // 2
         ids = random.integers(0, known, _STEPS)

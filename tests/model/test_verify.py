@@ -152,11 +152,7 @@ def refusal() -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    (
-        ("gpt_neo", "'gpt_neo' cannot be traced: its code works up to a fixed length only"),
-        ("mixtral", "'mixtral' cannot be traced: it is a mixture of experts"),
-    ),
+    ("name", "reason"), (("mixtral", "'mixtral' cannot be traced: it is a mixture of experts"),)
 )
 def test_what_cannot_be_traced_is_one_sentence(
     name: str, reason: str, refusal: Callable[[str], Any], capfd: pytest.CaptureFixture[str]
