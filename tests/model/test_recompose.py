@@ -155,8 +155,8 @@ CACHE = f"float[batch, {HEADS}, total, {SIZE}]"
          ", bool[batch, 1, seq, total] a"),
         (f"{TURNED} h = Not(a) c = MatMul(q, t) s = Where(h, lowest, c) p = Softmax<axis=3>(s) "
          "i = IsNaN(p) g = Where(i, zero, p) y = MatMul(g, v)", ", bool[batch, 1, seq, total] a"),
-        (f"{TURNED} c = MatMul(q, t) w = Where(a, c, lowest) n = Where(e, zero, lowest) "
-         f"o = Add(w, n) s = Max(o, lowest) {SOFTMAX}",
+        (f"{TURNED} c = MatMul(q, t) u = Where(a, c, lowest) n = Where(e, zero, lowest) "
+         f"o = Add(u, n) s = Max(o, lowest) {SOFTMAX}",
          ", bool[1, 1, seq, total] a, bool[batch, 1, 1, total] e"),
     ],
     ids=["plain", "added", "chosen", "where", "guarded", "chosen twice"],
