@@ -2,7 +2,8 @@
 
 No model family is named here. A block is two branches that are added to the stream; the one with an
 attention product is the attention branch, the other one the MLP. A branch starts at a norm of the
-stream; or it reads the stream itself, and it ends in a norm or its sum with the stream passes one.
+stream; or it reads the stream itself, and it ends in a norm, or its sum with the stream passes one,
+or the stream has just passed one.
 The second branch of a block reads what the first one gave, or the same value as the first one
 (parallel branches). An MLP branch may be a mixture of experts: several routes, each an MLP, some of
 them on tokens that a router chose. Everything that does not fit is reported with its node and the
@@ -491,7 +492,9 @@ def _terms(
 def _branch(stream: ir.Value, tail: ir.Value, adds: tuple[ir.Node, ...]) -> Branch | Refusal:
     add = adds[-1]
     norms = [node for node in stream.consumers() if node.op_type in NORM_OPS]
-    behind = _norm_behind(tail) or (not norms and _sole_norm(add.outputs[0]) is not None)
+    behind = _norm_behind(tail)
+    if not norms:
+        behind |= _is_normed(stream) or _sole_norm(add.outputs[0]) is not None
     if not norms and not behind:
         return Refusal(_label(add), f"no norm reads the residual value {stream.name!r} before it")
     output = _producing_linear(tail)

@@ -50,6 +50,8 @@ def float64() -> Iterator[None]:
                 return args[0].double()
             if func in (functional.embedding, torch.Tensor.__getitem__):  # a few rows of a table
                 return _mapped(func(*args, **kwargs), wide)
+            if func is torch.full and "dtype" not in kwargs and isinstance(args[1], float):
+                kwargs = {**kwargs, "dtype": torch.float64}
             if func is functional.linear and args[1].numel() > _SLICE:
                 return _sliced_linear(*args, **kwargs)
             # What is written to keeps its own type.

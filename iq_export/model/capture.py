@@ -7,6 +7,7 @@ repeated heads), and one mask per kind of attention.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,13 +70,14 @@ class MaskPlan:
     chunk: int | None = None
 
 
-def mask_plan(config: Any) -> MaskPlan:
-    """Read the kinds of attention from a transformers text config.
+def mask_plan(model: Any) -> MaskPlan:
+    """Read the kinds of attention from the text config of a transformers model.
 
     Raises ModelError for kinds that the traced mask does not express (linear, indexed, ...).
     """
+    config = text_config(model)
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    if getattr(config, "use_sliding_window", True) is False or _is_full(type(model)):
         window = None
     declared = getattr(config, "layer_types", None)
     kinds = tuple(sorted(set(declared))) if declared else ((SLIDING,) if window else (FULL,))
@@ -93,6 +95,13 @@ def mask_plan(config: Any) -> MaskPlan:
         int(window) if window and SLIDING in kinds else None,
         int(chunk) if chunk and CHUNKED in kinds else None,
     )
+
+
+def _is_full(kind: type) -> bool:
+    """Whether a model's code makes full masks alone, whatever window its configuration states."""
+    names = vars(sys.modules[kind.__module__])
+    makers = [name for name in names if name.startswith("create_") and "mask" in name]
+    return makers == ["create_causal_mask"]
 
 
 def build_masks(
@@ -174,7 +183,7 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
             return running[-1].get_seq_length()
 
     added = not model.is_backend_compatible() and not _handed(model)
-    plan = mask_plan(text_config(model))
+    plan = mask_plan(model)
     running: list[DynamicCache] = []  # the cache of the call that is traced
 
     def attention(

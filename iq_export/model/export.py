@@ -7,7 +7,8 @@ that `replicate` can swap one layer's parameters for another's and `tidy` can na
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from iq_export.errors import ModelError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _BATCH, _SEQ, _PAST = 2, 5, 3
 # Rewrites leave identities behind that hide the rotary pattern until they are folded away.
 _LOWERING_ROUNDS = 2
+_TINY = 1e-7
 _LONGEST = 300  # characters of torch's own words in an error
 
 
@@ -47,17 +49,26 @@ def export_module(
     """
     import torch
 
-    batch, seq, past = (torch.export.Dim(name) for name in (BATCH, SEQ, PAST))
-    args = example_inputs(cache, vocab_size)
-    shapes = (
-        {0: batch, 1: seq},
-        {0: batch, 1: torch.export.Dim.DYNAMIC},
-        {0: batch, 1: seq},
-        tuple({0: batch, 2: past} for _ in args[3]),
-    )
     kind = str(getattr(getattr(module.model, "config", None), "model_type", "unknown"))
     names = input_names(cache.num_layers), output_names(cache.num_layers)
-    return exported(module, args, shapes, *names, opset=opset, kind=kind)
+    args = example_inputs(cache, vocab_size)
+    batch = torch.export.Dim(BATCH)
+    most: int | None = None  # the bound of seq and of past that the code needs
+    while True:
+        seq, past = (torch.export.Dim(name, max=most) for name in (SEQ, PAST))
+        shapes = (
+            {0: batch, 1: seq},
+            {0: batch, 1: torch.export.Dim.DYNAMIC},
+            {0: batch, 1: seq},
+            tuple({0: batch, 2: past} for _ in args[3]),
+        )
+        try:
+            return exported(module, args, shapes, *names, opset=opset, kind=kind)
+        except ModelError as error:
+            rows = _table_rows(error)
+            if most is not None or rows is None:
+                raise
+            most = rows // 2  # of both: the graph has no bound, and `limits` states the model's
 
 
 def exported(
@@ -96,6 +107,15 @@ def exported(
     model = program.model
     _lower(model)
     return model
+
+
+def _table_rows(error: BaseException) -> int | None:
+    """How long a table is that the code looks up by lengths, from torch's words; None if that is
+    not what an export failed by."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    found = re.findall(_TABLE, str(error))
+    return min((int(rows) for rows in found), default=None)
 
 
 def _attention(
@@ -151,11 +171,32 @@ def _lower(model: ir.Model) -> None:
     common.InlinePass()(model)
     for _ in range(_LOWERING_ROUNDS):
         onnxscript.optimizer.fold_constants_ir(model, should_fold=keeps_parameters)
-        onnxscript.rewriter.rewrite(model)
+        with _kept_epsilons(model.graph):
+            onnxscript.rewriter.rewrite(model)
     onnx_fusions.fuse(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     _inherit_scopes(model.graph)
+
+
+@contextmanager
+def _kept_epsilons(graph: ir.Graph) -> Iterator[None]:
+    """onnxscript's rules take 1e-8 for zero, which some norms add: they do not see it here."""
+    import onnx_ir as ir
+
+    hidden = []
+    for node in graph:
+        for value in node.inputs if node.op_type == "Add" else ():
+            tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+            if tensor is not None and tensor.size == 1 and 0 < tensor.numpy().item() < _TINY:
+                hidden.append(node)
+    for node in hidden:
+        node.domain = "hidden"
+    try:
+        yield
+    finally:
+        for node in hidden:
+            node.domain = ""
 
 
 def _inherit_scopes(graph: ir.Graph) -> None:
@@ -169,12 +210,12 @@ def _inherit_scopes(graph: ir.Graph) -> None:
                 break
 
 
+_TABLE = r"specified range satisfy the generated guard .*\.size\(\)\[\d+\] <=? (\d+)"
 # What torch says when it fails -> what that means; the groups of a pattern fill the sentence.
 _REASONS = (
     (r"No ONNX function found for <?(?:OpOverload\(op='|torch\.ops\.)?([\w.]+)",
      "ONNX has nothing for its operation '{0}'"),
-    (r"specified range satisfy the generated guard .*\[(\d+)\]\.size\(\)\[\d+\] (<=?) (\d+)",
-     "its code works up to a fixed length only (tables of {2} positions)"),
+    (_TABLE, "its code works up to a fixed length only (tables of {0} positions)"),
     (r"is inconsistent", "its code makes masks or biases whose size torch cannot follow"),
     (r"data-dependent|DataDependent", "its code branches on the values of its inputs"),
     (r"inferred to be a constant|[Ss]pecializ", "its code works with one fixed size only"),

@@ -18,13 +18,13 @@ _NEVER = -1e4
 
 @dataclass
 class _Scores:
-    """What is added to `query @ keys * factor` in front of a Softmax, and the mask that chooses."""
+    """What is added to `query @ keys * factor` in front of a Softmax, and the masks that choose."""
 
     product: ir.Node
     factor: float = 1.0
     added: list[ir.Value] = field(default_factory=list)
-    allowed: ir.Value | None = None  # boolean, true: attend
-    forbidden: ir.Value | None = None  # boolean, true: do not
+    allowed: list[ir.Value] = field(default_factory=list)  # boolean, true in all: attend
+    forbidden: list[ir.Value] = field(default_factory=list)  # boolean, true: do not
 
 
 def fuse_attention(model: ir.Model) -> int:
@@ -71,7 +71,7 @@ def _fuse(softmax: ir.Node) -> bool:
 def _spread(scores: _Scores) -> bool:
     """Whether the masks together have a column for each key and a row for each query, as the op of
     ONNX Runtime needs it."""
-    masks = [v for v in (*scores.added, scores.allowed, scores.forbidden) if v is not None]
+    masks = [*scores.added, *scores.allowed, *scores.forbidden]
     shapes = [tuple(mask.shape) for mask in masks if mask.shape is not None]
     if len(shapes) < len(masks):
         return False
@@ -120,6 +120,10 @@ def _scores(value: ir.Value | None) -> _Scores | None:
             scores = _scores(one)
             if scores is not None and other is not None:
                 return _add(scores, other)
+    if node.op_type == "Max" and len(node.inputs) == 2:  # keeps masks that add up from infinity
+        for one, other in (node.inputs, reversed(node.inputs)):
+            if _is_never(other) and (scores := _scores(one)) is not None:
+                return scores
     if node.op_type == "Where":
         condition, one, other = node.inputs
         if _is_never(other) and (scores := _scores(one)) is not None:
@@ -143,12 +147,9 @@ def _add(scores: _Scores, mask: ir.Value) -> _Scores | None:
 
 
 def _choose(scores: _Scores, condition: ir.Value | None, *, allowed: bool) -> _Scores | None:
-    if scores.allowed is not None or scores.forbidden is not None:
+    if condition is None:
         return None
-    if allowed:
-        scores.allowed = condition
-    else:
-        scores.forbidden = condition
+    (scores.allowed if allowed else scores.forbidden).append(condition)
     return scores
 
 
@@ -223,9 +224,11 @@ def _heads(value: ir.Value | None) -> int | None:
 
 def _mask(scores: _Scores, place: ir.Node) -> list[ir.Value]:
     """What the op takes as a mask: nothing, what to attend to, or what to add."""
-    allowed = scores.allowed
-    if scores.forbidden is not None:
-        allowed = insert(place, "Not", [scores.forbidden], dtype=ir.DataType.BOOL)
+    boolean = ir.DataType.BOOL
+    chosen = [insert(place, "Not", [mask], dtype=boolean) for mask in scores.forbidden]
+    allowed, *others = [*scores.allowed, *chosen] or [None]
+    for more in others:
+        allowed = insert(place, "And", [allowed, more], dtype=boolean)
     if not scores.added:
         return [] if allowed is None else [allowed]
     added = scores.added[0]

@@ -38,7 +38,7 @@ def _split_added(graph: ir.Graph) -> None:
 
 def _spell_norms(graph: ir.Graph) -> None:
     """Write norms as onnxscript's rules do: stated defaults, the last axis as -1, x ** 2,
-    x * (1 / sqrt(v)), constants behind what is computed."""
+    x * (1 / sqrt(v)), constants behind what is computed, a weight (of ones where there is none)."""
     for node in list(graph):
         if node.op_type == "ReduceMean":
             node.attributes.setdefault("keepdims", ir.AttrInt64("keepdims", 1))
@@ -72,6 +72,31 @@ def _spell_norms(graph: ir.Graph) -> None:
             if first.is_initializer() or made_by(first, "Reciprocal") is not None:
                 node.replace_input_with(0, second)
                 node.replace_input_with(1, first)
+    for node in list(graph):
+        width = node.outputs[0].shape[-1] if node.outputs[0].shape else None
+        if _is_normed(node) and isinstance(width, int) and not _is_weighed(node.outputs[0]):
+            ones = shared_constant(graph, f"ones_{width}", np.ones(width, np.float32))
+            replace(node, insert(node, "Mul", [insert(node, "Mul", node.inputs), ones]))
+
+
+def _is_normed(node: ir.Node) -> bool:
+    """Whether it is x * (1 / sqrt(mean(x ** 2) + epsilon))."""
+    inverse = made_by(node.inputs[1], "Reciprocal") if node.op_type == "Mul" else None
+    if inverse is None or not _is_deviation(inverse.inputs[0]):
+        return False
+    added = inverse.inputs[0].producer().inputs[0].producer()
+    mean = next(n for v in added.inputs if (n := made_by(v, "ReduceMean")) is not None)
+    square = made_by(mean.inputs[0], "Pow")
+    return square is not None and square.inputs[0] is node.inputs[0]
+
+
+def _is_weighed(value: ir.Value) -> bool:
+    """Whether a vector is all that it is multiplied with."""
+    readers = [use.node for use in value.uses()]
+    return bool(readers) and all(
+        node.op_type == "Mul" and any(v.is_initializer() and v.shape.rank() for v in node.inputs)
+        for node in readers
+    )
 
 
 def _is_deviation(value: ir.Value) -> bool:

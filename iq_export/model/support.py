@@ -42,7 +42,6 @@ _ENCODER = "it is an encoder"
 _UNRECOGNISED = "its norms or branches are not recognised in the traced graph"
 _SINKS = "its attention has sinks of its own (s_aux)"
 _COUNTS = "its code counts positions by itself and takes no 'position_ids'"
-_UNTRACEABLE = "its code cannot be traced with dynamic lengths"
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,7 @@ _TYPES: dict[str, _Kind] = {
         _Kind(_ENCODER, unless=lambda config: config.is_decoder),
     ),
     **dict.fromkeys(("git", "xlm"), _Kind(_ENCODER)),
-    **dict.fromkeys(("gpt_neo", "xglm"), _Kind(_UNTRACEABLE)),
-    **dict.fromkeys(
-        ("beam", "doge", "helium", "hrm_text", "moshi", "nanochat"),
-        _Kind(_UNRECOGNISED),
-    ),
+    **dict.fromkeys(("beam", "doge", "hrm_text"), _Kind(_UNRECOGNISED)),
     "bloom": _Kind(_ALIBI),
     **dict.fromkeys(("prophetnet", "roformer"), _Kind(_COUNTS)),
     "gemma3n_text": _Kind("its layers share keys and values"),

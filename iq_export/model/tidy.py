@@ -42,6 +42,7 @@ def tidy(model: ir.Model, *, module_prefix: str) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _share_constants(model.graph)
     unflatten(model.graph)
+    drop_expands(model.graph)
     store_weights_transposed(model.graph)
     settle_latents(model.graph)
     settle_reshapes(model.graph)
@@ -174,6 +175,26 @@ def store_weights_transposed(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
         del graph.initializers[weight.name]
         graph.initializers.add(stored)
+
+
+def drop_expands(graph: ir.Graph) -> None:
+    """Let an addition spread a bias itself, where it is stretched to the other operand's shape."""
+    for node in list(graph):
+        if node.op_type != "Expand" or not node.inputs[0].is_initializer():
+            continue
+        vector, wide = node.inputs[0], node.outputs[0]
+        others = [
+            (use.node, operand)
+            for use in wide.uses()
+            for operand in use.node.inputs
+            if operand is not wide
+        ]
+        if len(vector.shape or ()) == 1 and all(
+            reader.op_type == "Add" and operand is not None and operand.shape == wide.shape
+            for reader, operand in others
+        ):
+            wide.replace_all_uses_with(vector)
+            graph.remove(node, safe=True)
 
 
 def settle_reshapes(graph: ir.Graph) -> None:

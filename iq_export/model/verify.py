@@ -210,7 +210,7 @@ def _rows(model: Any, tokenizer: Any, places: Positions) -> Iterator[Row]:
         half = _JUMP // 2
         positions = np.concatenate([np.arange(half), np.arange(trained - half, trained)])
         yield Row(f"random tokens, their positions up to {trained - 1}", ids, positions)
-    plan = mask_plan(config)
+    plan = mask_plan(model)
     for edge, beyond, where in (
         (plan.window, _STEPS // 2, "past the sliding window"),
         (plan.chunk, -_STEPS // 2, "over the edge of a chunk"),

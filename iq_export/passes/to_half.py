@@ -5,6 +5,7 @@
   it meets half values: positions above 2048 are not representable in half.
 - Scales of Q/DQ become half, as TensorRT wants them typed like their tensor. Each is checked: half
   is subnormal below 6.1e-5 and zero below 6e-8.
+- Float32's lowest number, by which masks forbid, becomes half's.
 - Weights are converted one at a time when they are written.
 
 Precondition: float32 graph inputs and outputs. Postcondition: no float32 graph input or output.
@@ -24,6 +25,7 @@ from iq_export.sinks.ops import DOMAIN
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _FLOAT = ir.DataType.FLOAT
 _HALF = ir.DataType.FLOAT16
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def to_half(model: ir.Model) -> bool:
@@ -67,7 +69,8 @@ def _convert_node(
                 if any(user in wide for user in _outputs_of_users(value)):
                     node.replace_input_with(position, _copy(graph, value))
                 own = node.inputs[position]
-                _convert_constant(own, scale=_is_scale(node, position))
+                if own.dtype == _FLOAT:
+                    _convert_constant(own, scale=_is_scale(node, position))
                 half.add(own)
         if node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(_HALF))
@@ -141,7 +144,10 @@ def _cast(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 
 def _copy(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    return constant(graph, f"{value.name}.half", value.const_value.numpy())
+    name = f"{value.name}.half"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    return constant(graph, name, value.const_value.numpy())
 
 
 def _convert_constant(value: ir.Value, *, scale: bool) -> None:
@@ -149,6 +155,8 @@ def _convert_constant(value: ir.Value, *, scale: bool) -> None:
         _check_scale(str(value.name), value.const_value.numpy())
 
     def half(array: np.ndarray) -> np.ndarray:
+        if array.size == 1 and array.item() <= _LOWEST:
+            return np.full_like(array, -HALF_MAX, dtype=np.float16)
         top = float(np.abs(array).max(initial=0))
         if np.isinf(top):  # half has that too: what a router's mask writes
             top = float(np.abs(array[np.isfinite(array)]).max(initial=0))

@@ -374,6 +374,21 @@ def test_the_first_block_may_have_no_norm_in_front() -> None:
     )
 
 
+def test_products_may_read_an_embedding_that_has_passed_a_norm() -> None:
+    """The first block of some models has no norm of its own in front of its attention."""
+
+    def change(model: onnx.ModelProto) -> None:
+        first = "layers.0/input_layernorm"
+        reroute(model, "embed/out", f"{first}/out", ("layers.0/Add",))
+
+    sites = sites_of(change)
+    assert sites.refused == () and len(sites.blocks) == SMALL.blocks
+    assert sites.embedding == "layers.0/input_layernorm/out"
+    first = sites.blocks[0]
+    assert (first.attention.norm, first.attention.input) == (None, sites.embedding)
+    assert first.mlp.norm == "layers.0/post_attention_layernorm"
+
+
 def test_one_attention_op_is_the_attention_beside_other_products() -> None:
     """As angles of a rotation that are computed by a MatMul."""
 

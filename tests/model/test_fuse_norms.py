@@ -25,8 +25,8 @@ g (float[b, s, 6] x) => (float[b, s, 6] y) {
 """
 
 
-def parsed() -> ir.Model:
-    model = onnx.parser.parse_model(NORM)
+def parsed(text: str = NORM) -> ir.Model:
+    model = onnx.parser.parse_model(text)
     arrays = {
         "two": np.float32(2), "epsilon": np.float32(1e-3), "axes": np.array([-1]),
         "weight": np.arange(1, 7, dtype=np.float32),
@@ -48,5 +48,31 @@ def test_a_norm_without_a_bias() -> None:
     node = model.graph.outputs[0].producer()
     assert node is not None
     assert node.op_type == "LayerNormalization" and not any(node.inputs[2:])
+    x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
+    np.testing.assert_allclose(run(model, x), run(before, x), atol=1e-5)
+
+
+PLAIN = """
+<ir_version: 10, opset_import: ["" : 23]>
+g (float[b, s, 6] x) => (float[b, s, 6] y) {
+  square = Pow (x, two)
+  mean = ReduceMean <keepdims = 1> (square, axes)
+  more = Add (mean, epsilon)
+  size = Sqrt (more)
+  inverse = Reciprocal (size)
+  unit = Mul (x, inverse)
+  y = Sigmoid (unit)
+}
+"""
+
+
+def test_a_norm_without_a_weight_has_one_of_ones() -> None:
+    """Later steps fold what they like into it."""
+    model, before = parsed(PLAIN), parsed(PLAIN)
+    fuse_norms(model)
+    node = model.graph.outputs[0].producer().inputs[0].producer()
+    assert node.op_type == "RMSNormalization"
+    weight = node.inputs[1]
+    assert weight.is_initializer() and weight.const_value.numpy().tolist() == [1] * 6
     x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
     np.testing.assert_allclose(run(model, x), run(before, x), atol=1e-5)

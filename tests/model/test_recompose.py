@@ -155,13 +155,16 @@ CACHE = f"float[batch, {HEADS}, total, {SIZE}]"
          ", bool[batch, 1, seq, total] a"),
         (f"{TURNED} h = Not(a) c = MatMul(q, t) s = Where(h, lowest, c) p = Softmax<axis=3>(s) "
          "i = IsNaN(p) g = Where(i, zero, p) y = MatMul(g, v)", ", bool[batch, 1, seq, total] a"),
+        (f"{TURNED} c = MatMul(q, t) u = Where(a, c, lowest) n = Where(e, zero, lowest) "
+         f"o = Add(u, n) s = Max(o, lowest) {SOFTMAX}",
+         ", bool[1, 1, seq, total] a, bool[batch, 1, 1, total] e"),
     ],
-    ids=["plain", "added", "chosen", "where", "guarded"],
+    ids=["plain", "added", "chosen", "where", "guarded", "chosen twice"],
 )  # fmt: skip
 def test_attention(body: str, inputs: str, tmp_path: Path) -> None:
     made = model(body, f"{QUERY} q, {CACHE} k, {CACHE} v{inputs}", QUERY)
     ops = single_ops(made, tmp_path)
-    assert ops["Attention"] == 1 and not ops.keys() - {"Attention", "Not"}
+    assert ops["Attention"] == 1 and not ops.keys() - {"Attention", "Not", "And"}
 
 
 def test_attention_whose_heads_are_repeated(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from iq_export.model.scopes import SCOPES, module_scope
-from iq_export.model.tidy import settle_axes, settle_reshapes, tidy
+from iq_export.model.tidy import drop_expands, settle_axes, settle_reshapes, tidy
 from iq_export.run.ort import CausalLM, left_pad
 
 VOCAB, HIDDEN = 11, 4
@@ -243,3 +243,24 @@ def test_reshapes_get_constant_sizes(
         assert constant.const_value.numpy().tolist() == sizes
         # With allowzero a 0 would mean an empty axis instead of "as the input".
         assert "allowzero" not in reshape.attributes
+
+
+@pytest.mark.parametrize(("other", "kept"), [(("batch", "seq", 8), 0), (("batch", 1, 8), 1)])
+def test_an_addition_spreads_a_bias_itself(other: tuple[int | str, ...], kept: int) -> None:
+    """Where nothing else needs it spread: as in a module's own sum of a product and its bias."""
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", type=kind, shape=dims(*other))
+    sizes = ir.Value(name="sizes", type=ir.TensorType(ir.DataType.INT64), shape=dims(3))
+    bias = ir.Value(
+        name="bias", type=kind, shape=dims(8), const_value=ir.tensor(np.ones(8, np.float32))
+    )
+    wide = ir.node("Expand", [bias, sizes])
+    wide.outputs[0].shape = dims("batch", "seq", 8)
+    add = ir.node("Add", [x, wide.outputs[0]])
+    graph = ir.Graph(
+        [x, sizes], add.outputs, nodes=[wide, add], initializers=[bias], opset_imports={"": 23},
+        name="main",
+    )  # fmt: skip
+    drop_expands(graph)
+    assert sum(node.op_type == "Expand" for node in graph) == kept
+    assert (add.inputs[1] is bias) == (not kept)

@@ -52,7 +52,7 @@ def test_every_defect_that_shows_is_caught(name: str, tmp_path: Path) -> None:
     model = families.model(name)
     reference, path = refer(model), parity.export(model, tmp_path)
     missed, shown, made = [], 0, 0
-    for mutation, mutate in mutations(mask_plan(model.config).window):
+    for mutation, mutate in mutations(mask_plan(model).window):
         graph = ir.load(path)
         if not mutate(graph.graph):
             continue

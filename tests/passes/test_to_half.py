@@ -168,6 +168,30 @@ def test_constant_read_by_half_and_float_values(calm: Planted) -> None:
     InferenceSession(calm.path.with_name("half.onnx"))
 
 
+def test_the_lowest_number_of_float32_becomes_that_of_half(calm: Planted) -> None:
+    """By it masks forbid: in half it would be infinite. One copy serves all that read it."""
+    model = calm.load()
+    graph = model.graph
+    lowest = constant(graph, "lowest", np.array(np.finfo(np.float32).min))
+    nodes = {node.name: node for node in graph}
+    made = []
+    for name, reader in (("rotary_emb/Mul", "rotary_emb/Cos"), ("norm", "lm_head")):
+        value = nodes[name].outputs[0]
+        for number in range(2):
+            bound = ir.node("Max", [value, lowest], name=f"{name}/bound{number}")
+            bound.outputs[0].name, bound.outputs[0].dtype = f"{name}.bound{number}", FLOAT
+            graph.insert_after(value.producer(), bound)
+            value = bound.outputs[0]
+            made.append(bound)
+        nodes[reader].replace_input_with(0, value)
+    to_half(model)
+    assert [node.inputs[1].dtype for node in made] == [FLOAT, FLOAT, HALF, HALF]
+    assert made[2].inputs[1] is made[3].inputs[1]
+    assert made[2].inputs[1].const_value.numpy() == -65504
+    io.save(model, calm.path.with_name("half.onnx"))
+    InferenceSession(calm.path.with_name("half.onnx"))
+
+
 def test_output_that_depends_on_no_weight_is_refused() -> None:
     text = """
         <ir_version: 10, opset_import: ["" : 23]>
