@@ -348,8 +348,9 @@ def _head_dim(config: Any) -> int:
     layers differ."""
     if _get(config, "is_heterogeneous"):
         return max(int(layer.head_dim) for layer in config.per_layer_config)
-    if _is_size(_get(config, "kv_lora_rank")):
-        return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    parts = [_get(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if _is_size(_get(config, "kv_lora_rank")) and all(map(_is_size, parts)):
+        return int(sum(parts))
     size = _get(config, "head_dim")
     return int(size) if _is_size(size) else config.hidden_size // config.num_attention_heads
 
