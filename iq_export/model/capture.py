@@ -49,11 +49,6 @@ class CacheShape:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
-    def of_all_layers(self) -> bool:
-        """Whether no layer between others is without a cache."""
-        return self.layers == tuple(range(self.num_layers))
-
     def of_layers(self, layers: Sequence[int]) -> CacheShape:
         """That of a model which has only these of all its layers, numbered anew."""
         sizes = [size for layer in layers for size in self.sizes[2 * layer : 2 * layer + 2]]

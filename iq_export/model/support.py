@@ -63,7 +63,11 @@ _TYPES: dict[str, _Kind] = {
     **dict.fromkeys(("beam", "doge", "hrm_text"), _Kind(_UNRECOGNISED)),
     "bloom": _Kind(_ALIBI),
     **dict.fromkeys(("prophetnet", "roformer"), _Kind(_COUNTS)),
-    "gemma3n_text": _Kind("its layers share keys and values"),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        _Kind("it reads the keys and values of another model"),
+    ),
+    "gemma3n_text": _Kind("its residual stream is several ones, which each layer mixes"),
     **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), _Kind(_SINKS)),
     "dbrx": _Kind("its code takes its experts apart in a way of its own"),
     "jetmoe": _Kind("its attention is a mixture of experts"),
@@ -151,7 +155,7 @@ def check_config(
             f"--part {part}."
         )
     decoder = config if text is None else text
-    reason = _structure(decoder)
+    reason = _known(config) or _structure(decoder)
     if reason is None and remote_code and (experts := _experts(decoder)):
         reason = f"it is a mixture of experts ('{experts[0]}') with code of its own"
     if reason is not None:
@@ -163,11 +167,17 @@ def check_config(
     return decoder
 
 
-def _structure(config: Any) -> str | None:
-    """Why the architecture cannot be compiled; None if nothing speaks against it."""
+def _known(config: Any) -> str | None:
+    """Why models of the type cannot be compiled, as the table has it."""
     known = _TYPES.get(config.model_type)
-    if known is not None and not known.unless(config):
-        return known.reason
+    return None if known is None or known.unless(config) else known.reason
+
+
+def _structure(config: Any) -> str | None:
+    """Why the decoder cannot be compiled; None if nothing speaks against it."""
+    known = _known(config)
+    if known is not None:
+        return known
     for name in _STATE_SPACES:
         if _get(config, name):
             return f"it has state-space, linear or convolution layers ('{name}')"
@@ -342,9 +352,13 @@ def _check_widths(config: Any, name: str, recipe: Recipe) -> None:
 
 
 def _head_dim(config: Any) -> int:
-    """The size of a head's queries and keys, of which a latent gives a part."""
-    if _is_size(_get(config, "kv_lora_rank")):
-        return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    """The size of a head's queries and keys, of which a latent gives a part; the largest one where
+    layers differ."""
+    if _get(config, "is_heterogeneous"):
+        return max(int(layer.head_dim) for layer in config.per_layer_config)
+    parts = [_get(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if _is_size(_get(config, "kv_lora_rank")) and all(map(_is_size, parts)):
+        return int(sum(parts))
     size = _get(config, "head_dim")
     return int(size) if _is_size(size) else config.hidden_size // config.num_attention_heads
 

@@ -328,7 +328,9 @@ def _export(model: Any, weights: Weights, folder: Path, opset: int, short_cut: b
     mark_experts(model)
     cache, vocab = cache_shape(model), text_config(model).vocab_size
     module = flat_module(model, cache)
-    plan = plan_layers(model) if short_cut and cache.of_all_layers else None
+    plan = plan_layers(model) if short_cut else None
+    if plan is not None and cache.layers != tuple(range(len(plan.template))):
+        plan = None  # a layer without a cache
     if short_cut and plan is None:
         return None
     if plan is None:

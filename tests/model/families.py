@@ -14,6 +14,10 @@ _SIZES: dict[str, Any] = {
 _ONE_KIND = {name: size for name, size in _SIZES.items() if name != "num_key_value_heads"}
 _GPT = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}  # fmt: skip
+# Keys of 24 features and values of 16.
+_LATENT = {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+           "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+_DENSE = {"first_k_dense_replace": 3}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 # Rotations that are stretched: beyond the original length, up to it, by a fixed factor.
 ROTATIONS: dict[str, dict[str, Any]] = {
@@ -54,6 +58,8 @@ def config(name: str) -> Any:
         "cohere": lambda: hf.CohereConfig(**_SIZES),
         "cohere2": lambda: hf.Cohere2Config(**_SIZES, sliding_window=WINDOW),
         "codegen": lambda: hf.CodeGenConfig(**_GPT, rotary_dim=8),
+        "deepseek_v2-dense": lambda: hf.DeepseekV2Config(**_ONE_KIND, **_LATENT, **_DENSE),
+        "deepseek_v3-dense": lambda: hf.DeepseekV3Config(**_ONE_KIND, **_LATENT, **_DENSE),
         "diffllama": lambda: hf.DiffLlamaConfig(**_SIZES),
         "ernie4_5": lambda: hf.Ernie4_5Config(**_SIZES, head_dim=16),
         "exaone4": lambda: hf.Exaone4Config(
@@ -71,6 +77,10 @@ def config(name: str) -> Any:
             **_SIZES, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16,
             layer_types=_MIXED,
         ),
+        "gemma4": lambda: hf.Gemma4TextConfig(
+            **_SIZES, head_dim=16, global_head_dim=32, sliding_window=WINDOW, layer_types=_MIXED,
+            hidden_size_per_layer_input=0,
+        ),
         "glm": lambda: hf.GlmConfig(**_SIZES, head_dim=16),
         "glm4": lambda: hf.Glm4Config(**_SIZES, head_dim=16),
         "gpt2": lambda: hf.GPT2Config(**_GPT),
@@ -85,9 +95,14 @@ def config(name: str) -> Any:
         "helium": lambda: hf.HeliumConfig(**_SIZES, head_dim=16),
         "hunyuan": lambda: hf.HunYuanDenseV1Config(**_SIZES, head_dim=16),
         "llama": lambda: hf.LlamaConfig(**_SIZES),
+        "llama4-dense": lambda: hf.Llama4TextConfig(
+            **_SIZES, head_dim=16, intermediate_size_mlp=96, moe_layers=[], num_local_experts=1,
+            attention_chunk_size=WINDOW, no_rope_layers=[1, 0, 1],
+        ),
         "llama-bias": lambda: hf.LlamaConfig(
             **_SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
         ),
+        "minicpm3": lambda: hf.MiniCPM3Config(**_ONE_KIND, **_LATENT),
         "ministral": lambda: hf.MinistralConfig(
             **_SIZES, head_dim=16, sliding_window=WINDOW, layer_types=_MIXED
         ),
@@ -124,6 +139,7 @@ def config(name: str) -> Any:
         "stablelm": lambda: hf.StableLmConfig(**_SIZES),
         "stablelm-parallel": lambda: hf.StableLmConfig(**_SIZES, use_parallel_residual=True),
         "starcoder2": lambda: hf.Starcoder2Config(**_SIZES, sliding_window=WINDOW),
+        "youtu": lambda: hf.YoutuConfig(**_ONE_KIND, **_LATENT),
         # Not traced, each for a reason of its own, which one block has.
         "bloom": lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
         "gpt_neo": lambda: hf.GPTNeoConfig(
@@ -148,8 +164,10 @@ TRACED = (
 # Those whose blocks are not serial with a norm in front of each branch, or whose products, norms
 # or attention the exporter leaves in pieces.
 STRUCTURES = (
-    "bart", "bert", "codegen", "cohere", "cohere2", "exaone4", "falcon", "falcon-grouped", "gpt2",
-    "gpt_neox-parallel", "gptj", "olmo2", "olmo3", "opt", "opt-behind", "phi", "stablelm-parallel",
+    "bart", "bert", "codegen", "cohere", "cohere2", "deepseek_v2-dense", "deepseek_v3-dense",
+    "exaone4", "falcon", "falcon-grouped", "gemma4", "gpt2", "gpt_neox-parallel", "gptj",
+    "llama4-dense", "minicpm3", "olmo2", "olmo3", "opt", "opt-behind", "phi", "stablelm-parallel",
+    "youtu",
 )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_softcap_and_head_size_are_read() -> None:
         (config("nemotron_h", hybrid_override_pattern="M*"), "layers"),
         (config("minimax"), "layers"),
         (config("recurrent_gemma"), "layers"),
-        (config("dots3_note_text"), "'indexed_attention'"),
+        ({"model_type": "deepseek_v32"}, "'indexed_attention'"),
     ],
 )
 def test_architectures_that_cannot_be_compiled(raw: dict[str, Any], says: str) -> None:

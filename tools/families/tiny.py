@@ -69,6 +69,8 @@ _MORE: dict[str, dict[str, Any]] = {
     },
     "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<image>": 4}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    # One product makes inputs of all layers, and counts as one of the blocks.
+    "gemma4_text": {"num_hidden_layers": LAYERS + 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
