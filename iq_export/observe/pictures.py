@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import random
 import warnings
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from iq_export.errors import DataError, UsageError
 from iq_export.files import read_named
+from iq_export.observe.folder import files_below
 from iq_export.observe.preprocessor import PictureSteps
 
 if TYPE_CHECKING:
@@ -36,22 +36,8 @@ _DEEP = 8  # bits below the 8 that are kept of 16
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The picture files below `folder`, known by their names, in the order of their paths.
-
-    Hidden files and folders are left out, and links to folders. Raises DataError if there is none.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give a folder of pictures")
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (Path(place, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in _FORMATS and path.is_file()]
-    if not found:
-        raise DataError(
-            f"{folder} has no picture: give a folder with files named {', '.join(_FORMATS)}"
-        )
-    return sorted(found)
+    """The picture files below `folder`, by their names. Raises DataError if there is none."""
+    return files_below(folder, _FORMATS, "picture")
 
 
 def load_pictures(
