@@ -96,6 +96,10 @@ def analyze(options: CompileOptions, progress: Progress | None = None) -> Analys
     check_work(page, options.work)
     asked = replace(options, recipe=_RECIPE, targets=(), profile=_NO_ENGINE, out=page)
     checked = check(asked)
+    if checked.source.is_encoder or not checked.source.reads_text:
+        raise UsageError(
+            f"{checked.source.name} predicts no text, and analyze looks at models that do: compile it"
+        )
     for note in checked.notes:
         progress.note(note)
     progress.total = progress.total or len(_STEPS)

@@ -17,11 +17,13 @@ from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
-from iq_export.errors import EngineError, ModelError, UsageError
+from iq_export.errors import EngineError, ModelError
+from iq_export.files import copy_belonging
 from iq_export.fill import Built, fill, make_manifest, records_of, versions
 from iq_export.graph.interface import Interface
 from iq_export.graph.proto import read
 from iq_export.lengths import bundle_limit
+from iq_export.observe.preprocessor import FILE as PREPROCESSOR
 from iq_export.observe.samples import Whole, Window, check_windows, held_out_windows, windows
 from iq_export.options import CompileOptions
 from iq_export.precheck import Checked, Need, check, model_source, with_limit
@@ -97,6 +99,9 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
                     done = carry_over(options, checked, traced, earlier, work, progress)
                     records = records_of(done, traced, earlier)
             fill(folder, traced, made, done, records)
+            if options.preprocessor is not None:
+                steps = options.preprocessor
+                copy_belonging(steps.parent, steps.name, folder / PREPROCESSOR, ModelError)
             sinks = done.sink_nodes
             built = _build(folder, options, checked, sinks, progress)
             timings = {**progress.timings, "total": time.perf_counter() - begin}
@@ -257,24 +262,11 @@ def calibration_of(
     }
     if interface.is_causal:
         return _of_text(options, checked, traced, common)
-    _check_whole(options, checked)
     every = _wholes(options, checked, traced)
     few, rest = every[: options.samples], every[options.samples :]
     if len(few) < options.samples:
         progress.note(f"calibrated on {len(few)} windows, not {options.samples}: there are no more")
     return Calibration(windows=few, probes=[], heldout=rest, **common), []
-
-
-def _check_whole(options: CompileOptions, checked: Checked) -> None:
-    """UsageError for what only a model has that predicts one token after the other."""
-    if options.budget is not None:
-        raise UsageError(
-            "--budget is one of perplexity, and this model predicts no text: compile without it."
-        )
-    if checked.recipe.cache is not None:
-        raise UsageError(
-            f"recipe '{options.recipe}' quantizes a KV cache, and this model has none: use w8a8."
-        )
 
 
 def _wholes(options: CompileOptions, checked: Checked, traced: Any) -> list[Whole]:
