@@ -39,9 +39,10 @@ def progress(args: argparse.Namespace, total: int | None = None) -> Progress:
 
 
 def generates_text(bundle: Bundle) -> bool:
-    """Whether a bundle's model predicts one token after the other."""
+    """Whether a bundle's model predicts one token after the other, as far as is known."""
     graph = bundle.manifest.graph
-    return Interface.of_tensors(graph.inputs, graph.outputs).is_causal
+    interface = Interface.of_tensors(graph.inputs, graph.outputs)
+    return interface.is_causal or interface.primary is None
 
 
 def require_text(bundle: Bundle, what: str) -> None:
