@@ -19,7 +19,8 @@ import numpy as np
 
 from iq_export.bundle.manifest import json_safe, write_atomically
 from iq_export.bundle.package import parents_of
-from iq_export.compile import PROBE_LENGTH, PROBES, trace_model
+from iq_export.calibration import PROBE_LENGTH, PROBES
+from iq_export.compile import trace_model
 from iq_export.decide.job import FORM_WINDOWS, Run
 from iq_export.decide.sinks import everyone_warning, fit_sinks
 from iq_export.disk import trouble_is_bundle_error
@@ -85,6 +86,10 @@ def analyze(options: CompileOptions, progress: Progress | None = None) -> Analys
     check_work(page, options.work)
     asked = replace(options, recipe=_RECIPE, targets=(), profile=_NO_ENGINE, out=page)
     checked = check(asked)
+    if checked.source.is_encoder or not checked.source.reads_text:
+        raise UsageError(
+            f"{checked.source.name} predicts no text, and analyze looks at models that do"
+        )
     for note in checked.notes:
         progress.note(note)
     progress.total = progress.total or len(_STEPS)

@@ -10,20 +10,20 @@ from typing import Any
 
 from iq_export.bundle.package import MODEL_NAME, PLAN_NAME, Bundle
 from iq_export.bundle.recipe import recipe_of
+from iq_export.calibration import long_windows
 from iq_export.checksum import check_files
 from iq_export.decide.job import Run
 from iq_export.decisions import Decisions
 from iq_export.errors import BundleError, IqError, UsageError
 from iq_export.evaluate.final_check import FinalCheck, short_windows
 from iq_export.graph.sites import Sites
-from iq_export.observe.samples import Window, check_windows, windows
+from iq_export.observe.samples import Sample
 from iq_export.observe.tail import Tail
 from iq_export.options import CompileOptions
 from iq_export.passes.order import lower
 from iq_export.precheck import Checked
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
-from iq_export.run.generate import Tokenizer
 from iq_export.run.ort import PROVIDERS
 from iq_export.saved_decisions import TEMPLATES_NAME, load_decisions, recorded
 from iq_export.ship import MODEL, Made, check_file, started, written
@@ -48,7 +48,7 @@ def carry(
     traced: Path,
     work: Path,
     decide_for: Callable[[Sites], Decisions],
-    windows: Sequence[Window],
+    windows: Sequence[Sample],
     *,
     providers: tuple[str, ...],
     progress: Progress,
@@ -126,12 +126,7 @@ def carry_over(
     progress: Progress,
 ) -> Carried:
     """The model lowered from the decisions of `earlier`."""
-    tokenizer = Tokenizer(traced.assets)
-    cut = windows(
-        tokenizer, checked.calibration, length=options.length, count=options.samples,
-        seed=options.seed, bos="mixed",
-    )  # fmt: skip
-    check_windows(cut, tokenizer, traced.model, f"text {options.calibration}")
+    cut = long_windows(options, checked, traced)
     stages = work.run / f"{options.recipe}-{options.dtype}"
     stages.mkdir()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iq_export.bundle.lock import clear_dead
 from iq_export.bundle.package import Bundle, atomic_folder, clear_partial, unmarked_partials
@@ -17,25 +16,15 @@ from iq_export.engine.build import build_engine
 from iq_export.engine.plugin import PluginBuild, provide_plugin
 from iq_export.engine.targets import engine_note
 from iq_export.engine.trt import why_not_here
-from iq_export.errors import EngineError, ModelError, UsageError
+from iq_export.errors import EngineError, ModelError
+from iq_export.files import copy_belonging
 from iq_export.fill import Built, fill, make_manifest, records_of, versions
-from iq_export.graph.interface import Interface
-from iq_export.graph.proto import read
 from iq_export.lengths import bundle_limit
-from iq_export.observe.samples import Whole, Window, check_windows, held_out_windows, windows
+from iq_export.observe.preprocessor import FILE as PREPROCESSOR
 from iq_export.options import CompileOptions
 from iq_export.precheck import Checked, Need, check, model_source, with_limit
 from iq_export.progress import Progress
-from iq_export.run.ort import PROVIDERS
 from iq_export.work import Work, check_work, default_work, work_folder
-
-if TYPE_CHECKING:
-    from iq_export.decide.job import Calibration
-
-# Short windows add first tokens at little cost: most sinks stand at position 0.
-PROBES, PROBE_LENGTH = 64, 32
-# Windows of the same text that nothing is made from: they tell how well sinks are matched.
-HELD_OUT, HELD_OUT_LENGTH = 48, 64
 
 
 class EnginesFailed(EngineError):
@@ -97,6 +86,9 @@ def compile(options: CompileOptions, progress: Progress | None = None) -> Bundle
                     done = carry_over(options, checked, traced, earlier, work, progress)
                     records = records_of(done, traced, earlier)
             fill(folder, traced, made, done, records)
+            if options.preprocessor is not None:
+                steps = options.preprocessor
+                copy_belonging(steps.parent, steps.name, folder / PREPROCESSOR, ModelError)
             sinks = done.sink_nodes
             built = _build(folder, options, checked, sinks, progress)
             timings = {**progress.timings, "total": time.perf_counter() - begin}
@@ -223,6 +215,7 @@ def calibrate_and_rewrite(
 ) -> Any:
     """A `pipeline.Rewrite` of the traced model. What an interrupted run finished is taken from the
     work folder. Raises DataError if the text is too short, and GraphError as `rewrite` does."""
+    from iq_export.calibration import calibration_of
     from iq_export.checkpoint import Checkpoint, job_key
     from iq_export.pipeline import rewrite
 
@@ -238,85 +231,6 @@ def calibrate_and_rewrite(
     kept = Checkpoint(work.unfinished, key, progress.note)
     done = rewrite(traced.model, stages, checked.recipe, options.dtype, data, progress, kept)
     return replace(done, warnings=[*traced.notes, *warnings, *done.warnings])
-
-
-def calibration_of(
-    options: CompileOptions, checked: Checked, traced: Any, progress: Progress
-) -> tuple[Calibration, list[str]]:
-    """What the traced graph is calibrated on, and warnings about it. Raises DataError if that does
-    not suffice."""
-    from iq_export.decide.job import Calibration
-
-    interface = Interface.of_proto(read(traced.model).graph)
-    common: dict[str, Any] = {
-        "max_relative_deviation": options.max_relative_deviation,
-        "seed": options.seed,
-        "providers": PROVIDERS[options.device],
-        "insertion": options.insertion,
-        "budget": math.inf if options.budget is None else options.budget,
-    }
-    if interface.is_causal:
-        return _of_text(options, checked, traced, common)
-    _check_whole(options, checked)
-    every = _wholes(options, checked, traced)
-    few, rest = every[: options.samples], every[options.samples :]
-    if len(few) < options.samples:
-        progress.note(f"calibrated on {len(few)} windows, not {options.samples}: there are no more")
-    return Calibration(windows=few, probes=[], heldout=rest, **common), []
-
-
-def _check_whole(options: CompileOptions, checked: Checked) -> None:
-    """UsageError for what only a model has that predicts one token after the other."""
-    if options.budget is not None:
-        raise UsageError(
-            "--budget is one of perplexity, and this model predicts no text: compile without it."
-        )
-    if checked.recipe.cache is not None:
-        raise UsageError(
-            f"recipe '{options.recipe}' quantizes a KV cache, and this model has none: use w8a8."
-        )
-
-
-def _wholes(options: CompileOptions, checked: Checked, traced: Any) -> list[Whole]:
-    """Windows to calibrate on, and behind them those held out."""
-    from iq_export.observe.signals import load_signals, sentences, whole_windows
-
-    count = options.samples + HELD_OUT
-    if checked.source.reads_text:
-        from iq_export.run.generate import Tokenizer
-
-        tokenizer = Tokenizer(traced.assets)
-        arrays = sentences(tokenizer, checked.calibration, options.length, count, options.seed)
-        cut = [Window(array.tolist(), False) for array in arrays]
-        check_windows(cut, tokenizer, traced.model, f"text {options.calibration}")
-    else:
-        place = options.preprocessor or traced.assets
-        arrays = load_signals(Path(options.calibration), place, count, options.seed)
-    return whole_windows(traced.model, arrays)
-
-
-def _of_text(
-    options: CompileOptions, checked: Checked, traced: Any, common: dict[str, Any]
-) -> tuple[Calibration, list[str]]:
-    from iq_export.decide.job import Calibration
-    from iq_export.observe.text_check import token_warnings
-    from iq_export.run.generate import Tokenizer
-
-    text = checked.calibration
-    tokenizer = Tokenizer(traced.assets)
-
-    def cut(length: int, count: int, seed: int) -> list[Window]:
-        return windows(tokenizer, text, length=length, count=count, seed=seed, bos="mixed")
-
-    long = cut(options.length, options.samples, options.seed)
-    probes = cut(min(PROBE_LENGTH, options.length), PROBES, options.seed + 1)
-    every = [*long, *probes]
-    heldout = held_out_windows(
-        tokenizer, text, every, length=min(HELD_OUT_LENGTH, options.length), count=HELD_OUT
-    )
-    check_windows([*every, *heldout], tokenizer, traced.model, f"text {options.calibration}")
-    data = Calibration(windows=long, probes=probes, heldout=heldout, **common)
-    return data, token_warnings(long, tokenizer)
 
 
 def _build(

@@ -146,10 +146,11 @@ class CompileOptions:
     calibration: str = field(
         default="builtin",
         metadata=option(
-            "UTF-8 text (default: the manual pages that come with Python), or a folder of pictures",
+            "UTF-8 text (default: the manual pages that come with Python), or a folder of pictures "
+            "or recordings",
             about="UTF-8 text of at most 64 MiB, or `<(...)`, which is read once; `builtin` is the "
             "manual that comes with Python, a third of it held out for `eval`. For a model that "
-            "takes pictures, a folder of these",
+            "takes pictures or recordings, a folder of these",
             group="calibration", metavar="FILE|DIR|builtin", kept="repeated",
         ),
     )  # fmt: skip

@@ -105,12 +105,14 @@ def check(options: CompileOptions) -> Checked:
     if not source.reads_text and not signals.is_dir():
         raise UsageError(
             f"{source.name} takes no text, so {options.calibration} cannot calibrate it: give a "
-            "folder of pictures with --calibration DIR."
+            "folder of pictures or recordings with --calibration DIR."
         )
     known = _known(source, recipe, options.dtype)
     built = () if recipe.simulated else targets
     gaps = _gaps(built, known.form, asked=options.targets is not None)
-    if source.is_encoder or not source.reads_text:  # nothing is past
+    if source.is_encoder or not source.reads_text:
+        _check_whole(options, recipe, source)
+        # Nothing is past.
         options = replace(options, profile=replace(options.profile, past=Range(0, 0, 0)))
     settled, remarks = _within(
         replace(options, targets=tuple(t.name for t in targets)), known.limit
@@ -143,6 +145,24 @@ def check(options: CompileOptions) -> Checked:
             *_plugin_note(options, targets),
         ],
     )
+
+
+def _check_whole(options: CompileOptions, recipe: Recipe, source: ModelSource) -> None:
+    """Refuse what only a model has that predicts one token after the other, and for one that takes
+    no text a folder of nothing that it takes."""
+    if options.budget is not None:
+        raise UsageError(
+            f"--budget is one of perplexity, and {source.name} predicts no text: compile without."
+        )
+    if recipe.cache is not None:
+        raise UsageError(
+            f"recipe '{options.recipe}' quantizes a KV cache, and {source.name} has none: use w8a8."
+        )
+    steps = options.preprocessor or source.path
+    if not source.reads_text and steps is not None:
+        from iq_export.observe.signals import check_signals
+
+        check_signals(Path(options.calibration), steps)
 
 
 def _need(

@@ -69,7 +69,7 @@ def test_what_is_repeated_comes_back_from_json_as_it_was() -> None:
         "--recipe", "w4a16", "--samples", "3", "--length", "64", "--seed", "5", "--device", "cuda",
         "--dtype", "fp32", "--insertion", "kv", "--max-relative-deviation", "0.5", "--opset", "24",
         "--calibration", "text", "--tokenizer", "T", "--part", "text", "--budget", "1.5",
-        "--trust-remote-code", "--accept-terms",
+        "--trust-remote-code", "--accept-terms", "--task", "fill-mask", "--preprocessor", "P",
     )  # fmt: skip
     recorded = json.loads(json.dumps(options.record(asked)))
     found = options.repeated(recorded, Path("manifest.json"))

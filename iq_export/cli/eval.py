@@ -46,6 +46,11 @@ def add_parser(subparsers: Any) -> None:
         "--text", default=BUILTIN_HELDOUT, metavar="FILE|builtin",
         help="UTF-8 text that was not used for calibration (default: builtin's held-out part)",
     )  # fmt: skip
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="pictures or recordings that were not used for calibration, for a model that takes "
+        "these",
+    )  # fmt: skip
     parser.add_argument("--windows", type=positive, default=16, help="default 16")
     parser.add_argument(
         "--length", type=window_tokens, default=0,
@@ -74,6 +79,8 @@ def _run(args: argparse.Namespace, hold: ExitStack) -> int:
     from iq_export.run.generate import Tokenizer
 
     bundle = Bundle.open(args.bundle)
+    if not options.generates_text(bundle):
+        return _run_encoder(bundle, args, hold)
     check_report(bundle)
     name = BUILTIN_HELDOUT if args.text == BUILTIN else args.text
     text = load_text(name)
@@ -118,6 +125,40 @@ def _run(args: argparse.Namespace, hold: ExitStack) -> int:
         note = f"note: the figures could not be kept: {where} may not be written"
         print(f"iq-export: {note}", file=sys.stderr)
     _fail_if_broken(comparison, bundle_label(bundle))
+    return 0
+
+
+def _run_encoder(bundle: Bundle, args: argparse.Namespace, hold: ExitStack) -> int:
+    """Compare every output with fp32's, on pictures, recordings or text; nothing is stored."""
+    from iq_export.evaluate.outputs import compare_outputs, output_table
+    from iq_export.observe.samples import Whole
+    from iq_export.observe.signals import load_signals, sentences
+    from iq_export.run.generate import Tokenizer
+
+    if (bundle.folder / "tokenizer.json").is_file():
+        data = BUILTIN_HELDOUT if args.text == BUILTIN else args.text
+        length, _ = window_length(args.length, bundle_limit(bundle.folder, bundle.model))
+        arrays = sentences(
+            Tokenizer(bundle.folder), load_text(data), length, args.windows, args.seed
+        )
+    elif args.data is None:
+        raise UsageError(
+            f"{bundle.folder} takes pictures or recordings: give a folder of such that were not "
+            "used for calibration with --data DIR"
+        )
+    else:
+        data = str(args.data)
+        arrays = load_signals(args.data, bundle.folder, args.windows, args.seed)
+    graphs = _graphs(bundle, args, hold)
+    windows = [Whole(array, 1) for array in arrays]  # no row of the stream is looked at
+    comparison = compare_outputs(
+        graphs, windows, data=data, providers=options.providers(args.device),
+        progress=options.progress(args, len(graphs)),
+    )  # fmt: skip
+    if args.json:
+        options.print_json(comparison.to_dict())
+    else:
+        options.say(output_table(comparison))
     return 0
 
 

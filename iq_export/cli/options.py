@@ -9,7 +9,9 @@ import re
 from typing import Any
 
 from iq_export.bundle.manifest import json_safe
-from iq_export.errors import BundleError
+from iq_export.bundle.package import Bundle
+from iq_export.errors import BundleError, UsageError
+from iq_export.graph.interface import Interface
 from iq_export.progress import Progress
 from iq_export.run.ort import PROVIDERS
 from iq_export.terminal import drop_stdout, printable
@@ -34,6 +36,22 @@ def providers(device: str) -> tuple[str, ...]:
 def progress(args: argparse.Namespace, total: int | None = None) -> Progress:
     """Progress on stderr, unless `--quiet`."""
     return Progress(total, quiet=args.quiet)
+
+
+def generates_text(bundle: Bundle) -> bool:
+    """Whether a bundle's model predicts one token after the other, as far as is known."""
+    graph = bundle.manifest.graph
+    interface = Interface.of_tensors(graph.inputs, graph.outputs)
+    return interface.is_causal or interface.primary is None
+
+
+def require_text(bundle: Bundle, what: str) -> None:
+    """UsageError if a bundle's model generates no text, which `what` is about."""
+    if not generates_text(bundle):
+        raise UsageError(
+            f"{bundle.folder} generates no text, and {what}: run its model.onnx in ONNX Runtime, "
+            "or its engine"
+        )
 
 
 def say(text: str) -> None:

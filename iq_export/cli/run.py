@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     prompts: list[str] = []  # standard input can be read once
 
     def load(bundle: Bundle) -> tuple[Tokenizer, list[int], int, list[str], CausalLM]:
+        options.require_text(bundle, "run continues a prompt")
         tokenizer = Tokenizer(bundle.folder)
         if not prompts:
             prompts.append(_stdin() if args.prompt == "-" else _utf8(args.prompt, "prompt"))

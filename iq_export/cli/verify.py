@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     progress = options.progress(args, 1)
 
     def examine(bundle: Bundle) -> tuple[Bundle, int, int, int]:
+        if not options.generates_text(bundle):
+            return bundle, 0, 0, check_whole(bundle)
         model = CausalLM(bundle.model)
         check_steps(model)
         layers, vocab_size, rows = model.num_layers, model.vocab_size, model.embedding_rows
@@ -66,11 +68,16 @@ def run(args: argparse.Namespace) -> int:
         options.print_json(report)
     else:
         signed = "" if args.key is None else f"signed by the owner of {args.key}; "
+        ran = (
+            f"prefill and decode give finite logits; on {_TEXT_TOKENS} tokens of text {tensors} "
+            "tensors are finite too"
+        )
+        if not layers:
+            ran = f"on a random input {tensors} tensors are finite"
         options.say(
             f"{bundle.folder}: {signed}{len(files)} files ({options.size(size)}) as recorded; "
-            "model.onnx loads in ONNX Runtime, prefill and decode give finite logits; on "
-            f"{_TEXT_TOKENS} tokens of text {tensors} tensors are finite too, in front of "
-            f"quantizers, in attention and in the residual stream{rounded}"
+            f"model.onnx loads in ONNX Runtime, {ran}, in front of quantizers, in attention and in "
+            f"the residual stream{rounded}"
         )
     return 0
 
@@ -83,6 +90,20 @@ def check_values(bundle: Bundle, rows: int) -> int:
     from iq_export.evaluate.final_check import finite_values
 
     return finite_values(bundle.model, _ids(bundle.folder, rows))
+
+
+def check_whole(bundle: Bundle) -> int:
+    """As `check_values`, of a model without a cache, on a random input."""
+    from iq_export.evaluate.final_check import finite_on
+    from iq_export.graph.interface import Interface, random_windows
+    from iq_export.graph.vocabulary import read_vocabulary
+    from iq_export.observe.samples import Whole
+
+    graph = bundle.manifest.graph
+    interface = Interface.of_tensors(graph.inputs, graph.outputs)
+    rows = read_vocabulary(bundle.model).rows or 1
+    (window,) = random_windows(interface, rows, count=1)
+    return finite_on(bundle.model, Whole(window, 1))
 
 
 def _ids(folder: Path, rows: int) -> list[int]:

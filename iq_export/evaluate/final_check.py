@@ -143,8 +143,13 @@ def final_check(
 def finite_values(graph: Graph, ids: list[int]) -> int:
     """How many tensors of `graph` are finite on the tokens `ids`; raises as
     `finite_results` does if one is not."""
+    return finite_on(graph, Window(ids, False))
+
+
+def finite_on(graph: Graph, window: Sample) -> int:
+    """As `finite_values`, on any window."""
     quiet = Progress(quiet=True)
-    for _ in finite_results(graph, [Window(ids, False)], providers=CPU, progress=quiet):
+    for _ in finite_results(graph, [window], providers=CPU, progress=quiet):
         pass
     return len(watched(loaded(graph)))
 

@@ -13,11 +13,23 @@ from iq_export.errors import DataError
 from iq_export.graph import io
 from iq_export.graph.interface import Interface, Role
 from iq_export.graph.sites import find_sites
+from iq_export.observe.pictures import load_pictures, picture_files
+from iq_export.observe.preprocessor import PictureSteps, read_steps
 from iq_export.observe.samples import TextTokenizer, Whole, windows
+from iq_export.observe.sound import load_recordings, recordings
 from iq_export.observe.walk import walk
 from iq_export.progress import Progress
 
 _WORD = "word"
+
+
+def check_signals(folder: Path, place: Path) -> None:
+    """Refuse what `load_signals` would refuse before it reads a picture or recording."""
+    steps = read_steps(place)
+    if isinstance(steps, PictureSteps):
+        picture_files(folder)
+    else:
+        recordings(folder)
 
 
 def load_signals(folder: Path, place: Path, count: int, seed: int) -> list[np.ndarray]:
@@ -26,13 +38,10 @@ def load_signals(folder: Path, place: Path, count: int, seed: int) -> list[np.nd
 
     Raises DataError if there are none or one cannot be read, ModelError if nothing says how.
     """
-    from iq_export.observe.pictures import load_pictures
-    from iq_export.observe.preprocessor import PictureSteps, read_steps
-
     steps = read_steps(place)
-    if not isinstance(steps, PictureSteps):
-        raise DataError(f"{folder} cannot be read: recordings are not read yet, pictures are")
-    return list(load_pictures(folder, steps, count=count, seed=seed))
+    if isinstance(steps, PictureSteps):
+        return list(load_pictures(folder, steps, count=count, seed=seed))
+    return list(load_recordings(folder, steps, count=count, seed=seed))
 
 
 class WholeTokenizer(TextTokenizer, Protocol):
