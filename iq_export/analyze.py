@@ -323,9 +323,12 @@ def _products(
                             inside = np.union1d(inside, members)
                 seen = sizes[linear.input]
                 rest = np.delete(np.arange(seen.absmax.size), inside)
-                typical = float(np.sqrt(seen.square[rest].mean(dtype=np.float64)))
+                if linear.input in sites.rows:  # those that chose the expert
+                    rest = rest[seen.absmax[rest] > 0]
+                square = seen.square[rest] if rest.size else np.zeros(1)
+                typical = float(np.sqrt(square.mean(dtype=np.float64)))
                 largest = float(seen.absmax.max())
-                without = float(seen.absmax[rest].max())
+                without = float(seen.absmax[rest].max(initial=0))
                 found[linear.input] = {
                     "input": linear.input,
                     "block": block.index,
@@ -359,10 +362,13 @@ def _in_float(base: Lowered) -> list[dict[str, str]]:
     """Products that no recipe quantizes, and why."""
     found = [asdict(refusal) for refusal in base.sites.refused]
     known = {linear.node for linear in base.sites.linears}
+    routers = {linear.node for branch in base.sites.branches for linear in branch.routers}
     for node in base.model.graph:
         if node.op_type in ("MatMul", "Gemm", "Conv") and node.name not in known:
             if any(value.name == name_of(Role.LOGITS) for value in node.outputs):
                 reason = "gives the logits: the head stays in half precision"
+            elif node.name in routers:
+                reason = "weighs experts: routers stay in float"
             elif _is_weighted(node):
                 reason = "stands outside of the blocks that were understood"
             else:
