@@ -244,9 +244,12 @@ def _products(
                             inside = np.union1d(inside, members)
                 seen = sizes[linear.input]
                 rest = np.delete(np.arange(seen.absmax.size), inside)
-                typical = float(np.sqrt(seen.square[rest].mean(dtype=np.float64)))
+                if linear.input in sites.rows:  # those that chose the expert
+                    rest = rest[seen.absmax[rest] > 0]
+                square = seen.square[rest] if rest.size else np.zeros(1)
+                typical = float(np.sqrt(square.mean(dtype=np.float64)))
                 largest = float(seen.absmax.max())
-                without = float(seen.absmax[rest].max())
+                without = float(seen.absmax[rest].max(initial=0))
                 found[linear.input] = {
                     "input": linear.input,
                     "block": block.index,

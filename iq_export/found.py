@@ -197,10 +197,13 @@ def in_float(model: ir.Model, sites: Sites) -> list[dict[str, str]]:
     """Products that no recipe quantizes, and why."""
     found = [asdict(refusal) for refusal in sites.refused]
     known = {linear.node for linear in sites.linears}
+    routers = {linear.node for branch in sites.branches for linear in branch.routers}
     for node in model.graph:
         if node.op_type in ("MatMul", "Gemm", "Conv") and node.name not in known:
             if any(value.name == name_of(Role.LOGITS) for value in node.outputs):
                 reason = "gives the logits: the head stays in half precision"
+            elif node.name in routers:
+                reason = "weighs experts: routers stay in float"
             elif _is_weighted(node):
                 reason = "stands outside of the blocks that were understood"
             else:
