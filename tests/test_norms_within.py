@@ -101,6 +101,8 @@ def quantized_error(folder: Path, recipe: Recipe, limit: float, weights: Weights
     )  # fmt: skip
     done = rewrite(path, work, recipe, "fp32", given, Progress(quiet=True))
     assert len(done.sinks) == (1 if limit else 0)
+    for sinks, insertion in zip(done.sinks, done.insertions, strict=True):
+        assert ("no product reads" in insertion.reason) is not bool(sinks.lifecycle.insert_blocks)
     expected = planted.logits(CausalLM(path), rows)
     found = planted.logits(CausalLM(done.quantized), rows)
     return float((((found - expected) ** 2).mean((0, 2)) / expected.var()).max())

@@ -69,8 +69,7 @@ def choose_forms(
     known: Divergence | None = None
     for number, open_ in enumerate(forms):
         if len(open_) == 1:
-            reason = "asked for" if wanted != "auto" else "an attention is no single Attention op"
-            chosen.append(Insertion(open_[0], {}, reason))
+            chosen.append(Insertion(open_[0], {}, _only(sinks[number], wanted)))
             continue
         losses = {open_[0]: known or loss(current)}
         for form in open_[1:]:
@@ -82,6 +81,13 @@ def choose_forms(
         current[number], known = replace(current[number], form=form), losses[form]
         chosen.append(Insertion(form, losses, _reason(losses, form)))
     return current, chosen
+
+
+def _only(sinks: SinkTemplates, wanted: str) -> str:
+    """Why there is one form alone."""
+    if not sinks.lifecycle.insert_blocks:
+        return "no product reads the spike, which is added back in front of the norm behind it"
+    return "asked for" if wanted != "auto" else "an attention is no single Attention op"
 
 
 def _reason(losses: dict[str, Divergence], form: str) -> str:

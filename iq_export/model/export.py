@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _BATCH, _SEQ, _PAST = 2, 5, 3
 # Rewrites leave identities behind that hide the rotary pattern until they are folded away.
 _LOWERING_ROUNDS = 2
-_TINY = 1e-7
+_TINY = 1e-7  # above what onnxscript's rules take for zero
 _LONGEST = 300  # characters of torch's own words in an error
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 # Model types that look positions up in a table (learned, or sines computed once).
 _TABLES = frozenset({
-    "bert", "bert-generation", "biogpt", "clip_text_model", "codegen", "ctrl", "electra", "gpt-sw3",
-    "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "imagegpt", "megatron-bert", "openai-gpt", "opt",
-    "rembert", "roc_bert", "roformer", "siglip_text_model", "xglm", "xlm",
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot",
+    "blenderbot-small", "clip_text_model", "codegen", "ctrl", "electra", "ernie", "gpt-sw3",
+    "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "imagegpt", "marian", "mbart", "megatron-bert",
+    "mvp", "openai-gpt", "opt", "pegasus", "plbart", "rembert", "roc_bert", "roformer",
+    "siglip_text_model", "trocr", "xglm", "xlm",
 })  # fmt: skip
 # These call longrope by other names.
 _LONGROPE_ALIASES = {"su": (), "yarn": ("phi3", "phi4_multimodal", "phimoe")}

@@ -71,10 +71,18 @@ def positions_of(model: Any) -> Positions:
     )
     if not tables and takes:
         return Positions()
-    counted = _counted(model, tables, handed=False)
+    try:
+        counted = _counted(model, tables, handed=False)
+    except Exception as error:  # of a model's own code, which may want more than ids and a cache
+        if takes:
+            return Positions()
+        raise ModelError(
+            f"Which positions a '{model.config.model_type}' counts cannot be told: its code takes "
+            f"no '{ARGUMENT}' and does not run on ids and a cache alone."
+        ) from error
     rows = min((table.weight.shape[0] - first for table, first in counted.items()), default=None)
     if takes:
-        handed = _counted(model, list(counted), handed=True)
+        handed = _counted(model, list(counted), handed=True) if counted else {}
         shifts = {first - handed[table] for table, first in counted.items() if table in handed}
         return Positions(shift=shifts.pop() if len(shifts) == 1 else 0, rows=rows)
     if not counted:
@@ -127,7 +135,9 @@ def _counted(model: Any, tables: list[Any], *, handed: bool) -> dict[Any, int]:
             model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
         for table in tables:
             for index in (index for weight, index in lookups if weight is table.weight):
-                firsts = set((index.reshape(-1, index.shape[-1]) - numbers).flatten().tolist())
+                firsts: set[int | None] = {None}
+                if index.shape[-1:] == (count,):
+                    firsts = set((index.reshape(-1, count) - numbers).flatten().tolist())
                 found[table].add(firsts.pop() if len(firsts) == 1 else None)
         done += count
     return {

@@ -47,8 +47,9 @@ def _spike(record: Record, number: int, life: Record) -> dict[str, str]:
     births = [site["block"] for site in life["sites"]]
     typical = max(record["per_block"]["residual_median"][births[0] : life["end"] + 1])
     ends = (
-        f"block {life['death']} takes it out again" if life["death"] is not None
-        else "no block takes it out"
+        "no block takes it out" if life["death"] is None
+        else f"block {life['death']} takes it out again" if life["death"] > births[-1]
+        else "the norm that the stream passes there takes it down"
     )  # fmt: skip
     text = (
         f"Lifecycle {number}: {life['tokens']:,} of {record['tokens']:,} tokens"
@@ -93,8 +94,11 @@ def _constancy(record: Record, number: int, life: Record) -> dict[str, str]:
         f"at the worst norm (limit {limit:.0%})."
     )
     if life["replaced"]:
+        again = "inserted again behind the norms"
+        if life["end"] == life["birth"]:
+            again = "added back in front of the norm that takes it down"
         int8 = (
-            f"It can be clamped away and inserted again behind the norms: a threshold of "
+            f"It can be clamped away and {again}: a threshold of "
             f"{life['threshold']:.3g} at the down-projection of block {life['birth']} finds it."
         )
     elif life["deviation"] > limit:

@@ -76,6 +76,12 @@ def test_one_that_stays(life: dict[str, Any], says: str) -> None:
     assert "and they are rounded" in found["mechanism"]["int8"]
 
 
+def test_one_that_a_norm_in_the_stream_takes_down() -> None:
+    found = said({"death": 1, "end": 1})
+    assert "the norm that the stream passes there takes it down" in found["spike"]["text"]
+    assert "added back in front of the norm" in found["constancy"]["int8"]
+
+
 def test_one_that_nobody_takes_out_and_no_norm_reads() -> None:
     found = said({"death": None, "templates": None, "reason": "no norm reads it"})
     assert "no block takes it out" in found["spike"]["text"]
