@@ -221,7 +221,7 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
                 lowest = torch.finfo(past[0].dtype).min
                 masks = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
             mask = next(iter(masks.values())) if len(masks) == 1 else masks
-            with _axes_of_pairs(), positions.given(position_ids) as told:
+            with _other_forms(), positions.given(position_ids) as told:
                 out = self.model(
                     input_ids=input_ids,
                     attention_mask=mask,
@@ -237,26 +237,36 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
 
 
 @contextmanager
-def _axes_of_pairs() -> Iterator[None]:
-    """In the block complex tensors get new axes as the pairs of numbers that they are: the exporter
-    multiplies complex numbers, but does not put an axis into them."""
+def _other_forms() -> Iterator[None]:
+    """In the block some functions are computed in equal forms that can be exported.
+
+    Complex tensors get new axes as the pairs of numbers that they are, since the exporter only
+    multiplies them. A number written where a mask says so is chosen element by element: else its
+    places are looked for, and TensorRT for RTX has no NonZero.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class AsPairs(TorchFunctionMode):
+    adds_axes = (torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.__getitem__)
+
+    class Other(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             kwargs = kwargs or {}
-            adds = func in (torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.__getitem__)
-            if not adds or not args[0].is_complex():
-                return func(*args, **kwargs)
-            pairs, place = torch.view_as_real(args[0]), args[1] if len(args) > 1 else kwargs["dim"]
-            if isinstance(place, int) and func is not torch.Tensor.__getitem__ and place < 0:
-                place -= 1
-            return torch.view_as_complex(func(pairs, place))
+            if func in adds_axes and args[0].is_complex():
+                place = args[1] if len(args) > 1 else kwargs["dim"]
+                if func is not torch.Tensor.__getitem__ and place < 0:
+                    place -= 1
+                return torch.view_as_complex(func(torch.view_as_real(args[0]), place))
+            if func is torch.Tensor.__setitem__:
+                whole, mask, value = args
+                is_mask = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+                if is_mask and mask.dim() == whole.dim() and isinstance(value, (int, float)):
+                    return whole.masked_fill_(mask, value)
+            return func(*args, **kwargs)
 
-    with AsPairs():
+    with Other():
         yield
 
 
