@@ -79,12 +79,12 @@ def _row_masks(graph: ir.Graph, stream: ir.Value) -> tuple[ir.Value, ir.Value, i
         None if tensor is None else inputs[tensor.name]
         for tensor in map(interface.find, (Role.IDS, Role.MASK, Role.POSITIONS))
     )
-    if not interface.is_causal:
-        return _masks_of_whole(graph, stream, mask)
     if ids is None or mask is None or positions is None:
-        raise GraphError(
-            "The graph lacks input ids, a mask or positions; sinks are found by position and mask."
-        )
+        if interface.is_causal:
+            raise GraphError(
+                "The graph lacks input ids, a mask or positions; sinks are found by these."
+            )
+        return _masks_of_whole(graph, stream, mask)
     zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
     nodes = [
         ir.node("Shape", [ids], {"start": 1, "end": 2}, name="iq/seq"),
