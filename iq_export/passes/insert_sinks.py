@@ -27,7 +27,7 @@ import onnx_ir as ir
 from iq_export.errors import GraphError
 from iq_export.graph import io
 from iq_export.graph.edit import constant, insert_behind, shared_constant
-from iq_export.graph.interface import Interface, Role
+from iq_export.graph.interface import Interface, Role, name_of
 from iq_export.graph.sites import Linear, Sites
 from iq_export.sinks.ops import DOMAIN, PLUGIN_ATTRIBUTES
 from iq_export.sinks.templates import KV, NORM, SinkTemplates
@@ -75,14 +75,16 @@ def _row_masks(graph: ir.Graph, stream: ir.Value) -> tuple[ir.Value, ir.Value, i
     """
     interface = Interface.of_graph(graph)
     inputs = {value.name: value for value in graph.inputs}
-    ids, mask, positions = (
-        None if tensor is None else inputs[tensor.name]
-        for tensor in map(interface.find, (Role.IDS, Role.MASK, Role.POSITIONS))
-    )
+    roles = (Role.IDS, Role.MASK, Role.POSITIONS)
+    found = [interface.find(role) for role in roles]
+    ids, mask, positions = (None if each is None else inputs[each.name] for each in found)
     if ids is None or mask is None or positions is None:
         if interface.is_causal:
+            missing = sorted(
+                name_of(role) for role, each in zip(roles, found, strict=True) if not each
+            )
             raise GraphError(
-                "The graph lacks input ids, a mask or positions; sinks are found by these."
+                f"The graph lacks the inputs {missing}; sinks are found by position and mask."
             )
         return _masks_of_whole(graph, stream, mask)
     zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
