@@ -241,9 +241,8 @@ class Interface:
 
     @property
     def is_causal(self) -> bool:
-        """Whether no row needs later ones: the graph takes a cache or positions, as only such a
-        model does here."""
-        return bool(self.past) or self.find(Role.POSITIONS) is not None
+        """Whether no row needs later ones: the graph takes a cache, which only such a model has."""
+        return bool(self.past)
 
     def find(self, role: Role) -> Tensor | None:
         """The one tensor of `role`, or the first."""

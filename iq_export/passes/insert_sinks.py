@@ -78,18 +78,18 @@ def _row_masks(graph: ir.Graph, stream: ir.Value) -> tuple[ir.Value, ir.Value, i
     """
     interface = Interface.of_graph(graph)
     inputs = {value.name: value for value in graph.inputs}
-    ids, mask, positions = (
-        None if tensor is None else inputs[tensor.name]
-        for tensor in map(interface.find, (Role.IDS, Role.MASK, Role.POSITIONS))
-    )
-    if not interface.is_causal:
-        return _masks_of_whole(graph, stream, mask)
+    roles = (Role.IDS, Role.MASK, Role.POSITIONS)
+    found = [interface.find(role) for role in roles]
+    ids, mask, positions = (None if each is None else inputs[each.name] for each in found)
     if ids is None or mask is None or positions is None:
-        names = {name_of(role) for role in (Role.IDS, Role.MASK, Role.POSITIONS)}
-        raise GraphError(
-            f"The graph lacks the inputs {sorted(names - inputs.keys())}; sinks are found by "
-            "position and mask."
-        )
+        if interface.is_causal:
+            missing = sorted(
+                name_of(role) for role, each in zip(roles, found, strict=True) if not each
+            )
+            raise GraphError(
+                f"The graph lacks the inputs {missing}; sinks are found by position and mask."
+            )
+        return _masks_of_whole(graph, stream, mask)
     zero = constant(graph, "iq.zero", np.zeros([1], np.int64))
     nodes = [
         ir.node("Shape", [ids], {"start": 1, "end": 2}, name="iq/seq"),
