@@ -67,6 +67,13 @@ def modernbert() -> Any:
     return random_model("ModernBertForMaskedLM", config)
 
 
+def bert() -> Any:
+    """Its stream itself passes norms."""
+    from transformers import BertConfig
+
+    return random_model("BertModel", BertConfig(**READS, pad_token_id=0))
+
+
 def whisper() -> Any:
     from transformers import WhisperConfig
 
@@ -124,8 +131,8 @@ def test_a_picture_classifier_is_traced(tmp_path: Path) -> None:
     (dinov2, None, 2, ("last_hidden_state", "pooler_output")),
     (clip, "image-feature-extraction", 2, ("image_embeds",)),
     (clip, "feature-extraction", 2, ("text_embeds",)),
-    # Its first block has no norm in front of the attention.
-    (modernbert, None, 1, ("logits",)),
+    (modernbert, None, 2, ("logits",)),
+    (bert, None, 2, ("last_hidden_state", "pooler_output")),
     (whisper, None, 2, ("last_hidden_state",)),
 ])  # fmt: skip
 def test_encoders_are_traced(
