@@ -193,9 +193,10 @@ def flat_module(model: Any, shape: CacheShape) -> torch.nn.Module:
         out, _ = onnx_attention(module, query, key, value, *args, **others)
         return (out if size == width else out[..., :size]), None
 
+    AttentionInterface.register(ATTENTION, onnx_attention)
+    model.set_attn_implementation(ATTENTION)
     positions = positions_of(model)
     AttentionInterface.register(ATTENTION, attention)
-    model.set_attn_implementation(ATTENTION)
 
     class FlatCausalLM(torch.nn.Module):
         def __init__(self) -> None:
