@@ -14,9 +14,9 @@ for it spike:
 - At the birth two neurons read the step behind the norm. They are as large as the spike is, and
   write it, always of one size, and take the step back. At the death two others read the spike and
   take that back.
-- Each head has eight dimensions more, in which every query is large and keys are zero, but for those
-  of marked, stepped and spiking tokens: these point away. (In trained models keys of sinks point
-  the other way.) No real weight shares a scale with what is added.
+- Each head has eight dimensions more, in which every query is large and keys are zero. Those of
+  marked, stepped and spiking tokens point away. (In trained models keys of sinks point the other
+  way.) No real weight shares a scale with what is added.
 
 So the real tokens' features are what they were, up to rounding, and everything that a range sees of
 a sink is there: a neuron's output hundreds of times larger than all others, a channel of the stream
