@@ -14,8 +14,9 @@ for it spike:
 - At the birth two neurons read the step behind the norm. They are as large as the spike is, and
   write it, always of one size, and take the step back. At the death two others read the spike and
   take that back.
-- Keys of marked, stepped and spiking tokens point away from every query: in each head there is a
-  direction that all queries have in common. (In trained models keys of sinks point the other way.)
+- Each head has eight dimensions more, in which every query is large and keys are zero. Those of
+  marked, stepped and spiking tokens point away. (In trained models keys of sinks point the other
+  way.) No real weight shares a scale with what is added.
 
 So the real tokens' features are what they were, up to rounding, and everything that a range sees of
 a sink is there: a neuron's output hundreds of times larger than all others, a channel of the stream
@@ -48,6 +49,7 @@ _SLOPE = 10.0  # of the comparison with the threshold, per deviation of the cont
 _RAMP = 4.0  # from no step to the whole one, in what a neuron reads
 _SILENT = -12.0  # what a planted neuron reads at most of other tokens: GELU of it is 0
 _LOWERED = 26.0  # by how much scores of scratch tokens are: their weight is 0 in float32
+_MORE, _ASKED = 8, 8.0  # dimensions of a head that do this, and the least that a query has there
 # Where a pair of neurons opens, as a share of the largest value behind a norm; and where the second
 # stops the first, as a share of what that one reads there.
 _OPEN, _STOP = 0.4, 0.15
@@ -253,7 +255,7 @@ def run(model: onnx.ModelProto, names: Sequence[str], pictures: Array) -> list[A
 
 
 def each(model: onnx.ModelProto, names: Sequence[str], pictures: Array) -> Iterator[list[Array]]:
-    """The same for every picture in turn."""
+    """The same for every picture in turn, in the type that the graph takes."""
     import onnxruntime as ort
 
     watched = onnx.ModelProto()
@@ -266,12 +268,17 @@ def each(model: onnx.ModelProto, names: Sequence[str], pictures: Array) -> Itera
     session = ort.InferenceSession(
         watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    for picture in pictures:
+    half = session.get_inputs()[0].type == "tensor(float16)"
+    for picture in pictures.astype(np.float16 if half else np.float32):
         yield session.run(list(names), {"input_image": picture[None]})
 
 
 def _hide(edit: _Edit, planting: Planting, pictures: Array) -> None:
-    """Turn the keys of scratch tokens away from all queries, in whichever state they are."""
+    """Turn the keys of scratch tokens away from all queries, in whichever state they are.
+
+    Each head gets eight dimensions more. There queries are above `_ASKED` (copies of real ones,
+    and a bias), keys are 0 and those of scratch tokens below; values are copies that nothing reads.
+    """
     watched = ("attention/attention/query/Add", "norm1/Add_1", "Add_1")
     names = [f"{_block(b)[0]}/{name}_output_0" for name in watched for b in range(BLOCKS)]
     found = run(edit.model, [*names, _EMBEDDED], pictures)
@@ -279,48 +286,48 @@ def _hide(edit: _Edit, planting: Planting, pictures: Array) -> None:
     inputs = [found[-1], *found[2 * BLOCKS : -1]]
     whole = np.sqrt(HIDDEN + SPARE)
     last = BLOCKS if planting.death is None else planting.death
+    away = -_LOWERED * np.sqrt(WIDTH) / (_ASKED * _MORE)
     for b in range(BLOCKS):
         nodes, weights = _block(b)
-        lengths = _lengths(inputs[b])
-        marked = whole * _MARKED / np.hypot(_MARKED, lengths)
+        marked = whole * _MARKED / np.hypot(_MARKED, _lengths(inputs[b]))
         norm = edit.get(f"{weights}.norm1.weight")
         largest = np.abs(normed[b]).max()
         norm[[STEP, SPIKE]] = largest / whole
         norm[MARK] = largest / marked.max()
         edit.set(f"{weights}.norm1.weight", norm)
-        away = np.concatenate([_away(q) for q in np.moveaxis(
-            queries[b].reshape(-1, HEADS, WIDTH), 1, 0)])  # fmt: skip
-        name = edit.weight(f"{nodes}/attention/attention/key")
-        keys = edit.get(name)
-        keys[MARK] = away * 1.5 / (norm[MARK] * marked.min())
-        if b == planting.birth:
-            keys[STEP] = away / largest
-        if b > planting.birth:  # what is left of a step or behind a death is below zero
-            keys[STEP] = -away / largest
-            keys[SPIKE] = away / largest * (1 if b <= last else -1)
-        edit.set(name, keys)
+        attention = f"{nodes}/attention/attention"
+        asked = np.abs(queries[b]).reshape(-1, HEADS, WIDTH)[..., :_MORE].max(axis=0)
+        for product in ("query", "key", "value"):
+            bias = f"{weights}.attention.attention.{product}.bias"
+            for name in (edit.weight(f"{attention}/{product}"), bias):
+                values = edit.get(name)
+                heads = values.reshape(*values.shape[:-1], HEADS, WIDTH)
+                more = heads[..., :_MORE].copy()
+                if product == "key":
+                    more[:] = 0
+                    if name != bias:
+                        more[MARK] = away * 1.5 / (norm[MARK] * marked.min())
+                        if b == planting.birth:
+                            more[STEP] = away / largest
+                        if b > planting.birth:  # what is left of both in the end is below zero
+                            more[STEP] = -away / largest
+                            more[SPIKE] = away / largest * (1 if b <= last else -1)
+                elif product == "query" and name == bias:
+                    more += 1.5 * asked + _ASKED
+                wide = np.concatenate([heads, more], axis=-1)
+                edit.set(name, wide.reshape(*values.shape[:-1], -1))
+        name = edit.weight(f"{nodes}/attention/output/dense")
+        leave = edit.get(name).reshape(HEADS, WIDTH, -1)
+        edit.set(name, _zeros(leave, 1, count=_MORE).reshape(HEADS * (WIDTH + _MORE), -1))
+        for number in (3, 7, 11):
+            edit.constant(f"{attention}/Constant_{number}_output_0", np.array([WIDTH + _MORE]))
+        edit.constant(f"{attention}/Constant_16_output_0", np.array([HEADS * (WIDTH + _MORE)]))
 
 
 def _lengths(stream: Array) -> Array:
     """Of each row, without its mean."""
     values = stream[..., :HIDDEN]
     return np.asarray(np.linalg.norm(values - values.mean(axis=-1, keepdims=True), axis=-1))
-
-
-def _away(queries: Array) -> Array:
-    """What `[64]`, added to a key, lowers its score with each of `queries` `[rows, 64]` enough."""
-    common = queries.mean(axis=0)
-    common /= np.linalg.norm(common)
-    for _ in range(300):  # towards those with which it has the least in common
-        along = queries @ common
-        share = np.exp(-(along - along.min()) / (0.05 * along.std()))
-        least = share @ queries
-        common = common + 0.02 * least / np.linalg.norm(least)
-        common /= np.linalg.norm(common)
-    least_along = (queries @ common).min()
-    if least_along <= 0:
-        raise ValueError("the queries of a head have no direction in common")
-    return np.float32(-_LOWERED * np.sqrt(WIDTH) / least_along) * common
 
 
 def _plant(edit: _Edit, planting: Planting, pictures: Array) -> float:
