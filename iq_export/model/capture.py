@@ -114,16 +114,17 @@ def build_masks(
     rows = torch.arange(seq, device=device)[:, None] + past
     cols = torch.arange(past + seq, device=device)[None, :]
     allowed = (attention_mask != 0)[:, None, None, :] | (cols == rows)[None, None]
-    reach = {FULL: cols <= rows}
-    if plan.window is not None:
-        reach[SLIDING] = reach[FULL] & (cols > rows - plan.window)
-    masks = {kind: reach[kind][None, None] & allowed for kind in plan.kinds if kind in reach}
-    if plan.chunk is not None:
-        # Chunks are counted from the first token of a row: padding moves all after it.
-        pads = attention_mask.shape[1] - (attention_mask != 0).sum(-1)[:, None, None, None]
-        first = (cols[None, None] - pads) // plan.chunk
-        same = first == (rows[None, None] - pads) // plan.chunk
-        masks[CHUNKED] = reach[FULL][None, None] & same & allowed
+    causal = cols <= rows
+    masks = {}
+    for kind in plan.kinds:
+        reach = causal & (cols > rows - plan.window) if kind == SLIDING else causal
+        masks[kind] = reach[None, None] & allowed
+        if kind == CHUNKED:
+            # Chunks are counted from the first token of a row: padding moves all after it.
+            pads = attention_mask.shape[1] - (attention_mask != 0).sum(-1)[:, None, None, None]
+            first = (cols[None, None] - pads) // plan.chunk
+            same = first == (rows[None, None] - pads) // plan.chunk
+            masks[kind] = masks[kind] & same
     return masks
 
 
