@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from iq_export.bundle.manifest import json_safe, write_atomically
 from iq_export.bundle.package import parents_of
@@ -28,9 +27,9 @@ from iq_export.disk import trouble_is_bundle_error
 from iq_export.engine.profile import Profile, Range
 from iq_export.errors import BundleError, UsageError
 from iq_export.fill import peak_rss, versions
+from iq_export.found import found_record, in_float, token_record
 from iq_export.graph.attention import attentions
 from iq_export.graph.half import HALF_MAX
-from iq_export.graph.interface import Role, name_of
 from iq_export.graph.sites import Sites
 from iq_export.lengths import bundle_limit
 from iq_export.observe.attention import AttentionObserver
@@ -42,7 +41,6 @@ from iq_export.observe.token_stats import TokenObserver, TokenStats
 from iq_export.observe.walk import observe
 from iq_export.options import CompileOptions
 from iq_export.passes.order import Lowered
-from iq_export.plan import found_record
 from iq_export.precheck import Checked, check, with_limit
 from iq_export.progress import Progress
 from iq_export.report.analysis import render
@@ -60,10 +58,6 @@ _NO_ENGINE = Profile(Range(1, 1, 1), Range(1, 1, 1), Range(0, 0, 0))
 # Attention is looked at in the first windows, in some short ones, whose first tokens differ, and in
 # one for each lifecycle that none of these shows.
 _LONG, _SHORT = FORM_WINDOWS, 16
-# Tokens of the window that is drawn, and channels that are named.
-_SHOWN_TOKENS, _SHOWN_CHANNELS = 64, 8
-# Of a token's text as a label.
-_LABEL = 12
 _CODES = 127
 
 
@@ -74,11 +68,6 @@ class Analysis:
     page: Path
     data: Path
     record: dict[str, Any]
-
-
-class _Names(Protocol):
-    def decode(self, ids: list[int]) -> str: ...
-    def token(self, token: int) -> str | None: ...
 
 
 def analyze(options: CompileOptions, progress: Progress | None = None) -> Analysis:
@@ -183,18 +172,13 @@ def _record(checked: Checked, traced: Any, progress: Progress) -> dict[str, Any]
             "samples": options.samples, "length": options.length, "seed": options.seed,
             "max_relative_deviation": options.max_relative_deviation,
         },
-        "tokens": int(stats.token.size),
         "windows": {"long": len(long), "short": len(short)},
-        "blocks": len(base.sites.blocks),
-        "hidden": base.sites.hidden,
-        "sample": _sample(stats, lives, tokenizer),
-        "channels": _channels(stats, lives, base.sites.hidden),
-        "per_block": _per_block(stats, lives),
+        **token_record(stats, lives, base.sites, tokenizer),
         "lifecycles": [found_record(fit, stats, tokenizer) for fit in fits],
         "products": _products(base.sites, products.sizes, lives),
         "attention": attention,
         "scores": _scores(base, peaks.peaks),
-        "in_float": _in_float(base),
+        "in_float": in_float(base.model, base.sites),
         "warnings": [warning for warning in warnings if warning is not None],
         "notes": [*traced.notes, *checked.notes, *notes],
     }  # fmt: skip
@@ -236,74 +220,6 @@ def _attention(
             zip(lives, observer.mechanisms(), strict=True), start=1
         )
     ]
-
-
-def _sample(stats: TokenStats, lives: Sequence[Lifecycle], tokenizer: _Names) -> dict[str, Any]:
-    """The beginning of the window that shows most lifecycles, then most of their tokens."""
-    of = np.zeros(stats.token.size, int)  # the lifecycle of each token, from 1
-    for number, life in reversed(list(enumerate(lives, start=1))):
-        of[life.members] = number
-    best, most = 0, (-1, -1)
-    for window in range(int(stats.window[-1]) + 1):
-        there = of[(stats.window == window) & (stats.position < _SHOWN_TOKENS)]
-        score = (np.unique(there[there > 0]).size, int((there > 0).sum()))
-        if score > most and (there.size == _SHOWN_TOKENS or not window):
-            best, most = window, score
-    shown = np.flatnonzero((stats.window == best) & (stats.position < _SHOWN_TOKENS))
-    return {
-        "window": best,
-        "token_ids": stats.token[shown].tolist(),
-        "tokens": [_label(int(token), tokenizer) for token in stats.token[shown]],
-        "lifecycle": of[shown].tolist(),
-        "residual_max": _rounded(stats.residual_max[:, shown]),
-        "down_max": _rounded(stats.down_max[:, shown]),
-    }
-
-
-def _label(token: int, names: _Names) -> str:
-    """A token's text, what cannot be seen written out."""
-    text = names.decode([token]) or names.token(token) or str(token)
-    shown = text.strip() or repr(text)[1:-1].replace(" ", "\N{OPEN BOX}")
-    return shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…"
-
-
-def _rounded(values: np.ndarray) -> list[list[float]]:
-    return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
-
-
-def _channels(stats: TokenStats, lives: Sequence[Lifecycle], hidden: int) -> list[dict[str, Any]]:
-    """The residual channels that reach the largest values: where, at how many tokens."""
-    peak = np.zeros(hidden, np.float32)
-    np.maximum.at(peak, stats.residual_channel, stats.residual_max)
-    found = []
-    for channel in np.argsort(-peak, kind="stable")[:_SHOWN_CHANNELS].tolist():
-        largest = stats.residual_channel == channel
-        block, token = divmod(int(np.where(largest, stats.residual_max, 0).argmax()),
-                              stats.token.size)  # fmt: skip
-        found.append({
-            "channel": channel,
-            "peak": float(peak[channel]),
-            "block": block,
-            "position": int(stats.position[token]),
-            "tokens": int(largest.any(0).sum()),
-            "lifecycles": [n for n, life in enumerate(lives, 1) if life.channel == channel],
-        })  # fmt: skip
-    return found
-
-
-def _per_block(stats: TokenStats, lives: Sequence[Lifecycle]) -> dict[str, list[float]]:
-    """The largest values of all tokens, of those that carry no spike there, and of the median
-    token."""
-    others = np.ones(stats.residual_max.shape, bool)
-    for life in lives:
-        first = life.detections[0][0]
-        others[first : life.end + 1, life.members] = False
-    found = {}
-    for name, values in (("residual", stats.residual_max), ("down", stats.down_max)):
-        found[f"{name}_max"] = values.max(1).tolist()
-        found[f"{name}_max_without"] = np.where(others, values, 0).max(1).tolist()
-        found[f"{name}_median"] = np.median(values, axis=1).tolist()
-    return found
 
 
 def _products(
@@ -358,29 +274,3 @@ def _scores(base: Lowered, peaks: Mapping[str, float]) -> list[dict[str, Any]]:
         {"node": each.node, "product": peaks[each.node], "score": peaks[each.node] * each.scale}
         for each in attentions(base.model)
     ]
-
-
-def _in_float(base: Lowered) -> list[dict[str, str]]:
-    """Products that no recipe quantizes, and why."""
-    found = [asdict(refusal) for refusal in base.sites.refused]
-    known = {linear.node for linear in base.sites.linears}
-    for node in base.model.graph:
-        if node.op_type in ("MatMul", "Gemm", "Conv") and node.name not in known:
-            if any(value.name == name_of(Role.LOGITS) for value in node.outputs):
-                reason = "gives the logits: the head stays in half precision"
-            elif _is_weighted(node):
-                reason = "stands outside of the blocks that were understood"
-            else:
-                reason = "multiplies two activations"
-            found.append({"node": str(node.name), "reason": reason})
-    return found
-
-
-def _is_weighted(node: ir.Node) -> bool:
-    value = node.inputs[1]
-    while value is not None and not value.is_initializer():
-        made = value.producer()
-        if made is None or made.op_type not in ("Transpose", "Cast"):
-            return False
-        value = made.inputs[0]
-    return value is not None

@@ -16,7 +16,6 @@ from iq_export.decide.job import Run
 from iq_export.decisions import Decisions
 from iq_export.errors import BundleError, IqError, UsageError
 from iq_export.evaluate.final_check import FinalCheck, short_windows
-from iq_export.graph import io
 from iq_export.graph.sites import Sites
 from iq_export.observe.samples import Sample
 from iq_export.observe.tail import Tail
@@ -27,7 +26,7 @@ from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
 from iq_export.run.ort import PROVIDERS
 from iq_export.saved_decisions import TEMPLATES_NAME, load_decisions, recorded
-from iq_export.ship import MODEL, Made, check_file, started
+from iq_export.ship import MODEL, Made, check_file, started, written
 from iq_export.sinks.ops import DOMAIN
 from iq_export.work import Work
 
@@ -62,11 +61,8 @@ def carry(
     base, warnings = started(traced, progress)
     with progress.step("Quantize"):
         chosen = decide_for(base.sites)
-        lowered = lower(base, chosen)
-        for refusal in lowered.refused:
-            progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
-        model, path = lowered.model, work / MODEL
-        io.save(model, path)
+        lowered, path = lower(base, chosen), work / MODEL
+        warnings += written(lowered, path, progress)
     with progress.step("Check the quantized graph"):
         options = Run(providers=providers, progress=progress)
         tail = Tail.of_graph(base.model, short_windows(windows), **options)
@@ -74,7 +70,7 @@ def carry(
         if warning := check.warning():
             warnings.append(warning)
             progress.note(f"warning: {warning}")
-    sinks = sum(node.domain == DOMAIN for node in model.graph)
+    sinks = sum(node.domain == DOMAIN for node in lowered.model.graph)
     return Carried(chosen, base.sites, sinks, traced, path, check, warnings)
 
 

@@ -30,16 +30,15 @@ from iq_export.decide.trial import Reference
 from iq_export.decisions import Decisions
 from iq_export.evaluate.final_check import FinalCheck
 from iq_export.formats.base import CacheScale
-from iq_export.graph import io
 from iq_export.graph.sites import Sites
 from iq_export.observe.ranges import TensorStats
 from iq_export.observe.samples import Window
 from iq_export.observe.tail import Tail
 from iq_export.observe.token_stats import TokenStats
-from iq_export.passes.order import INSERTED, ROUNDED, SHIPPED
+from iq_export.passes.order import INSERTED, ROUNDED, SHIPPED, lower
 from iq_export.progress import Progress
 from iq_export.recipe import Recipe
-from iq_export.ship import MODEL, Made, check_file, started, weight_blocks
+from iq_export.ship import MODEL, Made, check_file, started, weight_blocks, written
 from iq_export.sinks.lifecycle import discover
 from iq_export.sinks.ops import DOMAIN
 
@@ -156,8 +155,8 @@ def rewrite(
                 "within", within_budget, job, chosen, quantizers, mixed, everything, reference
             )
             warn(None if mixed.met else mixed.unmet())
-        model, path = job.at(SHIPPED, chosen), work / MODEL
-        io.save(model, path)
+        lowered, path = lower(base, chosen, SHIPPED), work / MODEL
+        notes += written(lowered, path, progress)
     with progress.step("Check the quantized graph"):
         check = kept.step("check", check_file, base, chosen, path, tail, data.windows, options)
         warn(check.warning())
@@ -174,7 +173,7 @@ def rewrite(
         observed_before=_per_block(stats, first),
         observed_after=_observed_after(after, first, quantizers, job.sites),
         recall=recall,
-        sink_nodes=sum(node.domain == DOMAIN for node in model.graph),
+        sink_nodes=sum(node.domain == DOMAIN for node in lowered.model.graph),
         traced=traced,
         quantized=path,
         matching=matching,

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from iq_export.decide.forms import Insertion
-from iq_export.decide.matching import MatchQuality, order_of_appearance
+from iq_export.decide.matching import MatchQuality
 from iq_export.decide.quantizers import Quantizer
 from iq_export.decide.sinks import Decision
+from iq_export.found import Names, found_record, in_float, token_record
 from iq_export.graph import io
-from iq_export.observe.token_stats import TokenStats
 from iq_export.passes.fuse import fuse
 from iq_export.pipeline import Rewrite
 from iq_export.saved_decisions import record
-from iq_export.sinks.templates import SinkTemplates
 
 _QUANTILE = 0.999
 
 
-class _Decoder(Protocol):
-    def decode(self, ids: list[int]) -> str: ...
+def plan_record(done: Rewrite, tokenizer: Names) -> dict[str, Any]:
+    """The content of `plan.json`: JSON values only, magnitudes absolute, ratios as fractions.
 
-
-def plan_record(done: Rewrite, tokenizer: _Decoder | None) -> dict[str, Any]:
-    """The content of `plan.json`: JSON values only, magnitudes absolute, ratios as fractions."""
+    `found` is of the traced graph, before anything was changed."""
+    lives = [decision.lifecycle for decision in done.decisions]
     return {
+        "found": {
+            **token_record(done.stats, lives, done.sites, tokenizer),
+            "in_float": in_float(done.base(), done.sites),
+        },
         "lifecycles": lifecycle_records(done, tokenizer),
         "sites": [
             {
@@ -79,7 +79,7 @@ def fusion_record(model: Path) -> dict[str, Any]:
     }
 
 
-def lifecycle_records(done: Rewrite, tokenizer: _Decoder | None) -> list[dict[str, Any]]:
+def lifecycle_records(done: Rewrite, tokenizer: Names) -> list[dict[str, Any]]:
     """One record per lifecycle found, replaced or not."""
     return [_lifecycle_record(d, done, tokenizer) for d in done.decisions]
 
@@ -109,9 +109,7 @@ def mixed_record(done: Rewrite) -> dict[str, Any] | None:
     }
 
 
-def _lifecycle_record(
-    decision: Decision, done: Rewrite, tokenizer: _Decoder | None
-) -> dict[str, Any]:
+def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: Names) -> dict[str, Any]:
     life = decision.lifecycle
     pairs = enumerate(zip(done.sinks, done.insertions, strict=True))
     number, insertion = next(
@@ -128,66 +126,10 @@ def _lifecycle_record(
     return record
 
 
-def found_record(
-    decision: Decision, stats: TokenStats, tokenizer: _Decoder | None
-) -> dict[str, Any]:
-    """A lifecycle as it was found and fitted on the traced graph; `replaced`: whether it can be."""
-    life, fitted = decision.lifecycle, decision.templates
-    common = life.common_tokens(stats)
-    record: dict[str, Any] = {
-        "birth": life.birth,
-        "death": life.death,
-        "end": life.end,
-        "channel": life.channel,
-        "replaced": decision.replaced,
-        "reason": decision.reason,
-        "tokens": len(life.members),
-        "at_position_0": float((stats.position[life.members] == 0).mean()),
-        "common_tokens": [
-            {"token": tokenizer.decode([token]), "first": first, "later": later}
-            for token, first, later in common
-            if tokenizer is not None
-        ],
-        "down_proj_peak": life.down_peak,
-        "down_proj_median": life.down_median,
-        "residual_peak": life.residual_peak,
-        "clamped_blocks": list(life.clamp_blocks),
-        "threshold": fitted.threshold if fitted else life.threshold,
-        "position_0_forced": life.force_first,
-        "sites": _detections(decision),
-    }
-    if fitted is not None:
-        record |= {
-            "templates": fitted.count,
-            "deviation": fitted.mean_deviation,
-            "template_tokens": np.bincount(fitted.assignment, minlength=fitted.count).tolist(),
-            "template_spread": fitted.template_spread,
-            "thin_templates": [k + 1 for k in fitted.thin],
-            "match_agreement": fitted.agreement,
-            "order_of_appearance": _order(fitted, stats),
-            "deviation_per_norm": fitted.deviation,
-            "deviation_max_per_norm": fitted.deviation_max,
-        }
-        if fitted.key_values is not None:
-            record |= {
-                "deviation_per_key_value": fitted.key_values.deviation,
-                "deviation_max_per_key_value": fitted.key_values.deviation_max,
-            }
-    return record
-
-
 def _insertion_record(insertion: Insertion) -> dict[str, Any]:
     """Losses in nats: KL to the traced graph of all tokens and of semantic ones, and the NLL."""
     losses = {form: asdict(loss) for form, loss in insertion.loss.items()}
     return {"form": insertion.form, "loss": losses, "reason": insertion.reason}
-
-
-def _order(fitted: SinkTemplates, stats: TokenStats) -> dict[str, int]:
-    """How often, in calibration, the paper's rule would give another template than the nearest."""
-    index = np.zeros(stats.token.size, np.int64)
-    index[fitted.lifecycle.members] = fitted.assignment + 1
-    windows, differs = order_of_appearance(fitted.count, index, stats)
-    return {"windows": windows, "differs": differs}
 
 
 def _matching(quality: MatchQuality) -> dict[str, Any]:
@@ -197,26 +139,6 @@ def _matching(quality: MatchQuality) -> dict[str, Any]:
         "precision": quality.precision,
         "recall": quality.recall,
     }
-
-
-def _detections(decision: Decision) -> list[dict[str, Any]]:
-    """Where the lifecycle's sinks are detected, in order; what a site found stays found."""
-    life, fitted = decision.lifecycle, decision.templates
-    sites = fitted.early if fitted else life.early
-    thresholds = [site.threshold for site in sites]
-    thresholds.append(fitted.threshold if fitted else life.threshold)
-    forced = [*(site.force_first for site in life.early), life.force_first]
-    return [
-        {
-            "block": block,
-            "threshold": threshold,
-            "tokens": len(members),
-            "position_0_forced": force,
-        }
-        for (block, members), threshold, force in zip(
-            life.detections, thresholds, forced, strict=True
-        )
-    ]
 
 
 def _quantizer_record(quantizer: Quantizer) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class Made:
         """The products that are quantized."""
         return tuple(x for x in self.sites.linears if x.node not in self.chosen.left)
 
+    def base(self) -> ir.Model:
+        """The traced graph as every stage begins with it, in memory, its constants lazy."""
+        return begin(io.load(self.traced))[0].model
+
     def graph(self, stage: str) -> ir.Model:
         """The graph at a stage of `passes/order.py`, in memory, its constants lazy."""
         return lower(begin(io.load(self.traced))[0], self.chosen, stage).model
@@ -66,6 +70,15 @@ class Made:
         """Write the graph at a stage with all its weights, for people and for tests."""
         io.save(self.graph(stage), path)
         return path
+
+
+def written(lowered: Lowered, path: Path, progress: Progress) -> list[str]:
+    """Save the graph that ships; notes on what was not rotated, which are said too."""
+    io.save(lowered.model, path)
+    notes = [f"not rotated: node {r.node}: {r.reason}" for r in lowered.refused]
+    for note in notes:
+        progress.note(note)
+    return notes
 
 
 def weight_blocks(sites: Sites, recipe: Recipe) -> dict[str, int]:

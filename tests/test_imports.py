@@ -13,7 +13,7 @@ ROOT = Path(iq_export.__file__).parent
 ROWS = (
     "errors", "files", "graph sinks.ops", "formats", "recipe", "run", "observe", "sinks",
     "decisions", "passes", "evaluate", "decide", "ship", "saved_decisions", "pipeline carry",
-    "baselines plan", "fill", "compile", "references analyze", "cli",
+    "found", "baselines plan", "fill", "compile", "references analyze", "cli",
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row.split()}
 MODULES = {

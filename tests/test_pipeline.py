@@ -365,6 +365,7 @@ def test_refused_blocks_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[
     done = rewrite(traced, work, load_recipe("w8a8"), "fp32", data, Progress())
     said = capsys.readouterr().err
     assert "left as it is: node layers.1/Add_2 (Add)" in said and "not rotated: node" in said
+    assert [w for w in done.warnings if w.startswith("not rotated")]  # a bundle says so too
     (tmp_path / "again").mkdir()
     carry(
         traced, tmp_path / "again", lambda sites: done.chosen, data.windows,

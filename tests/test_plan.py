@@ -15,14 +15,20 @@ from iq_export.pipeline import Rewrite, rewrite
 from iq_export.plan import plan_record
 from iq_export.progress import Progress
 from iq_export.recipe import load_recipe
+from iq_export.report.html import render
 from iq_export.saved_decisions import save_arrays
 from tests import planted
 from tests.planted import CPU
+from tests.report.test_html import Balance
+from tests.tiny_bundle import manifest
 
 
 class Words:
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"w{i}" for i in ids)
+
+    def token(self, token: int) -> str | None:
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,25 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Rewrite:
 def test_plan_is_json(done: Rewrite) -> None:
     record = plan_record(done, Words())
     assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_what_was_found_stands_in_the_report_beside_what_was_made(done: Rewrite) -> None:
+    plan = plan_record(done, Words())
+    found, lives = plan["found"], plan["lifecycles"]
+    assert (found["blocks"], found["hidden"]) == (len(done.sites.blocks), done.sites.hidden)
+    assert found["channels"][0]["channel"] == lives[0]["channel"]
+    assert {1} <= set(found["sample"]["lifecycle"]) <= {0, 1}
+    made = manifest(name="planted", recipe="w8a8", dtype="fp32", opset=23, lifecycles=lives)
+    page = render(made, plan)
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+    assert "leave all others at block 1, on residual channel 5" in page
+    assert "It stretches no product" not in page
+    assert 'class="made"' in page and "compiled graph" in page
+    for title in ("Findings", "Why the model broke", "Birth, persistence, death", "Templates",
+                  "What stays in float"):  # fmt: skip
+        assert f"<h2>{title}</h2>" in page
 
 
 def test_lifecycles(done: Rewrite) -> None:

@@ -27,7 +27,6 @@ def prepare(
     tokens. The last value is the power of each product's input, by name (see `smoothed`).
     """
     progress, recipe = job.options["progress"], chosen.recipe
-    said = False
     while True:
         taken = [d.lifecycle for d in fits if d.replaced and wanted(d, chosen)]
         exponent = stream_exponent(job.stats, taken) if chosen.half else 0
@@ -37,10 +36,6 @@ def prepare(
         with progress.step("Observe ranges"):
             turned = lower(job.base, chosen, TURNED)
             chosen, power = smoothed(job, turned.model, chosen, left_out)
-        if not said:
-            for refusal in turned.refused:
-                progress.note(f"not rotated: node {refusal.node}: {refusal.reason}")
-            said = True
         with progress.step("Smooth and rotate"):
             prepared = lower(turned, chosen, PREPARED).model
             found = refit(prepared, job.sites, fits, job.stats, job.data.all, **job.options)

@@ -170,7 +170,7 @@ def _key(turned: ir.Value, place: ir.Node) -> ir.Value | None:
     if node is None:
         return None
     if node.op_type == "Transpose":
-        order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else []
+        order = _order(node)
         if order == [0, 1, 3, 2]:
             return node.inputs[0]
         if order == [0, 2, 3, 1]:
@@ -181,12 +181,18 @@ def _key(turned: ir.Value, place: ir.Node) -> ir.Value | None:
     if node.op_type == "Reshape":  # all heads of a batch as one axis for the time of a Transpose
         inner = made_by(node.inputs[0], "Transpose")
         flat = made_by(inner.inputs[0], "Reshape") if inner is not None else None
-        if flat is not None and list(inner.attributes["perm"].as_ints()) == [0, 2, 1]:
+        if flat is not None and inner is not None and _order(inner) == [0, 2, 1]:
             key = flat.inputs[0]
             before, after = key.shape, turned.shape
             if before is not None and after is not None and len(before) == len(after) == 4:
                 return key if (before[1], before[3]) == (after[1], after[2]) else None
     return None
+
+
+def _order(transpose: ir.Node) -> list[int]:
+    """The order of a Transpose's axes; [] where it does not say, and turns all of them around."""
+    found = transpose.attributes.get("perm")
+    return [] if found is None else list(found.as_ints())
 
 
 def _own_heads(key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:

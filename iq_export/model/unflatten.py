@@ -66,9 +66,10 @@ def _flattens(node: ir.Node) -> bool:
 
 def _region(start: ir.Node) -> _Region | None:
     """All that works on the same flat rows as `start`; None if a node among it does not."""
-    shape = start.inputs[0].shape
-    assert shape is not None
-    found = _Region((str(shape[0]), str(shape[1])))
+    axes = _axes(start.inputs[0])
+    if axes is None:
+        return None
+    found = _Region(axes)
     todo = [start]
     while todo:
         node = todo.pop()
@@ -106,11 +107,13 @@ def _ends(node: ir.Node, axes: tuple[object, object]) -> bool:
 
 
 def _axes(value: ir.Value) -> tuple[object, object] | None:
-    """The first two axes of a value that has more, all others fixed."""
+    """The first two axes of a value that has more, all others fixed; two without a name may differ,
+    so they are none."""
     shape = value.shape
     if shape is None or len(shape) < 3 or not all(isinstance(size, int) for size in shape[2:]):
         return None
-    return str(shape[0]), str(shape[1])
+    first, second = (size if isinstance(size, int) else size.value for size in shape[:2])
+    return None if first is None or second is None else (first, second)
 
 
 def _by_row(node: ir.Node) -> bool:

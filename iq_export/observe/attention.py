@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,13 +25,16 @@ from iq_export.observe.walk import CPU, Observer, Piece, Values, cut, named
 _MOST_TOKENS = 512
 # Rows that are compared with each other.
 _ROWS = 48
+# Rotary pairs, by how fast they turn.
+_ZONES = 4
 
 
 @dataclass(frozen=True)
 class Heads:
     """An `Attention` node of a block, its values by name. `read` is what the products in front of
     it read, `plain_key` the key before its rotary embedding, `value_weight` the weight `[hidden,
-    heads * size]` that makes the values, None where that is no product of its own."""
+    heads * size]` that makes the values, None where that is no product of its own. `rotary`: how
+    many features of a key are rotated, and whether pairs stand side by side; None without."""
 
     block: int
     attended: Attended
@@ -41,6 +45,7 @@ class Heads:
     causal: bool
     softcap: float
     value_weight: str | None
+    rotary: tuple[int, bool] | None
 
 
 @dataclass
@@ -55,7 +60,11 @@ class Mechanism:
     with less than two sinks that differ. `value_ratio`: mean length of sinks' values over that of
     other tokens. `spectrum`: what share of a row's energy lies on the half of the value weight's
     directions that it amplifies most (`upper`) and least (`lower`); it erases the rest. None
-    where the weight is shared with queries and keys.
+    where the weight is shared with queries and keys. `zones`: of the products of the same queries
+    and keys, what share of the positive part comes from each quarter of the rotary pairs, the
+    fastest first, per head `[4]` (features that are not rotated have the rest); `pair` the one that
+    gives most and `pair_share` how much. The slow ones hardly know a distance. None without a
+    rotary embedding.
     """
 
     block: int
@@ -68,6 +77,9 @@ class Mechanism:
     keys_alike: list[float] | None
     keys_alike_others: list[float] | None
     spectrum: dict[str, dict[str, list[float]]] | None
+    zones: list[list[float]] | None = None
+    pair: list[int] | None = None
+    pair_share: list[float] | None = None
 
 
 @dataclass
@@ -79,6 +91,7 @@ class _Sums:
     mass: np.ndarray | float = 0.0
     aligned: np.ndarray | float = 0.0
     cosine: np.ndarray | float = 0.0
+    terms: np.ndarray | float = 0.0  # of these products, by feature: [heads, head_dim]
     lengths: dict[bool, list[np.ndarray]] = field(default_factory=lambda: {True: [], False: []})
     # Rows after the norm, and their keys `[heads, head_dim]`, of sinks and of others.
     rows: dict[bool, list[np.ndarray]] = field(default_factory=lambda: {True: [], False: []})
@@ -103,6 +116,7 @@ def heads_of(model: ir.Model, sites: Sites) -> list[Heads]:
                 _unrotated(made[site.key]), site.value, None if mask is None else str(mask.name),
                 _attribute(node, "is_causal") > 0, _attribute(node, "softcap"),
                 _weight_of(made[site.value], block.attention, site.value_features),
+                _rotary(made[site.key], known[site.node].head_dim),
             )
         )  # fmt: skip
     return found
@@ -169,13 +183,14 @@ class AttentionObserver(Observer):
         others: np.ndarray,
     ) -> None:
         sums = self._sums[life, heads.block]
-        mass, dots, cosines, pairs = seen.of(sinks, others)
+        mass, dots, cosines, terms, pairs = seen.of(sinks, others)
         if pairs:
             sums.tokens += mass.shape[1]
             sums.pairs += pairs
             sums.mass = sums.mass + mass.sum(1)
             sums.aligned = sums.aligned + dots
             sums.cosine = sums.cosine + cosines
+            sums.terms = sums.terms + terms
         lengths = np.linalg.norm(seen.values, axis=2)  # [heads, seq]
         ids = self._windows[number].ids
         for sink in (True, False):
@@ -215,6 +230,7 @@ class AttentionObserver(Observer):
             keys_alike=_key_cosines(sums.keys[True]),
             keys_alike_others=_key_cosines(sums.keys[False]),
             spectrum=self._spectrum(heads, sums, sink.shape[0]),
+            **_by_pair(np.asarray(sums.terms), heads.rotary),
         )
 
     def _spectrum(
@@ -278,16 +294,18 @@ class _Looked:
 
     def of(
         self, sinks: np.ndarray, others: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
         """Of the `others` that have one of the `sinks` in sight: their attention to sinks `[heads,
         tokens]`; summed over pairs of such a token and a sink in its sight, how many products are
-        positive and the cosine, `[heads]`; and the number of pairs of one head."""
+        positive and the cosine, `[heads]`, and the products by feature, `[heads, head_dim]`; and
+        the number of pairs of one head."""
         places = np.flatnonzero(sinks)
         sight = self._sight[:, :, places]
         queries = np.flatnonzero(others & sight[0].any(1))
         count = self._heads.attended.heads
         mass = np.zeros((count, queries.size), np.float32)
         positive, cosines = np.zeros(count), np.zeros(count)
+        terms = np.zeros((count, self._key.shape[2]))
         for head in range(count):  # one at a time: their scores are the square of the length
             query, key = self._query[head, queries], self._key[head]
             products = query @ key.T
@@ -304,16 +322,50 @@ class _Looked:
             among = products[:, places]
             positive[head] = (among[seen] > 0).sum()
             cosines[head] = (among[seen] / np.maximum(lengths[seen], 1e-12)).sum()
-        return mass, positive, cosines, int(sight[0, queries].sum())
+            terms[head] = ((seen.T @ query) * key[places]).sum(0)
+        return mass, positive, cosines, terms, int(sight[0, queries].sum())
 
 
-def _unrotated(key: ir.Value) -> str:
+def _rotation(key: ir.Value) -> ir.Node | None:
     node = key.producer()
     while node is not None and node.op_type in LAYOUT_OPS and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    if node is not None and node.op_type == "RotaryEmbedding" and node.inputs[0] is not None:
+    return node if node is not None and node.op_type == "RotaryEmbedding" else None
+
+
+def _unrotated(key: ir.Value) -> str:
+    node = _rotation(key)
+    if node is not None and node.inputs[0] is not None:
         key = node.inputs[0]
     return str(key.name)
+
+
+def _rotary(key: ir.Value, size: int) -> tuple[int, bool] | None:
+    node = _rotation(key)
+    if node is None:
+        return None
+    rotated = int(_attribute(node, "rotary_embedding_dim")) or size
+    return rotated, bool(_attribute(node, "interleaved"))
+
+
+def _by_pair(terms: np.ndarray, rotary: tuple[int, bool] | None) -> dict[str, Any]:
+    """`zones`, `pair` and `pair_share` of products by feature, `[heads, head_dim]`."""
+    if rotary is None:
+        return {}
+    rotated, interleaved = rotary
+    turning, rest = terms[:, :rotated], terms[:, rotated:]
+    if interleaved:
+        pairs = turning[:, 0::2] + turning[:, 1::2]
+    else:
+        pairs = turning[:, : rotated // 2] + turning[:, rotated // 2 :]
+    gains = np.maximum(pairs, 0)
+    every = np.maximum(gains.sum(1) + np.maximum(rest, 0).sum(1), 1e-30)
+    zones = [part.sum(1) / every for part in np.array_split(gains, _ZONES, axis=1)]
+    return {
+        "zones": np.stack(zones, axis=1).tolist(),
+        "pair": gains.argmax(1).tolist(),
+        "pair_share": _list(gains.max(1) / every),
+    }
 
 
 def _weight_of(value: ir.Value, branch: Branch, features: int) -> str | None:

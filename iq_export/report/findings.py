@@ -1,5 +1,6 @@
 """What an analysis means, in sentences: each finding has its numbers, and what they mean for INT8,
-FP8 and half precision. Everything comes from the record of `iq_export.analyze`."""
+FP8 and half precision. Everything comes from the record of `iq_export.analyze`, or from what a
+bundle keeps of it: without ranges of products and attention."""
 
 from __future__ import annotations
 
@@ -33,8 +34,9 @@ def findings(record: Record) -> list[dict[str, str]]:
         found += _mechanism(record, number)
     if not record["lifecycles"]:
         found.append(_calm(record))
-    found += [_ranges(record), _half(record)]
-    return found
+    if "products" in record:
+        found.append(_ranges(record))
+    return [*found, _half(record)]
 
 
 def _finding(kind: str, text: str, int8: str = "", fp8: str = "", half: str = "") -> dict[str, str]:
@@ -55,13 +57,15 @@ def _spike(record: Record, number: int, life: Record) -> dict[str, str]:
         f"residual stream carries up to {large(life['residual_peak'])} there, where the median "
         f"token has at most {large(typical)}; {ends}."
     )
+    if "products" not in record:
+        return _finding("spike", text, half=_holds(life))
     inside = [p for p in record["products"] if number in p["lifecycles"]]
     if not inside:
         return _finding("spike", text, "It stretches no product's range.", "", _holds(life))
     worst = max(inside, key=_loss)
     int8 = (
-        f"It at least doubles the rounding error at {_doubled(inside)} of the {len(inside)} inputs "
-        f"of products that carry it. Most is lost at {_where(worst)}: a static range with it "
+        f"It at least doubles the rounding error at {_of(_doubled(inside), len(inside))} of "
+        f"products that carry it. Most is lost at {_where(worst)}: a static range with it "
         f"takes {worst['int8_error']:.1%} of a typical value, without it "
         f"{worst['int8_error_without']:.1%}."
     )
@@ -96,12 +100,13 @@ def _constancy(record: Record, number: int, life: Record) -> dict[str, str]:
     elif life["deviation"] > limit:
         int8 = "It varies too much to be replaced by constants: compile leaves it in all ranges."
     else:
-        int8 = "It is constant, but no threshold finds it: compile leaves it in all ranges."
+        int8 = f"It is constant, but compile leaves it in all ranges: {life['reason']}."
     return _finding("constancy", text, int8)
 
 
 def _mechanism(record: Record, number: int) -> list[dict[str, str]]:
-    found = next((a for a in record["attention"] if a["lifecycle"] == number), None)
+    known = record.get("attention", ())
+    found = next((a for a in known if a["lifecycle"] == number), None)
     blocks = found["blocks"] if found else []
     if not blocks:
         return []
@@ -115,11 +120,17 @@ def _mechanism(record: Record, number: int) -> list[dict[str, str]]:
         if alike else ""
     )  # fmt: skip
     where = blocks_between(blocks[0]["block"], blocks[-1]["block"])
+    zones = [block["zones"] for block in blocks if block.get("zones")]
+    slow = (
+        f" {np.median(np.concatenate(zones)[:, -1]):.0%} of what speaks for a sink comes from the "
+        "slowest quarter of the rotary pairs, which a distance hardly turns."
+        if zones else ""
+    )  # fmt: skip
     text = (
         f"In {where} the other tokens behind a sink of lifecycle {number} give "
         f"{np.median(mass):.0%} of their attention to its sinks (median head; the most is "
         f"{mass.max():.0%}): {keys}{np.median(aligned):.0%} of the queries point their way, and "
-        f"their values are {np.median(ratio):.2g} times as long as others'."
+        f"their values are {np.median(ratio):.2g} times as long as others'.{slow}"
     )
     life = record["lifecycles"][number - 1]
     share = float((mass > 0.5).mean())
@@ -133,6 +144,14 @@ def _mechanism(record: Record, number: int) -> list[dict[str, str]]:
 
 
 def _calm(record: Record) -> dict[str, str]:
+    if everyone := record["everyone"]:
+        where = ", ".join(map(str, everyone))
+        return _finding(
+            "calm",
+            f"Most tokens spike at the down-projection of block {where}, so none can be told from "
+            "the others: there is no lifecycle.",
+            "Nothing is inserted, and static ranges there hold these spikes.",
+        )
     blocks = record["per_block"]
     ratios = [
         most / max(median, 1e-30)
@@ -178,13 +197,17 @@ def _ranges(record: Record) -> dict[str, str]:
 def _half(record: Record) -> dict[str, str]:
     blocks = record["per_block"]
     residual, down = max(blocks["residual_max"]), max(blocks["down_max"])
-    scores = record["scores"]
+    scores = record.get("scores", ())
     product, score = (max((s[key] for s in scores), default=0.0) for key in ("product", "score"))
     text = (
-        f"The residual stream reaches {large(residual)}, what down-projections read "
-        f"{large(down)}, and products of a query and a key at most {large(product)}, "
-        f"{large(score)} behind their scale."
+        f"The residual stream reaches {large(residual)}, what down-projections read {large(down)}"
     )
+    if scores:
+        text += (
+            f", and products of a query and a key at most {large(product)}, {large(score)} behind "
+            "their scale"
+        )
+    text += "."
     beyond = [
         sentence
         for value, sentence in (
@@ -207,7 +230,8 @@ def _half(record: Record) -> dict[str, str]:
         half = f"Beyond 65,504 plain half precision gives infinity. {' '.join(beyond)}"
     else:
         share = max(residual, down, product) / HALF_MAX
-        half = f"All stay below 65,504, the largest at {share:.1%} of it: half precision holds it."
+        part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+        half = f"All stay below 65,504, the largest at {part} of it: half precision holds it."
     return _finding("half", text, half=half)
 
 
@@ -215,7 +239,8 @@ def _holds(life: Record) -> str:
     peak = max(life["residual_peak"], life["down_proj_peak"])
     if peak > HALF_MAX:
         return f"{large(peak)} is beyond half's largest number, 65,504."
-    return f"{large(peak)} is {peak / HALF_MAX:.1%} of half's largest number."
+    part = f"{peak / HALF_MAX:.1%}" if peak >= 0.001 * HALF_MAX else "less than 0.1%"
+    return f"{large(peak)} is {part} of half's largest number."
 
 
 def blocks_between(first: int, last: int) -> str:
@@ -240,6 +265,12 @@ def _span(product: Record) -> float:
 
 def _loss(product: Record) -> float:
     return float(product["int8_error"] - product["int8_error_without"])
+
+
+def _of(some: int, every: int) -> str:
+    if some == every:
+        return "the one input" if every == 1 else f"all {every} inputs"
+    return f"{some or 'none'} of the {every} inputs"
 
 
 def _doubled(products: Sequence[Record]) -> int:

@@ -5,7 +5,7 @@ Everything comes from the manifest and `plan.json`; parts that they lack are lef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -15,31 +15,23 @@ from iq_export.bundle.lock import Say, quiet
 from iq_export.bundle.manifest import Manifest, reading_records, write_atomically
 from iq_export.bundle.package import Bundle, update_manifest
 from iq_export.bundle.update import bundle_lock
+from iq_export.options import CompileOptions
 from iq_export.report.chart import Series, line_chart
+from iq_export.report.findings import findings
+from iq_export.report.found import (
+    findings_list,
+    in_float_table,
+    lifecycles_table,
+    spikes,
+    templates_table,
+)
 from iq_export.report.lifecycles import describe_lifecycle
+from iq_export.report.page import html_table, listed, number, page, section
 
 REPORT_NAME = "report.html"
 
 # Quantizers shown before the fold: those that the rewrite changed most.
 _SHOWN_QUANTIZERS = 12
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c2026; background: #fff; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: .88rem; display: block; overflow-x: auto; }
-th, td { text-align: right; padding: .2rem .7rem; border-bottom: 1px solid #e3e6ea; }
-th:first-child, td:first-child { text-align: left; }
-code, .sub { color: #5a6472; } tr.ours td { font-weight: 600; }
-svg { width: 100%; height: auto; } .grid { stroke: #e3e6ea; }
-.tick { font-size: 11px; fill: #5a6472; }
-polyline { fill: none; stroke-width: 1.8; }
-polyline.before { stroke: #c8452e; } polyline.after { stroke: #1f78b4; }
-circle.before { fill: #c8452e; } circle.after { fill: #1f78b4; }
-.key { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; }
-.key.before { background: #c8452e; } .key.after { background: #1f78b4; }
-.legend { font-size: .85rem; margin-top: 0; }
-"""
 
 
 def write_report(manifest: Manifest, plan: Mapping[str, Any], path: Path) -> Path:
@@ -79,27 +71,30 @@ def _render(bundle: Bundle, manifest: Manifest) -> str:
 
 def render(manifest: Manifest, plan: Mapping[str, Any]) -> str:
     """The page as text."""
+    found = plan.get("found")
+    lives = manifest.graph.lifecycles or plan.get("lifecycles") or []
+    said = found and findings({**found, "lifecycles": lives, "options": _limits(manifest)})
     sections = [
         _head(manifest),
-        _section("Accuracy", _accuracy(manifest)),
-        _largest(manifest, plan),
-        _section("Sink lifecycles", _lifecycles(manifest, plan)),
-        _section("Ranges of the quantizers", _quantizers(plan.get("quantizers") or [])),
-        _section("Engines", _engines(manifest)),
-        _section("Cost of the compile", _cost(manifest)),
-        _section("Notes", _list(manifest.notes)),
+        section("Accuracy", _accuracy(manifest)),
+        section("Findings", findings_list(said) if said else ""),
+        _largest(plan, bool(lives)),
+        section("Sink lifecycles", _lifecycles(lives)),
+        section("Birth, persistence, death", lifecycles_table(lives) if found and lives else ""),
+        section("Templates", templates_table(lives) if found else ""),
+        section("Ranges of the quantizers", _quantizers(plan.get("quantizers") or [])),
+        section("What stays in float", in_float_table(found["in_float"]) if found else ""),
+        section("Engines", _engines(manifest)),
+        section("Cost of the compile", _cost(manifest)),
+        section("Notes", listed(manifest.notes)),
     ]
-    body = "\n".join(section for section in sections if section)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(manifest.name)} {escape(manifest.recipe)}</title>"
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    return page(f"{manifest.name} {manifest.recipe}", sections)
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n{body}" if body else ""
+def _limits(manifest: Manifest) -> dict[str, float]:
+    """What a finding is held against."""
+    name = "max_relative_deviation"
+    return {name: manifest.options.get(name, CompileOptions.max_relative_deviation)}
 
 
 def _head(manifest: Manifest) -> str:
@@ -136,33 +131,38 @@ def _accuracy(manifest: Manifest) -> str:
     )
 
 
-def _largest(manifest: Manifest, plan: Mapping[str, Any]) -> str:
-    """Charts of the largest absolute value per block, before and after the rewrite; where tokens
-    spike, what that does to a range."""
-    charts = (
-        ("residual_max_per_block", "largest |residual|", "Residual stream"),
-        ("down_proj_max_per_block", "largest |down-projection input|", "Down-projection inputs"),
-    )
-    parts = []
-    observations = plan.get("observations") or {}
-    for key, y_title, title in charts:
-        chart = line_chart(_series(observations.get(key)), y_title, "block")
-        if chart:
-            parts.append(f"<h3>{escape(title)}</h3>\n{chart}")
-    if not parts:
+_CHARTS = (
+    ("residual_max", "largest |residual|", "Residual stream"),
+    ("down_max", "largest |down-projection input|", "Down-projection inputs"),
+)
+_OBSERVED = {"residual_max": "residual_max_per_block", "down_max": "down_proj_max_per_block"}
+
+
+def _largest(plan: Mapping[str, Any], spiking: bool) -> str:
+    """The largest absolute values by block, before and after the rewrite; where tokens spike, what
+    that does to a range."""
+    observed = plan.get("observations") or {}
+    series = {key: _series(observed.get(name)) for key, name in _OBSERVED.items()}
+    if found := plan.get("found"):
+        after = {key: lines[-1].values for key, lines in series.items() if len(lines) > 1}
+        body = spikes(found, after)
+    else:  # a bundle of an older version
+        charts = ((line_chart(series[key], y, "block"), title) for key, y, title in _CHARTS)
+        body = "\n".join(f"<h3>{escape(title)}</h3>\n{chart}" for chart, title in charts if chart)
+    if not body:
         return ""
-    spikes = (
+    why = (
         "<p>A static per-tensor int8 range must hold the largest value. A few tokens carry values "
         "thousands of times larger than the rest through the residual stream: they stretch the "
         "range, and every other token is rounded to almost nothing.</p>\n"
     )
     lead = (
         "<p>The compiled graph's values are those it computes with: spikes clamped, and, where the "
-        "recipe folds scales or rotations into weights, scaled and rotated.</p>"
+        "recipe folds scales or rotations into weights, scaled and rotated.</p>\n"
     )
-    if not (manifest.graph.lifecycles or plan.get("lifecycles")):
-        return _section("Largest values by block", "\n".join([lead, *parts]))
-    return _section("Why the model broke", "\n".join([spikes + lead, *parts]))
+    if not spiking:
+        return section("Largest values by block", lead + body)
+    return section("Why the model broke", why + lead + body)
 
 
 def _series(values: Any) -> list[Series]:
@@ -175,8 +175,7 @@ def _series(values: Any) -> list[Series]:
     return [Series(names[key], values[key], key) for key in names if values.get(key)]
 
 
-def _lifecycles(manifest: Manifest, plan: Mapping[str, Any]) -> str:
-    lifecycles = manifest.graph.lifecycles or plan.get("lifecycles") or []
+def _lifecycles(lifecycles: Sequence[Mapping[str, Any]]) -> str:
     if not lifecycles:
         return "<p>None: no token stretches a range, so no sink op was added.</p>"
     items = (f"<li>{'<br>'.join(map(escape, describe_lifecycle(r)))}</li>" for r in lifecycles)
@@ -240,28 +239,3 @@ def _cost(manifest: Manifest) -> str:
     if manifest.peak_rss_bytes is not None:
         rows.append(["peak memory, GB", number(manifest.peak_rss_bytes / 1e9, ".2f")])
     return html_table(["step", "seconds"], rows) if rows else ""
-
-
-def _list(items: Iterable[str]) -> str:
-    lines = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return f"<ul>{lines}</ul>" if lines else ""
-
-
-def number(value: float | None, spec: str) -> str:
-    """`value` formatted by `spec`, a dash where there is none."""
-    return "-" if value is None else format(value, spec)
-
-
-def html_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()
-) -> str:
-    """An HTML table of escaped cells; the rows numbered in `marked` stand out."""
-    highlighted = set(marked)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = [
-        ('<tr class="ours">' if i in highlighted else "<tr>")
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        + "</tr>"
-        for i, row in enumerate(rows)
-    ]
-    return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>"

@@ -110,7 +110,8 @@ def test_the_json_has_these_keys(record: dict[str, Any]) -> None:
     assert set(record) == {
         "format", "model", "source_sha256", "versions", "options", "tokens", "windows", "blocks",
         "hidden", "sample", "channels", "per_block", "lifecycles", "products", "attention",
-        "scores", "in_float", "warnings", "notes", "findings", "seconds", "peak_rss_bytes",
+        "everyone", "scores", "in_float", "warnings", "notes", "findings", "seconds",
+            "peak_rss_bytes",
     }  # fmt: skip
     keys = {name: set(record[name][0]) for name in ("channels", "products", "scores", "in_float",
                                                     "findings")}  # fmt: skip
@@ -128,6 +129,7 @@ def test_the_json_has_these_keys(record: dict[str, Any]) -> None:
     assert set(record["attention"][0]["blocks"][0]) == {
         "block", "mass", "aligned", "query_cosine", "value_ratio", "rows_alike",
         "rows_alike_others", "keys_alike", "keys_alike_others", "spectrum",
+            "zones", "pair", "pair_share",
     }  # fmt: skip
     assert record["in_float"] == [
         {"node": "lm_head", "reason": "gives the logits: the head stays in half precision"}

@@ -99,3 +99,13 @@ def test_what_mixes_rows_stays() -> None:
     unflatten(model.graph)
     assert [node.op_type for node in model.graph].count("Reshape") == 2
     assert "Gemm" in {node.op_type for node in model.graph}
+
+
+def test_axes_without_a_name_are_not_taken_for_each_other() -> None:
+    proto = graph(BRANCH, 6)
+    for value in [*proto.graph.input, *proto.graph.value_info]:
+        for size in value.type.tensor_type.shape.dim:
+            size.ClearField("dim_param")
+    model = ir.from_proto(proto)
+    unflatten(model.graph)
+    assert [node.op_type for node in model.graph].count("Reshape") == 2

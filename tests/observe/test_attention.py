@@ -12,7 +12,7 @@ from onnx import helper
 
 from iq_export.graph import io
 from iq_export.graph.sites import find_sites
-from iq_export.observe.attention import AttentionObserver, Mechanism
+from iq_export.observe.attention import AttentionObserver, Mechanism, _by_pair
 from iq_export.observe.token_stats import observe_tokens
 from iq_export.observe.walk import observe, window_feeds
 from iq_export.progress import Progress
@@ -79,6 +79,7 @@ def test_numbers_are_those_of_onnx_runtime(kind: str, tmp_path: Path) -> None:
     found, sinks = looked_at(path, data)
     mass, pairs, positive, cosines = np.zeros(4), 0, np.zeros(4), np.zeros(4)
     tokens, lengths = 0, {True: [], False: []}
+    terms = np.zeros((4, 16))
     for run, mask in zip(reference(path, data), sinks, strict=True):
         for token in np.flatnonzero(~mask):
             behind = [s for s in np.flatnonzero(mask) if s <= token]
@@ -92,6 +93,7 @@ def test_numbers_are_those_of_onnx_runtime(kind: str, tmp_path: Path) -> None:
                     key = run["rotated"][head // 2, sink]
                     positive[head] += query @ key > 0
                     cosines[head] += query @ key / np.linalg.norm(query) / np.linalg.norm(key)
+                    terms[head] += query * key
             pairs += len(behind)
         for sink in (True, False):
             lengths[sink].append(np.linalg.norm(run["value"][:, mask == sink], axis=2))
@@ -100,6 +102,24 @@ def test_numbers_are_those_of_onnx_runtime(kind: str, tmp_path: Path) -> None:
     assert np.allclose(found.query_cosine, cosines / pairs, atol=1e-5)
     sink, other = (np.concatenate(lengths[which], axis=1).mean(1) for which in (True, False))
     assert np.allclose(found.value_ratio, sink / other, rtol=1e-4)
+    gains = np.maximum(terms[:, :8] + terms[:, 8:], 0)  # pair i: features i and i + 8
+    assert found.pair == gains.argmax(1).tolist()
+    zones = gains.reshape(4, 4, 2).sum(2) / gains.sum(1, keepdims=True)
+    assert np.allclose(found.zones, zones, rtol=1e-3, atol=1e-5)
+    assert found.pair_share is not None
+    assert np.allclose(found.pair_share, gains.max(1) / gains.sum(1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_pairs_and_what_is_not_rotated(interleaved: bool) -> None:
+    terms = np.array([[1.0, 2.0, -5.0, 0.0, 3.0, 1.0, -4.0, 2.0, 8.0, -9.0]])
+    found = _by_pair(terms, (8, interleaved))
+    # side by side: 3, -5, 4, -2; a half apart: 4, 3, -9, 2; not rotated: 8
+    shares = np.array([3, 0, 4, 0]) / 15 if interleaved else np.array([4, 3, 0, 2]) / 17
+    assert np.allclose(found["zones"], [shares])
+    assert found["pair"] == [int(shares.argmax())]
+    assert np.allclose(found["pair_share"], shares.max())
+    assert _by_pair(terms, None) == {}
 
 
 def test_sinks_are_alike_where_others_are_not(tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ def said(
     residual: float = 1000.0,
     score: float = 10.0,
     lives: int = 1,
+    everyone: tuple[int, ...] = (),
 ) -> dict[str, dict[str, str]]:
     """The findings of a model with one lifecycle, by kind."""
     mechanism = {"block": 2, "mass": [0.1, 0.9], "aligned": [1.0, 0.5], "value_ratio": [0.1],
                  "keys_alike": [0.98]}  # fmt: skip
     record = {
-        "tokens": 2000, "options": {"max_relative_deviation": 0.1},
+        "tokens": 2000, "everyone": everyone, "options": {"max_relative_deviation": 0.1},
         "lifecycles": [{**LIFE, **(life or {})}] * lives,
         "products": [{**PRODUCT, **(product or {})}],
         "per_block": {"residual_max": [5.0, residual], "residual_median": [2.0, 4.0],
@@ -51,7 +52,7 @@ def test_a_spike_that_can_be_replaced() -> None:
         in (spike["text"])
     )
     assert "1,000 there, where the median token has at most 4" in spike["text"]
-    assert "at 1 of the 1 inputs" in spike["int8"] and "100.0%" in spike["int8"]
+    assert "at the one input of products" in spike["int8"] and "100.0%" in spike["int8"]
     assert "is 1,000 times a typical value" in spike["fp8"] and "keep their bits" in spike["fp8"]
     assert spike["half"] == "1,000 is 1.5% of half's largest number."
     assert "differ from it by 2.0%" in found["constancy"]["text"]
@@ -65,7 +66,7 @@ def test_a_spike_that_can_be_replaced() -> None:
     ("life", "says"),
     [
         ({"replaced": False, "deviation": 0.2}, "varies too much"),
-        ({"replaced": False}, "no threshold finds it"),
+        ({"replaced": False, "reason": "no threshold finds it"}, "ranges: no threshold finds it."),
     ],
 )
 def test_one_that_stays(life: dict[str, Any], says: str) -> None:
@@ -119,3 +120,9 @@ def test_blocks_in_words() -> None:
     assert [blocks_between(*ends) for ends in ((2, 1), (2, 2), (2, 5))] == [
         "no block", "block 2", "blocks 2 to 5",
     ]  # fmt: skip
+
+
+def test_where_most_tokens_spike_it_is_not_called_calm() -> None:
+    found = said(lives=0, everyone=(2, 4))["calm"]
+    assert found["text"].startswith("Most tokens spike at the down-projection of block 2, 4, so")
+    assert "Nothing is inserted" in found["int8"]

@@ -49,7 +49,8 @@ def test_the_table() -> None:
     assert "| refused | 1 of 6 | 1 |" in text
     assert "| traceback | 1 of 6 | 0 |" in text
     assert "| compiles with 95% of its block products in int8 | 2 | |" in text
-    assert "| llama | 14 of 14 | 4.2e-07 | 1.2 |  |" in text
+    assert "| llama | 14 of 14 | 4.2e-07 | 1.2 | built |" in text
+    assert "| compiles, with an engine for rtx-all | 2 | |" in text
     assert "| gemma2 | 14 of 14 | 4.2e-07 | 1.2 | no softcap |" in text
     assert "| mixtral | refused | at once | a \\| b. |" in text
     assert "| odd | traceback | trace to onnx | keyError: 'x' |" in text

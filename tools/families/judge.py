@@ -1,4 +1,4 @@
-"""What becomes of one type: its tiny model is compiled up to and with `model.onnx`, in a fork.
+"""What becomes of one type: its tiny model is compiled, with an engine, in a fork.
 
 A fork has everything imported already, and its own limits of time and memory; what it finds is a
 row of the record.
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from iq_export.compile import calibrate_and_rewrite, trace_model
-from iq_export.errors import IqError
+from iq_export.engine.build import build_engine
+from iq_export.engine.targets import resolve_target
+from iq_export.errors import EngineError, IqError
 from iq_export.graph import io
 from iq_export.lengths import bundle_limit
 from iq_export.options import CompileOptions
@@ -31,6 +33,7 @@ from tools.families.tiny import NotMade, first_line, tiny_config, write_model
 COMPILES, REFUSED, TRACEBACK, NOT_MADE = "compiles", "refused", "traceback", "not made"
 OUTCOMES = (COMPILES, REFUSED, TRACEBACK, NOT_MADE)
 SAMPLES, LENGTH = 4, 64
+TARGET = "rtx-all"  # one plan for compute capability 8.0, 8.6, 8.9 and 12.0
 # The step before which nothing of the model but its configuration was looked at.
 CONFIGURATION = "configuration"
 
@@ -103,13 +106,17 @@ def _compiled(kind: str, folder: Path, progress: Progress) -> Row:
     config, model = tiny_config(kind), folder / kind
     check_saved(config, kind, folder / "config")
     write_model(config, model)
-    options = CompileOptions(str(model), folder / "bundle", samples=SAMPLES, length=LENGTH)
+    options = CompileOptions(
+        str(model), folder / "bundle", targets=(TARGET,), samples=SAMPLES, length=LENGTH
+    )
     checked = check(options)
     with work_folder(options.out, None, keep=False) as work:
         traced = trace_model(checked.options, work, progress)
         checked = with_limit(checked, bundle_limit(traced.assets, traced.model), progress)
         made = calibrate_and_rewrite(checked.options, checked, traced, work, progress)
         products = block_products(io.load(traced.model))
+        gap = checked.gaps.get(TARGET)
+        engine = _engine(made, checked, folder, progress) if gap is None else {"engine": gap}
     quantized = {node for quantizer in made.quantizers.values() for node in quantizer.linears}
     assert made.check is not None
     return {
@@ -118,8 +125,21 @@ def _compiled(kind: str, folder: Path, progress: Progress) -> Row:
         "int8": len(products & quantized),
         "parity": traced.parity,
         "noise_ratio": traced.noise_ratio,
-        "engine": next(iter(checked.gaps.values()), ""),
+        **engine,
     }
+
+
+def _engine(made: Any, checked: Any, folder: Path, progress: Progress) -> Row:
+    """What became of the engine: "" where one was built, else "fails" with TensorRT's reason."""
+    target = resolve_target(TARGET)
+    try:
+        report = build_engine(
+            made.quantized, folder / f"{TARGET}.plan", target, checked.options.profile,
+            sink_nodes=made.sink_nodes, progress=progress,
+        )  # fmt: skip
+    except EngineError as error:
+        return {"engine": f"fails: {error}".replace(f"{folder}/", "")}
+    return {"engine": "", "engine_seconds": round(report.seconds, 1)}
 
 
 def check_saved(config: Any, kind: str, folder: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tools.families.judge import COMPILES, CONFIGURATION, OUTCOMES, REFUSED, Row
+from tools.families.judge import COMPILES, CONFIGURATION, OUTCOMES, REFUSED, TARGET, Row
 from tools.families.record import Record
 from tools.pages import fill
 
@@ -40,12 +40,15 @@ def tables(record: Record) -> str:
         ),
         f"| compiles with {_LEAST_SHARE:.0%} of its block products in int8 | "
         f"{sum(_is_quantized(row) for row in done.values())} | |",
+        f"| compiles, with an engine for {TARGET} | "
+        f"{sum(not row['engine'] for row in done.values())} | |",
         "",
-        "| compiles | block products in int8 | off by | in multiples of float32's own error | |",
+        "| compiles | block products in int8 | off by | in multiples of float32's own error | "
+        f"engine for {TARGET} |",
         "|---|---|---|---|---|",
         *(
             f"| {kind} | {row['int8']} of {row['products']} | {row['parity']:.1e} | "
-            f"{row['noise_ratio']:.1f} | {row['engine']} |"
+            f"{row['noise_ratio']:.1f} | {row['engine'] or 'built'} |"
             for kind, row in done.items()
         ),
     ]
