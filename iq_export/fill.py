@@ -48,14 +48,14 @@ class Records:
 
 def records_of(done: Any, traced: Any, earlier: Bundle | None) -> Records:
     """Of a run that calibrated, or what `earlier` says with what is new."""
+    from iq_export.found import Unnamed
     from iq_export.plan import fusion_record, lifecycle_records, mixed_record, plan_record
     from iq_export.run.generate import Tokenizer
     from iq_export.saved_decisions import record as decisions_record
 
     if earlier is None:
-        tokenizer = None
-        if (traced.assets / "tokenizer.json").is_file():
-            tokenizer = Tokenizer(traced.assets)
+        text = (traced.assets / "tokenizer.json").is_file()
+        tokenizer = Tokenizer(traced.assets) if text else Unnamed()
         lifecycles = lifecycle_records(done, tokenizer)
         return Records(plan_record(done, tokenizer), lifecycles, mixed_record(done))
     new = {

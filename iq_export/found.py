@@ -31,8 +31,18 @@ class Names(Protocol):
     def token(self, token: int) -> str | None: ...
 
 
+class Unnamed:
+    """Names for rows that are no tokens: patches and frames."""
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+    def token(self, token: int) -> str:
+        return "\N{MIDDLE DOT}"
+
+
 def token_record(
-    stats: TokenStats, lives: Sequence[Lifecycle], sites: Sites, tokenizer: Names | None
+    stats: TokenStats, lives: Sequence[Lifecycle], sites: Sites, tokenizer: Names
 ) -> dict[str, Any]:
     """Where tokens spike: magnitudes are absolute, blocks and positions count from 0, lifecycles
     from 1 (0: none)."""
@@ -47,7 +57,7 @@ def token_record(
     }
 
 
-def found_record(decision: Decision, stats: TokenStats, tokenizer: Names | None) -> dict[str, Any]:
+def found_record(decision: Decision, stats: TokenStats, tokenizer: Names) -> dict[str, Any]:
     """A lifecycle as it was found and fitted on the traced graph; `replaced`: whether it can be."""
     life, fitted = decision.lifecycle, decision.templates
     record: dict[str, Any] = {
@@ -62,7 +72,6 @@ def found_record(decision: Decision, stats: TokenStats, tokenizer: Names | None)
         "common_tokens": [
             {"token": tokenizer.decode([token]), "first": first, "later": later}
             for token, first, later in life.common_tokens(stats)
-            if tokenizer is not None
         ],
         "down_proj_peak": life.down_peak,
         "down_proj_median": life.down_median,
@@ -120,9 +129,7 @@ def _detections(decision: Decision) -> list[dict[str, Any]]:
     ]
 
 
-def _sample(
-    stats: TokenStats, lives: Sequence[Lifecycle], tokenizer: Names | None
-) -> dict[str, Any]:
+def _sample(stats: TokenStats, lives: Sequence[Lifecycle], tokenizer: Names) -> dict[str, Any]:
     """The beginning of the window that shows most lifecycles, then most of their tokens."""
     of = np.zeros(stats.token.size, int)  # the lifecycle of each token, from 1
     for number, life in reversed(list(enumerate(lives, start=1))):
@@ -137,10 +144,7 @@ def _sample(
     return {
         "window": best,
         "token_ids": stats.token[shown].tolist(),
-        "tokens": [
-            str(position) if tokenizer is None else _label(int(token), tokenizer)
-            for position, token in zip(stats.position[shown], stats.token[shown], strict=True)
-        ],
+        "tokens": [_label(int(token), tokenizer) for token in stats.token[shown]],
         "lifecycle": of[shown].tolist(),
         "residual_max": _rounded(stats.residual_max[:, shown]),
         "down_max": _rounded(stats.down_max[:, shown]),
@@ -198,6 +202,7 @@ def in_float(model: ir.Model, sites: Sites) -> list[dict[str, str]]:
     found = [asdict(refusal) for refusal in sites.refused]
     known = {linear.node for linear in sites.linears}
     routers = {linear.node for branch in sites.branches for linear in branch.routers}
+    known |= {each.node for each in sites.convolutions}
     for node in model.graph:
         if node.op_type in ("MatMul", "Gemm", "Conv") and node.name not in known:
             if any(value.name == name_of(Role.LOGITS) for value in node.outputs):

@@ -19,7 +19,7 @@ from iq_export.saved_decisions import record
 _QUANTILE = 0.999
 
 
-def plan_record(done: Rewrite, tokenizer: Names | None) -> dict[str, Any]:
+def plan_record(done: Rewrite, tokenizer: Names) -> dict[str, Any]:
     """The content of `plan.json`: JSON values only, magnitudes absolute, ratios as fractions.
 
     `found` is of the traced graph, before anything was changed."""
@@ -79,7 +79,7 @@ def fusion_record(model: Path) -> dict[str, Any]:
     }
 
 
-def lifecycle_records(done: Rewrite, tokenizer: Names | None) -> list[dict[str, Any]]:
+def lifecycle_records(done: Rewrite, tokenizer: Names) -> list[dict[str, Any]]:
     """One record per lifecycle found, replaced or not."""
     return [_lifecycle_record(d, done, tokenizer) for d in done.decisions]
 
@@ -109,7 +109,7 @@ def mixed_record(done: Rewrite) -> dict[str, Any] | None:
     }
 
 
-def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: Names | None) -> dict[str, Any]:
+def _lifecycle_record(decision: Decision, done: Rewrite, tokenizer: Names) -> dict[str, Any]:
     life = decision.lifecycle
     pairs = enumerate(zip(done.sinks, done.insertions, strict=True))
     number, insertion = next(
