@@ -78,7 +78,7 @@ def test_softcap_and_head_size_are_read() -> None:
         ({"model_type": "mamba"}, "state-space"),
         (config("roformer", is_decoder=True), "takes no 'position_ids'"),
         ({"model_type": "xlnet"}, "no cache of keys and values"),
-        (config("nanochat"), "norms"),
+        (config("doge"), "norms"),
         (config("qwen3_next"), "layers"),
         (config("qwen3_5_text"), "layers"),
         (config("lfm2", layer_types=["conv", "full_attention"]), "layers"),
