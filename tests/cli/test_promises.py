@@ -77,7 +77,7 @@ def test_a_plan_promises_what_is_known(both: Both, tmp_path: Path) -> None:
     ("kind", "changes", "says"),
     [
         ("gpt_oss", {"num_local_experts": 4}, "sinks of its own"),
-        ("helium", {}, "not recognised"),
+        ("doge", {}, "not recognised"),
         ("qwen3_next", {}, "layers"),
         ("bert", {}, "encoder"),
         ("llama", {"num_attention_heads": 0}, "'num_attention_heads' is 0"),

@@ -215,9 +215,10 @@ def test_a_short_cut_that_is_wrong_is_not_taken(
     folders: Getter, traces: Getter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare, export, seen = trace_module.compare, trace_module._export, []
+    before = traces("llama")
 
     def exported(model: Any, weights: Any, out: Path, opset: int, short_cut: bool) -> Any:
-        again = traced_before(traces("llama"))  # the short cut is no other than there
+        again = traced_before(before)  # the short cut is no other than there
         return (again if short_cut else export)(model, weights, out, opset, short_cut)
 
     def wrong_at_first(path: Path, reference: Any) -> Parity:
