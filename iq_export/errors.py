@@ -45,4 +45,13 @@ class BundleError(IqError):
     exit_code = 7
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost of the causes of `error`, which may be among its own."""
+    seen: set[int] = set()
+    while error.__cause__ is not None and id(error) not in seen:
+        seen.add(id(error))
+        error = error.__cause__
+    return error
+
+
 INTERRUPTED_EXIT_CODE = 130

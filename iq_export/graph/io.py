@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from iq_export.errors import GraphError, IqError
+from iq_export.errors import GraphError, IqError, root_cause
 from iq_export.graph.external import check_external
 from iq_export.graph.proto import read
 from iq_export.graph.stored import StoredTensor, lift
@@ -107,9 +107,7 @@ def _own_words() -> Iterator[None]:
     try:
         yield
     except ir.serde.SerdeError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        cause = root_cause(error)
         if isinstance(cause, (IqError, OSError)):
             raise cause from None
         raise

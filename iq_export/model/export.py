@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from iq_export.errors import ModelError
+from iq_export.errors import ModelError, root_cause
 from iq_export.graph.interface import BATCH, PAST, SEQ, input_names, output_names
 from iq_export.model.capture import CacheShape
 from iq_export.model.scopes import SCOPES
@@ -112,9 +112,7 @@ def exported(
 def _table_rows(error: BaseException) -> int | None:
     """How long a table is that the code looks up by lengths, from torch's words; None if that is
     not what an export failed by."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    found = re.findall(_TABLE, str(error))
+    found = re.findall(_TABLE, str(root_cause(error)))
     return min((int(rows) for rows in found), default=None)
 
 
@@ -226,18 +224,17 @@ _REASONS = (
 
 def _explained(error: BaseException, kind: str) -> ModelError:
     """One sentence of the innermost exception: the exporter wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, ModelError):
-        return error
-    said = str(error)
+    cause = root_cause(error)
+    if isinstance(cause, ModelError):
+        return cause
+    said = str(cause)
     for pattern, sentence in _REASONS:
         match = re.search(pattern, said)
         if match:
             reason = sentence.format(*match.groups())
             break
     else:
-        reason = f"torch's exporter stops ({type(error).__name__}: {_first_sentence(said)})"
+        reason = f"torch's exporter stops ({type(cause).__name__}: {_first_sentence(said)})"
     return ModelError(
         f"Model type '{kind}' cannot be traced: {reason}; this architecture is not supported."
     )

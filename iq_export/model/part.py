@@ -19,9 +19,15 @@ TEXT = "text"
 def text_part(config: Any) -> Any | None:
     """The text decoder's configuration within one of several parts; None if it has no such parts.
 
-    Raises ValueError where transformers finds several.
+    Raises ModelError where transformers finds several.
     """
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError as error:
+        raise ModelError(
+            f"A '{config.model_type}' has several parts that read text, and none of them is the "
+            "decoder alone; it is not supported."
+        ) from error
     return None if inner is config else inner
 
 

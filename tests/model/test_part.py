@@ -11,6 +11,7 @@ import pytest
 from iq_export.errors import IqError, ModelError, UsageError
 from iq_export.graph import io
 from iq_export.model.load import resolve
+from iq_export.model.part import text_part
 from iq_export.model.support import check_support
 from iq_export.model.trace import trace
 from iq_export.recipe import load_recipe
@@ -139,3 +140,14 @@ def test_the_text_part_is_checked_as_a_model_is(text: dict[str, Any], says: str)
 def test_a_model_that_writes_no_text_has_no_text_part() -> None:
     with pytest.raises(ModelError, match="not a causal LM"):
         check_support({"model_type": "clip"}, "m", load_recipe("w8a8"), part="text")
+
+
+def test_several_parts_that_read_text_are_one_sentence() -> None:
+    class Several:
+        model_type = "duet"
+
+        def get_text_config(self) -> None:
+            raise ValueError("Multiple valid text configs were found")
+
+    with pytest.raises(ModelError, match="'duet' has several parts that read text"):
+        text_part(Several())
