@@ -304,7 +304,7 @@ def find_sites(model: ir.Model) -> Sites:
     refused += unpaired
     if not blocks:
         first = refused[0] if refused else Refusal(_label(embedding.producer()), _NO_STREAM)
-        raise GraphError(f"No transformer block was understood: node {first.node}: {first.reason}")
+        raise GraphError(f"No transformer block was understood: node {first.node}: {first.reason}.")
     if not final:
         raise GraphError(
             f"The residual stream ends at {stream.name!r} without a norm; only transformers whose "

@@ -68,7 +68,14 @@ _TYPES: dict[str, _Kind] = {
         _Kind("it reads the keys and values of another model"),
     ),
     "gemma3n_text": _Kind("its residual stream is several ones, which each layer mixes"),
-    **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), _Kind(_SINKS)),
+    **dict.fromkeys(
+        ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), _Kind(_SINKS)
+    ),
+    "llama4_text": _Kind(
+        "its experts read tokens that the router has weighed",
+        unless=lambda config: not config.moe_layers,
+    ),
+    "longcat_flash": _Kind("its layers have two attentions each"),
     "dbrx": _Kind("its code takes its experts apart in a way of its own"),
     "jetmoe": _Kind("its attention is a mixture of experts"),
 }  # fmt: skip

@@ -181,9 +181,11 @@ def test_block_products_are_those_that_a_residual_connection_passes_by() -> None
 def test_what_tokens_choose_their_experts_by_is_no_block_product() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 23]>
-        g (float[b, 4] x) => (float[b, 8] logits)
-          <float[4, 4] router = {0}, float[4, 4] up = {0}, float[4, 8] head = {0}, int64[1] k = {2}>
+        g (int64[b] input_ids) => (float[b, 8] logits)
+          <float[9, 4] table = {0}, float[4, 4] router = {0}, float[4, 4] up = {0},
+           float[4, 8] head = {0}, int64[1] k = {2}>
         {
+            x = Gather (table, input_ids)
             [n1] scores = MatMul (x, router)
             shares = Softmax (scores)
             best, chosen = TopK (shares, k)
@@ -191,7 +193,8 @@ def test_what_tokens_choose_their_experts_by_is_no_block_product() -> None:
             part = GatherElements <axis = 1> (hidden, chosen)
             share = Mul (part, best)
             both = Concat <axis = 1> (share, best)
-            logits = MatMul (both, head)
+            sum = Add (x, both)
+            logits = MatMul (sum, head)
         }"""
     )
     assert block_products(model) == {"n2"}
