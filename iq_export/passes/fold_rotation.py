@@ -25,6 +25,7 @@ from iq_export.passes.rotate import rotate_columns, rotate_rows, rotated_value
 _LARGEST = 64
 _SMALLEST = 8
 _BETWEEN_HEADS = frozenset({"Transpose", "Reshape"})
+_PASSING = frozenset({"Add", "Concat", "Identity", "Shape", *_BETWEEN_HEADS})
 
 
 def block_size(width: int) -> int:
@@ -181,4 +182,23 @@ def _value_path(nodes: dict[str, ir.Node], branch: Branch) -> tuple[ir.Node, int
             node = operands[0].producer()
         else:
             return f"node {node.name} ({node.op_type}) stands between it and the value product"
-    return (node, shape[3]) if node is not None else "the value product was not found"
+    if node is None:
+        return "the value product was not found"
+    if other := _other_reader(node.outputs[0], attention):
+        return f"node {other.name} ({other.op_type}) reads its values too"
+    return node, shape[3]
+
+
+def _other_reader(value: ir.Value, attention: ir.Node) -> ir.Node | None:
+    """What reads `value`, laid out anew or joined with a cache, beside `attention` and the graph's
+    outputs: the attention of a layer that has no values of its own."""
+    seen, todo = {attention}, list(value.consumers())
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op_type not in _PASSING:
+            return node
+        todo += [] if node.op_type == "Shape" else node.outputs[0].consumers()
+    return None

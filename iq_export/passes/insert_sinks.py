@@ -286,12 +286,16 @@ def _insert_key_values(
 ) -> None:
     assert sinks.key_values is not None, "the form needs templates of keys and values"
     by_heads: dict[int | None, ir.Value] = {None: index}
+    done: set[str] = set()  # layers may share keys and values
     for block in sinks.lifecycle.insert_blocks:
         site = sites.blocks[block].attention.attention
         assert site is not None
         if site.heads is not None and site.heads not in by_heads:
             by_heads[site.heads] = index_per_head(graph, index, site.heads)
         for name in (site.key, site.value):
+            if name in done:
+                continue
+            done.add(name)
             rows = sinks.key_values.rows[name]
             if site.heads is not None:  # [K, heads * head_dim] -> [K * heads, head_dim]
                 rows = rows.reshape(sinks.count * site.heads, -1)

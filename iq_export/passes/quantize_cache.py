@@ -45,6 +45,7 @@ def quantize_cache(
     nodes = {node.name: node for node in graph}
     inserts: list[ir.Node] = []
     joined: ir.Node | None = None
+    done: set[str] = set()  # layers may share keys and values
     for block in sites.blocks:
         site = block.attention.attention
         if site is None:
@@ -53,6 +54,9 @@ def quantize_cache(
                 "op, so its KV cache cannot be int8: use recipe w8a8."
             )
         for position, name in ((1, site.key), (2, site.value)):
+            if name in done:
+                continue
+            done.add(name)
             joined = _cache_of(nodes[site.node], position, site)
             inserts += _quantize_one(graph, joined, scales[name], cache)
     assert joined is not None

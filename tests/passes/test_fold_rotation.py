@@ -126,3 +126,15 @@ def test_another_reader_of_the_stream_is_refused(calm: Planted) -> None:
     refusal = rotate_stream(model, calm.sites)
     assert refusal is not None
     assert refusal.node == "watcher"
+
+
+def test_values_that_another_layer_reads_stay(calm: Planted) -> None:
+    model = calm.load()
+    first, second = [node for node in model.graph if node.op_type == "Attention"][:2]
+    for position in (1, 2):
+        second.replace_input_with(position, first.inputs[position])
+    left = rotate_attention_values(model, find_sites(model))
+    assert [(refusal.node[:8], "too" in refusal.reason) for refusal in left] == [
+        ("layers.0", True), ("layers.1", False),
+    ]  # fmt: skip
+    assert "reads its values too" in left[0].reason
