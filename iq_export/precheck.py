@@ -245,6 +245,11 @@ def _known(source: ModelSource, recipe: Recipe, dtype: str) -> Known:
         )
         return Known(AttentionForm(dtype), notes=(note,) if hub else ())
     if source.is_encoder:
+        if source.part is not None:
+            raise UsageError(
+                f"--part {source.part} is of models that write text, and {source.name} is compiled "
+                f"for {source.task}: leave it out, or give --task text-generation."
+            )
         return Known(AttentionForm(dtype), position_limit(found) if source.reads_text else None)
     remote = source.trust_remote_code and "auto_map" in found
     support = check_support(found, source.name, recipe, part=source.part, remote_code=remote)

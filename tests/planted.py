@@ -305,7 +305,7 @@ def proto(decoder: Decoder, values: dict[str, np.ndarray] | None = None) -> onnx
             if decoder.within and i < decoder.blocks - 1:
                 stream = _norm(g, f"layers.{i}/post_attention_layernorm", stream)
         if decoder.after:
-            stream = g.node("Add", f"layers.{i}/Add_3", stream, _gated(g, i, stream))
+            stream = g.node("Add", f"layers.{i}/Add_3", stream, _behind(g, i, stream))
         if decoder.factor != 1:
             factor = g.constant("const.factor", [decoder.factor], np.float32)
             stream = g.node("Mul", f"layers.{i}/factor", stream, factor)
@@ -466,7 +466,7 @@ def _attention(
     return _norm(g, f"{at}/post_norm", tail) if decoder.post_norms else tail
 
 
-def _gated(g: _Graph, i: int, stream: str) -> str:
+def _behind(g: _Graph, i: int, stream: str) -> str:
     """What the branch behind the MLP adds to the stream."""
     at = f"layers.{i}/after"
     gate = g.node("Tanh", f"{at}/act", _linear(g, f"{at}/gate_proj", stream))

@@ -207,8 +207,9 @@ class Sites:
         return [branch for block in self.blocks for branch in block.branches]
 
     @property
-    def _sums(self) -> set[str]:
-        return {self.embedding, *(branch.residual for branch in self.branches)}
+    def _normed(self) -> set[str]:
+        """What norms that stand in the stream give."""
+        return {branch.onward for branch in self.branches if branch.onward != branch.residual}
 
     @property
     def bare(self) -> dict[str, tuple[Linear, ...]]:
@@ -216,7 +217,7 @@ class Sites:
         name: those of both branches, where these are parallel, and routers."""
         found: dict[str, tuple[Linear, ...]] = {}
         for branch in self.branches:
-            if branch.norm is None and branch.input in self._sums:
+            if branch.norm is None and branch.input not in self._normed:
                 its = (*branch.inputs, *branch.routers)
                 found[branch.input] = (*found.get(branch.input, ()), *its)
         return found
@@ -226,7 +227,7 @@ class Sites:
         """The nodes that read these values for these products, by the value's name."""
         found: dict[str, frozenset[str]] = {}
         for branch in self.branches:
-            if branch.norm is None and branch.input in self._sums:
+            if branch.norm is None and branch.input not in self._normed:
                 found[branch.input] = found.get(branch.input, frozenset()) | branch.readers
         return found
 

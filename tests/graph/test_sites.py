@@ -403,3 +403,10 @@ def test_one_attention_op_is_the_attention_beside_other_products() -> None:
 
     attention = sites_of(change).blocks[1].attention.attention
     assert attention is not None and attention.node == "layers.1/self_attn/Attention"
+
+
+def test_products_read_a_stream_that_a_factor_scales_as_it_is() -> None:
+    decoder = Decoder(post_norms=True, bare=True, factor=0.5)
+    sites = find_sites(ir.from_proto(proto(decoder)))
+    assert set(sites.bare) == {branch.input for branch in sites.branches}
+    assert "layers.0/factor/out" in sites.bare

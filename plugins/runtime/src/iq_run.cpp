@@ -297,7 +297,7 @@ int check(Options const& options)
     std::printf("%s\n", iq::printable(title).c_str());
     say("manifest.json", "sha256 as in manifest.json.sha256");
     say("files", std::to_string(manifest.files.size()) + " files, " + std::to_string(bytes)
-            + " bytes, size and sha256 as recorded, tokenizer.json among them");
+            + " bytes, size and sha256 as recorded");
     for (auto const& [name, engine] : graph.engines)
     {
         iq::Result<iq::CacheSize> const cache = bundle.cacheSize(graph, engine);
