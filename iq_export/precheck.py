@@ -110,7 +110,7 @@ def check(options: CompileOptions) -> Checked:
     known = _known(source, recipe, options.dtype)
     built = () if recipe.simulated else targets
     gaps = _gaps(built, known.form, asked=options.targets is not None)
-    if source.is_encoder or not source.reads_text:
+    if source.is_encoder or not source.reads_text or not source.cache:
         _check_whole(options, recipe, source)
         # Nothing is past.
         options = replace(options, profile=replace(options.profile, past=Range(0, 0, 0)))

@@ -79,7 +79,7 @@ class ModelSource:
     `path` is a folder or file; None for a hub id and for an embedded model until
     `materialize`. `tokenizer` is a folder with a tokenizer, if one was named; `part` what of the
     checkpoint is wanted, None for all of it. `reads_text`: whether its input is text. `task`: one
-    of `encoders.TASK_NAMES`.
+    of `encoders.TASK_NAMES`. `cache`: whether an `.onnx` file takes one.
     """
 
     kind: Kind
@@ -92,6 +92,7 @@ class ModelSource:
     part: str | None = None
     reads_text: bool = True
     task: str = TEXT_GENERATION
+    cache: bool = True
 
     @property
     def is_encoder(self) -> bool:
@@ -426,28 +427,33 @@ def _resolve_file(path: Path, common: dict[str, Any]) -> ModelSource:
                 check_tokenizer(header)
         return source
     if suffix == ".onnx":
-        text = _reads_text(path)
+        text, cache = _takes(path)
         if text and common["tokenizer"] is None:
             raise UsageError(
                 f"{path.name} carries no tokenizer: give the folder that has its tokenizer.json "
                 "with --tokenizer DIR."
             )
         note = _license_note(path.parent)
-        return ModelSource("onnx", path.stem, path, license_note=note, reads_text=text, **common)
+        return ModelSource(
+            "onnx", path.stem, path, license_note=note, reads_text=text, cache=cache, **common
+        )
     raise ModelError(
         f"{path} is neither .gguf nor .onnx; for .safetensors give the folder with its config.json."
     )
 
 
-def _reads_text(path: Path) -> bool:
-    """Whether an ONNX file takes token ids, or what it takes is not known."""
+def _takes(path: Path) -> tuple[bool, bool]:
+    """Whether an ONNX file takes token ids, and whether a cache; yes, where that is not known."""
     from google.protobuf.message import DecodeError
 
     try:
-        primary = Interface.of_proto(read(path, ModelError).graph).primary
+        interface = Interface.of_proto(read(path, ModelError).graph)
     except (DecodeError, OSError):
-        return True  # which is said when it is read
-    return primary is None or primary.role is Role.IDS
+        return True, True  # which is said when it is read
+    primary = interface.primary
+    if primary is None:
+        return True, True
+    return primary.role is Role.IDS, interface.is_causal
 
 
 def _path(model: str) -> Path:

@@ -77,8 +77,8 @@ _CODE = (
     "fuse_activations.py", "fuse_attention.py", "fuse_norms.py", "gguf.py", "gguf_file.py",
     "gguf_tokenizer.py", "latents.py", "limits.py", "load.py", "part.py", "positions.py",
     "recompose.py", "replicate.py", "scopes.py", "tidy.py", "tokenizer.py", "trace.py",
-    "unflatten.py", "verify.py", "weights.py", "written_out.py", "../graph/interface.py",
-    "../graph/stored.py",
+    "unflatten.py", "verify.py", "weights.py", "written_out.py", "../graph/edit.py",
+    "../graph/interface.py", "../graph/stored.py", "../observe/preprocessor.py",
 )  # fmt: skip
 
 

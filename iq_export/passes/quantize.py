@@ -79,6 +79,7 @@ def quantize_convolutions(
     weights, activations = rounding.weights, rounding.activations
     nodes = {node.name: node for node in model.graph}
     dequantized: dict[str, ir.Value] = {}
+    written: dict[tuple[str, int], ir.Value] = {}  # convolutions may share a weight
     for each in convolutions:
         if activations is None or weights is None or each.input not in scales:
             continue
@@ -88,7 +89,10 @@ def quantize_convolutions(
         if each.input not in dequantized:
             dequantized[each.input] = activations.write(model.graph, value, scales[each.input])
         node.replace_input_with(0, dequantized[each.input])
-        node.replace_input_with(1, weights.write_channels(model.graph, weight, node, each.axis))
+        key = (str(weight.name), each.axis)
+        if key not in written:
+            written[key] = weights.write_channels(model.graph, weight, node, each.axis)
+        node.replace_input_with(1, written[key])
     RemoveUnusedNodesPass()(model)
     return bool(dequantized)
 
