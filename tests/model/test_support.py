@@ -131,7 +131,7 @@ def test_architectures_that_cannot_be_compiled(raw: dict[str, Any], says: str) -
         config("phi3", pad_token_id=0),
         config("gemma4_text", head_dim=16, global_head_dim=32),
         config("deepseek_v3", first_k_dense_replace=2),
-        config("llama4_text", num_local_experts=0),
+        config("llama4_text", moe_layers=[]),
         config("llama", rope_scaling={"rope_type": "linear", "factor": 2.0}),
     ],
 )

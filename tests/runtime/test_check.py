@@ -57,7 +57,7 @@ def rewrite(folder: Path, change: Callable[[Any], Any], *, seal: bool = True) ->
 def test_a_whole_bundle_is_taken(check: Check) -> None:
     done = check()
     assert (done.code, done.error) == (0, "")
-    assert "9 files" in done.out and "tokenizer.json" in done.out
+    assert "9 files" in done.out
     assert re.search(r"orin +TensorRT 10\.15\.1\.29, sm_87, plugin version 1 beside", done.out)
     # Two heads of four half values, key and value, and an int32 sink index.
     assert re.search(r"KV cache +3 tensors, 36 bytes a token, 300 tokens at most", done.out)
