@@ -592,6 +592,15 @@ class Planted:
         return path
 
 
+def changed(data: Planted, model: ir.Model, name: str) -> float:
+    """The largest difference of the logits of `model`, saved as `name`, from those of the planted
+    one, as a fraction of their range."""
+    rows = [window.ids for window in data.windows[:3]]
+    expected = logits(CausalLM(data.path), rows)
+    found = logits(CausalLM(data.save_beside(model, name)), rows)
+    return float(np.abs(found - expected).max() / (expected.max() - expected.min()))
+
+
 def observe(
     decoder: Decoder,
     folder: Path,

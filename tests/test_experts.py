@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from iq_export.decide.job import Calibration
@@ -73,24 +72,17 @@ def test_every_expert_clamps_its_own_sinks(data: planted.Planted) -> None:
         assert clamp.inputs[0].name == output.input
 
 
-def _changed(data: planted.Planted, model: ir.Model, name: str) -> float:
-    rows = [window.ids for window in data.windows[:3]]
-    expected = planted.logits(CausalLM(data.path), rows)
-    found = planted.logits(CausalLM(data.save_beside(model, name)), rows)
-    return float(np.abs(found - expected).max() / (expected.max() - expected.min()))
-
-
 def test_the_stream_is_divided_exactly(data: planted.Planted) -> None:
     model = data.load()
     assert scale_residual(model, data.sites, 3)
-    assert _changed(data, model, "scaled.onnx") == 0
+    assert planted.changed(data, model, "scaled.onnx") == 0
 
 
 def test_the_stream_is_rotated_with_the_routers(data: planted.Planted) -> None:
     model = data.load()
     refusal = rotate_stream(model, data.sites)
     assert (refusal is not None) is data.decoder.post_norms
-    assert _changed(data, model, "rotated.onnx") < 1e-5
+    assert planted.changed(data, model, "rotated.onnx") < 1e-5
 
 
 def test_what_an_expert_makes_of_all_tokens(data: planted.Planted) -> None:

@@ -127,17 +127,10 @@ def test_the_quantized_graph_is_the_model(kind: str, tmp_path: Path) -> None:
         assert error < 0.05 * quantized_error(decoder, tmp_path, 0.0)
 
 
-def _changed(data: planted.Planted, model: ir.Model, name: str) -> float:
-    rows = [window.ids for window in data.windows[:3]]
-    expected = planted.logits(CausalLM(data.path), rows)
-    found = planted.logits(CausalLM(data.save_beside(model, name)), rows)
-    return float(np.abs(found - expected).max() / (expected.max() - expected.min()))
-
-
 def test_the_stream_is_divided_exactly(data: planted.Planted) -> None:
     model = data.load()
     assert scale_residual(model, data.sites, 3)
-    assert _changed(data, model, "scaled.onnx") == 0
+    assert planted.changed(data, model, "scaled.onnx") == 0
 
 
 def test_the_stream_is_rotated_where_norms_allow_it(data: planted.Planted) -> None:
@@ -147,7 +140,7 @@ def test_the_stream_is_rotated_where_norms_allow_it(data: planted.Planted) -> No
         assert refusal is not None and "reads the residual stream" in refusal.reason
     else:
         assert refusal is None
-    assert _changed(data, model, "rotated.onnx") < 1e-5
+    assert planted.changed(data, model, "rotated.onnx") < 1e-5
 
 
 @pytest.mark.parametrize("first", [0, 1])
